@@ -1,0 +1,299 @@
+# Copyright 2026 The HiViT for Transformers authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""HiViT configuration: every number that defines the network (arXiv 2205.14949)."""
+
+import difflib
+from dataclasses import fields
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig, __version__
+from transformers.backbone_utils import BackboneConfigMixin
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+# The published networks: paper table 1, and iTPN (arXiv 2211.12735) for large.
+ARCHITECTURES = {
+    "tiny": {"hidden_size": 384, "depths": [1, 1, 10], "num_attention_heads": 6},
+    "small": {"hidden_size": 384, "depths": [2, 2, 20], "num_attention_heads": 6},
+    "base": {"hidden_size": 512, "depths": [2, 2, 20], "num_attention_heads": 8},
+    "large": {"hidden_size": 768, "depths": [2, 2, 40], "num_attention_heads": 12, "stem_blocks_per_depth": 1},
+    "base-mae": {
+        "hidden_size": 512,
+        "depths": [2, 2, 20],
+        "num_attention_heads": 8,
+        "use_relative_position_bias": False,
+    },
+}
+
+# Keywords that transformers itself passes to a configuration and that are neither fields nor attributes of its base.
+_TRANSFORMERS_KEYWORDS = {"attn_implementation", "experts_implementation", "auto_map", "quantization_config"}
+
+
+@strict
+class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
+    r"""
+    Configuration of all HiViT models. The defaults are the base classifier of the paper.
+
+    Args:
+        image_size (`int` or pair `(height, width)`, *optional*, defaults to 224):
+            Size in px that the position embedding and the relative tables are made for. Other sizes interpolate them.
+        patch_size (`int`, *optional*, defaults to 16):
+            Side of a unit in px, a multiple of 4: a unit is a 4x4 grid of tokens, and is masked or kept as a whole.
+        num_channels (`int`, *optional*, defaults to 3):
+            Channels of the images.
+        hidden_size (`int`, *optional*, defaults to 512):
+            Channels C of the main stage. The stem stages have C/4 and C/2.
+        depths (`list[int]`, *optional*, defaults to `[2, 2, 20]`):
+            Depth of stage 1, stage 2 and the main stage.
+        stem_blocks_per_depth (`int`, *optional*, defaults to 2):
+            MLP blocks per depth of stages 1 and 2; iTPN counts single blocks (1).
+        num_attention_heads (`int`, *optional*, defaults to 8):
+            Attention heads of the main stage.
+        stem_mlp_ratio (`float`, *optional*, defaults to 3.0):
+            Width of the MLPs of stages 1 and 2, relative to their channels.
+        mlp_ratio (`float`, *optional*, defaults to 4.0):
+            Width of the MLPs of the main stage, relative to `hidden_size`.
+        hidden_act (`str`, *optional*, defaults to `"gelu"`):
+            Activation of the MLPs.
+        qkv_bias (`bool`, *optional*, defaults to `True`):
+            Whether query, key and value have a bias.
+        use_absolute_position_embeddings (`bool`, *optional*, defaults to `True`):
+            Whether a learned position embedding is added when the main stage begins.
+        use_relative_position_bias (`bool`, *optional*, defaults to `True`):
+            Whether each attention layer learns a bias per relative position. The published masked autoencoder does not.
+        hidden_dropout_prob (`float`, *optional*, defaults to 0.0):
+            Dropout after the position embedding, in the MLPs and after the attention.
+        attention_probs_dropout_prob (`float`, *optional*, defaults to 0.0):
+            Dropout of the attention probabilities.
+        drop_path_rate (`float`, *optional*, defaults to 0.0):
+            Stochastic depth of the last layer; it grows linearly from 0 at the first.
+        layer_norm_eps (`float`, *optional*, defaults to 1e-6):
+            Epsilon of the layer norms.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of the truncated normal that weights are drawn from.
+        pooler_layernorm (`bool`, *optional*, defaults to `True`):
+            Whether the mean over the units is normalised. mmpretrain's models do not.
+        mask_ratio (`float`, *optional*, defaults to 0.75):
+            Share of the units that masked image modelling hides, in [0, 1).
+        norm_pix_loss (`bool`, *optional*, defaults to `True`):
+            Whether the loss compares pixels normalised per unit.
+        fuse_stages (`bool`, *optional*, defaults to `True`):
+            Whether the decoder of masked image modelling reads all three stages, or the last only.
+        decoder_hidden_size (`int`, *optional*, defaults to 512):
+            Channels of the decoder.
+        decoder_num_hidden_layers (`int`, *optional*, defaults to 6):
+            Layers of the decoder.
+        decoder_num_attention_heads (`int`, *optional*, defaults to 16):
+            Attention heads of the decoder.
+        decoder_mlp_ratio (`float`, *optional*, defaults to 4.0):
+            Width of the decoder's MLPs, relative to `decoder_hidden_size`.
+        out_features (`list[str]`, *optional*):
+            What a backbone returns: any of `"stem"`, `"stage1"`, `"stage2"`, `"stage3"`, in this order. The last if unset.
+        out_indices (`list[int]`, *optional*):
+            The same as positions in that list.
+
+    Raises:
+        ValueError: for shapes that do not fit together and for keywords that do not exist.
+
+    Example:
+
+    ```python
+    >>> from hivit_hf import HiViTConfig, HiViTModel
+
+    >>> config = HiViTConfig.from_architecture("tiny", num_labels=10)
+    >>> model = HiViTModel(config)
+    ```"""
+
+    model_type = "hivit"
+
+    image_size: int | list[int] | tuple[int, int] = 224
+    patch_size: int = 16
+    num_channels: int = 3
+    hidden_size: int = 512
+    depths: list[int] | tuple[int, ...] = (2, 2, 20)
+    stem_blocks_per_depth: int = 2
+    num_attention_heads: int = 8
+    stem_mlp_ratio: float | int = 3.0
+    mlp_ratio: float | int = 4.0
+    hidden_act: str = "gelu"
+    qkv_bias: bool = True
+    use_absolute_position_embeddings: bool = True
+    use_relative_position_bias: bool = True
+    hidden_dropout_prob: float | int = 0.0
+    attention_probs_dropout_prob: float | int = 0.0
+    drop_path_rate: float | int = 0.0
+    layer_norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    pooler_layernorm: bool = True
+    mask_ratio: float | int = 0.75
+    norm_pix_loss: bool = True
+    fuse_stages: bool = True
+    decoder_hidden_size: int = 512
+    decoder_num_hidden_layers: int = 6
+    decoder_num_attention_heads: int = 16
+    decoder_mlp_ratio: float | int = 4.0
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+
+    @classmethod
+    def from_architecture(cls, name: str, **overrides) -> "HiViTConfig":
+        """
+        The configuration of a published network.
+
+        Args:
+            name (`str`): `"tiny"`, `"small"`, `"base"`, `"large"` (iTPN-L's encoder) or `"base-mae"`.
+            overrides: any keyword of the configuration, `num_labels` for example.
+
+        Raises:
+            ValueError: if there is no such architecture.
+        """
+        if name not in ARCHITECTURES:
+            raise ValueError(f"There is no HiViT architecture named {name!r}. Choose from {', '.join(ARCHITECTURES)}.")
+        return cls(**{**ARCHITECTURES[name], **overrides})
+
+    def __post_init__(self, **kwargs):
+        out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
+        self._refuse_unknown_keywords(kwargs)
+        self.depths = list(self.depths)
+        if not isinstance(self.image_size, int):
+            self.image_size = list(self.image_size)
+        self._refuse_unknown_stages(out_features)
+        self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
+        super().__post_init__(**kwargs)
+        self.check()
+
+    # -- numbers that follow from the fields
+
+    @property
+    def stage_names(self) -> list[str]:
+        return ["stem", "stage1", "stage2", "stage3"]
+
+    @property
+    def stage_channels(self) -> list[int]:
+        """Channels of the stem embedding and of the three stages."""
+        return [self.hidden_size // 4, self.hidden_size // 4, self.hidden_size // 2, self.hidden_size]
+
+    @property
+    def stage_layers(self) -> list[int]:
+        """Layers of each stage: MLP blocks in the first two, attention + MLP blocks in the main stage."""
+        stem1, stem2, main = self.depths
+        return [stem1 * self.stem_blocks_per_depth, stem2 * self.stem_blocks_per_depth, main]
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """All layers of the encoder, which is what `output_hidden_states` records."""
+        return sum(self.stage_layers)
+
+    @num_hidden_layers.setter
+    def num_hidden_layers(self, value):
+        raise NotImplementedError(f"num_hidden_layers follows from depths: got {value!r}; set depths instead.")
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of units in an image of `image_size`."""
+        height, width = self.image_size if isinstance(self.image_size, list) else (self.image_size, self.image_size)
+        return height // self.patch_size, width // self.patch_size
+
+    def num_visible_units(self, num_units: int) -> int:
+        """
+        Units that stay visible when `mask_ratio` of `num_units` are masked (`masking_id` in the original).
+
+        Raises:
+            ValueError: if none stays visible, or `mask_ratio` is outside [0, 1).
+        """
+        if not 0 <= self.mask_ratio < 1:
+            raise ValueError(f"mask_ratio must be in [0, 1), got {self.mask_ratio}. The published value is 0.75.")
+        visible = int(num_units * (1 - self.mask_ratio))
+        if visible < 1:
+            raise ValueError(
+                f"At least one unit must stay visible: mask_ratio {self.mask_ratio} of {num_units} units leaves none. "
+                f"Lower mask_ratio to {1 - 1 / num_units:.3g} or less, or use larger images."
+            )
+        return visible
+
+    # -- what is refused
+
+    def check(self):
+        """
+        Check that the numbers fit together; the models call it again, as later assignments are not checked.
+
+        Raises:
+            ValueError: what does not fit, what was given, and what would.
+        """
+        if len(self.depths) != 3 or min(self.depths, default=0) < 1:
+            raise ValueError(f"depths must be three positive numbers like [2, 2, 20], got {self.depths}.")
+        positive = ["patch_size", "num_channels", "hidden_size", "stem_blocks_per_depth", "num_attention_heads"]
+        positive += ["decoder_hidden_size", "decoder_num_hidden_layers", "decoder_num_attention_heads"]
+        positive += ["stem_mlp_ratio", "mlp_ratio", "decoder_mlp_ratio", "layer_norm_eps"]
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        for name in ["hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "mask_ratio"]:
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}. Give a share such as 0.1.")
+        if self.patch_size % 4:
+            lower = max(self.patch_size // 4 * 4, 4)
+            raise ValueError(
+                f"patch_size must be a multiple of 4, as a unit is a 4x4 grid of tokens: got {self.patch_size}; "
+                f"use {lower} or {self.patch_size // 4 * 4 + 4}."
+            )
+        sizes = self.image_size if isinstance(self.image_size, list) else [self.image_size]
+        if len(sizes) not in (1, 2) or any(size < 1 or size % self.patch_size for size in sizes):
+            raise ValueError(
+                f"image_size must be one or two (height, width) positive multiples of patch_size {self.patch_size}, "
+                f"got {self.image_size}; the nearest are {[nearest_multiples(s, self.patch_size) for s in sizes]}."
+            )
+        for prefix in ["", "decoder_"]:
+            channels, heads = getattr(self, f"{prefix}hidden_size"), getattr(self, f"{prefix}num_attention_heads")
+            if channels % 4:
+                raise ValueError(f"{prefix}hidden_size must be a multiple of 4, got {channels}.")
+            if channels % heads:
+                divisors = [h for h in range(1, channels + 1) if channels % h == 0]
+                raise ValueError(
+                    f"{prefix}num_attention_heads must divide {prefix}hidden_size {channels}, got {heads}; "
+                    f"the nearest that does is {min(divisors, key=lambda h: abs(h - heads))}."
+                )
+
+    def _refuse_unknown_keywords(self, keywords: dict):
+        """A file that another version of transformers wrote may hold that version's own keywords: those pass."""
+        known = [field.name for field in fields(self) if not field.name.startswith("_")] + ["out_features", "out_indices"]
+        for name in keywords:
+            if hasattr(PreTrainedConfig, name) or name in _TRANSFORMERS_KEYWORDS or name.startswith("_"):
+                continue
+            if self.transformers_version not in (None, __version__):
+                logger.warning(f"HiViTConfig keeps, but does not use, {name!r} of transformers {self.transformers_version}.")
+                continue
+            close = difflib.get_close_matches(name, [*known, "num_labels"], n=1)
+            hint = f"Did you mean {close[0]!r}?" if close else f"The keywords are {', '.join(known)}."
+            if name == "num_hidden_layers":
+                hint = "It follows from 'depths': set that instead."
+            raise ValueError(f"HiViTConfig has no keyword {name!r} (got {name}={keywords[name]!r}). {hint}")
+
+    def _refuse_unknown_stages(self, out_features: list[str] | None):
+        unknown = [name for name in out_features or [] if name not in self.stage_names]
+        if unknown:
+            raise ValueError(f"out_features got {unknown}, which do not exist; choose from {self.stage_names}.")
+
+
+def nearest_multiples(size: int, step: int) -> str:
+    """The multiples of `step` around `size`, for error messages: `"224 or 240"`."""
+    lower = size // step * step
+    if lower == size and size > 0:
+        return str(size)
+    return f"{lower} or {lower + step}" if lower > 0 else str(step)
+
+
+__all__ = ["HiViTConfig"]

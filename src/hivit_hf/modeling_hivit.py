@@ -1,0 +1,789 @@
+# Copyright 2026 The HiViT for Transformers authors
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""
+HiViT: a hierarchical vision transformer for masked image modelling (arXiv 2205.14949).
+
+An image is cut into units of 16x16 px. A unit starts as 4x4 tokens, becomes 2x2, then 1, through MLPs only (stages 1
+and 2); units meet in the main stage alone (stage 3). So masked units are never computed, as in plain ViT MAE, and the
+features are still a pyramid.
+
+Shapes, everywhere in this file:
+    B batch · N units · V visible units (V = N when nothing is masked) · C channels of the main stage
+    stem, stage1 (B, V, 4, 4, C/4) -> stage2 (B, V, 2, 2, C/2) -> stage3 (B, V, C)
+Units are in raster order, and so are the tokens inside a unit, as (row, column).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_hivit import HiViTConfig, nearest_multiples
+
+
+@dataclass
+class HiViTModelOutput(BaseModelOutputWithPooling):
+    """
+    Output of `HiViTModel`.
+
+    Args:
+        last_hidden_state (`torch.Tensor` of shape `(B, V, C)`):
+            Output of the main stage, not normalised, in raster order of the visible units.
+        pooler_output (`torch.Tensor` of shape `(B, C)`, *optional*):
+            Normalised mean over the units, if the model was made with a pooling layer.
+        hidden_states (`tuple(torch.Tensor)`, *optional*):
+            The embedding, then the output of each layer: `(B, V, 4, 4, C/4)`, `(B, V, 2, 2, C/2)`, `(B, V, C)`.
+        attentions (`tuple(torch.Tensor)`, *optional*):
+            Attention probabilities of each main stage layer, `(B, heads, V, V)`; eager attention only.
+        stage_hidden_states (`tuple(torch.Tensor)`, *optional*):
+            The embedding and the output of each stage, before the merge that follows it.
+    """
+
+    stage_hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class HiViTMaskedImageModelingOutput(ModelOutput):
+    """
+    Output of `HiViTForMaskedImageModeling`.
+
+    Args:
+        loss (`torch.Tensor` of shape `()`):
+            Mean squared error over the masked units, float32; 0 if nothing is masked.
+        reconstruction (`torch.Tensor` of shape `(B, num_channels, H, W)`):
+            `logits` put back in place. Still in target space: see `HiViTForMaskedImageModeling.reconstruct`.
+        logits (`torch.Tensor` of shape `(B, N, patch_size * patch_size * num_channels)`):
+            Predicted pixels of each unit, as (row, column, channel).
+        bool_masked_pos (`torch.BoolTensor` of shape `(B, N)`):
+            The mask that was used. True = masked.
+        hidden_states (`tuple(torch.Tensor)`, *optional*): of the encoder, as in `HiViTModelOutput`.
+        attentions (`tuple(torch.Tensor)`, *optional*): of the encoder, as in `HiViTModelOutput`.
+    """
+
+    loss: torch.Tensor | None = None
+    reconstruction: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    bool_masked_pos: torch.BoolTensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+# -- units and positions --------------------------------------------------------------------------------------------
+
+
+def cut_into_units(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """A view of the image as units: (B, channels, H, W) -> (B, rows, columns, channels, patch_size, patch_size)."""
+    units = pixel_values.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))
+    return units.permute(0, 2, 4, 1, 3, 5)
+
+
+def image_to_pixels(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """The pixels of each unit, as (row, column, channel): (B, channels, H, W) -> (B, N, p * p * channels)."""
+    return cut_into_units(pixel_values, patch_size).permute(0, 1, 2, 4, 5, 3).flatten(3).flatten(1, 2)
+
+
+def pixels_to_image(pixels: torch.Tensor, patch_size: int, grid: tuple[int, int]) -> torch.Tensor:
+    """The inverse of `image_to_pixels`: (B, N, p * p * channels) -> (B, channels, H, W)."""
+    units = pixels.unflatten(2, (patch_size, patch_size, -1)).unflatten(1, grid)
+    return units.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def visible_indices(bool_masked_pos: torch.BoolTensor, num_visible_units: int) -> torch.LongTensor:
+    """Positions of the visible units in raster order: (B, N) -> (B, V)."""
+    return bool_masked_pos.to(torch.uint8).argsort(dim=1, stable=True)[:, :num_visible_units]
+
+
+def resize_table(table: torch.Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> torch.Tensor:
+    """Bicubic interpolation of a table over a grid: (rows * columns, channels) -> (new rows * new columns, channels)."""
+    if size == new_size:
+        return table
+    image = table.float().t().unflatten(1, size).unsqueeze(0)
+    image = nn.functional.interpolate(image, size=new_size, mode="bicubic", align_corners=False)
+    return image.squeeze(0).flatten(1).t().to(table.dtype)
+
+
+def sin_cos_position_embeddings(grid: tuple[int, int], channels: int) -> torch.Tensor:
+    """
+    Fixed position embedding (1, N, channels), float64: the first half of the channels encodes the column, the second
+    the row, each as sines, then cosines (`get_2d_sincos_pos_embed` of the original).
+    """
+    rows, columns = (torch.arange(length, dtype=torch.float64) for length in grid)
+    frequencies = 10000 ** -(torch.arange(channels // 4, dtype=torch.float64) / (channels // 4))
+    waves = [positions[:, None] * frequencies for positions in (columns.repeat(len(rows)), rows.repeat_interleave(len(columns)))]
+    return torch.cat([wave for angle in waves for wave in (angle.sin(), angle.cos())], dim=1).unsqueeze(0)
+
+
+def relative_position_index(grid: tuple[int, int], device: torch.device) -> torch.LongTensor:
+    """Row of a relative table with (2 * rows - 1) * (2 * columns - 1) entries for each pair (query, key): (N, N)."""
+    rows, columns = grid
+    row = torch.arange(rows, device=device).repeat_interleave(columns)
+    column = torch.arange(columns, device=device).repeat(rows)
+    row_offset = row[:, None] - row[None, :] + rows - 1
+    column_offset = column[:, None] - column[None, :] + columns - 1
+    return row_offset * (2 * columns - 1) + column_offset
+
+
+# -- layers ---------------------------------------------------------------------------------------------------------
+
+
+class HiViTEmbeddings(nn.Module):
+    """The visible units as 4x4 tokens: (B, channels, H, W) -> (B, V, 4, 4, C/4). What is masked is never read."""
+
+    def __init__(self, config: HiViTConfig):
+        super().__init__()
+        self.patch_size = config.patch_size
+        channels, token_size = config.stage_channels[0], config.patch_size // 4
+        self.projection = nn.Conv2d(config.num_channels, channels, kernel_size=token_size, stride=token_size)
+        self.norm = nn.LayerNorm(channels, eps=config.layer_norm_eps)
+
+    def forward(self, pixel_values: torch.Tensor, visible: torch.LongTensor | None = None) -> torch.Tensor:
+        units = cut_into_units(pixel_values.to(self.projection.weight.dtype), self.patch_size)
+        if visible is None:
+            units = units.flatten(1, 2)
+        else:
+            columns = units.shape[2]
+            batch = torch.arange(len(units), device=units.device)[:, None]
+            units = units[batch, visible // columns, visible % columns]
+        tokens = self.projection(units.flatten(0, 1)).permute(0, 2, 3, 1)  # (B * V, 4, 4, C/4)
+        return self.norm(tokens).unflatten(0, units.shape[:2])
+
+
+class HiViTMerge(nn.Module):
+    """Joins 2x2 neighbours, in the order (0,0), (1,0), (0,1), (1,1) of (row, column), and doubles the channels."""
+
+    def __init__(self, config: HiViTConfig, channels: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * channels, eps=config.layer_norm_eps)
+        self.reduction = nn.Linear(4 * channels, 2 * channels, bias=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        # (B, V, 2t, 2t, c) -> (B, V, t, row, t, column, c) -> (B, V, t, t, column, row, c) -> (B, V, t, t, 4c)
+        hidden_states = hidden_states.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
+        hidden_states = hidden_states.permute(0, 1, 2, 4, 5, 3, 6).flatten(4)
+        return self.reduction(self.norm(hidden_states))
+
+
+class HiViTDropPath(nn.Module):
+    """Stochastic depth (arXiv 1603.09382): drops the branch of a whole sample while training."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.rate == 0.0:
+            return hidden_states
+        keep = hidden_states.new_empty((len(hidden_states),) + (1,) * (hidden_states.ndim - 1))
+        return hidden_states * (keep.bernoulli_(1 - self.rate) / (1 - self.rate))
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3f}"
+
+
+class HiViTMLP(nn.Module):
+    """Linear, activation, linear."""
+
+    def __init__(self, config: HiViTConfig, channels: int, ratio: float):
+        super().__init__()
+        self.fc1 = nn.Linear(channels, int(channels * ratio))
+        self.activation = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(int(channels * ratio), channels)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.dropout(self.activation(self.fc1(hidden_states)))
+        return self.dropout(self.fc2(hidden_states))
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention written out: (B, heads, V, d) each -> (B, V, heads, d), and the probabilities (B, heads, V, V)."""
+    scores = torch.matmul(query * scaling, key.transpose(2, 3))
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    # softmax accumulates in float32 for every dtype: a float32 copy of the scores would change nothing but the cost
+    probabilities = nn.functional.softmax(scores, dim=-1)
+    probabilities = nn.functional.dropout(probabilities, p=dropout, training=module.training)
+    return torch.matmul(probabilities.to(value.dtype), value).transpose(1, 2), probabilities
+
+
+class HiViTAttention(nn.Module):
+    """Attention over units, with a learned bias per head and relative position if `use_relative_position_bias`."""
+
+    def __init__(self, config: HiViTConfig, channels: int, num_heads: int, use_relative_position_bias: bool):
+        super().__init__()
+        self.config = config
+        self.num_heads = num_heads
+        self.scaling = (channels // num_heads) ** -0.5
+        self.dropout = config.attention_probs_dropout_prob
+        self.is_causal = False
+        self.qkv = nn.Linear(channels, 3 * channels, bias=config.qkv_bias)
+        self.proj = nn.Linear(channels, channels)
+        self.proj_dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.relative_position_bias_table = None
+        if use_relative_position_bias:
+            self.table_size = tuple(2 * length - 1 for length in config.grid_size)
+            self.relative_position_bias_table = nn.Parameter(torch.zeros(math.prod(self.table_size), num_heads))
+
+    def position_bias(self, index: torch.LongTensor, grid: tuple[int, int]) -> torch.Tensor:
+        """The bias of each head for the pairs in `index`: (V, V) or (B, V, V) -> (1 or B, heads, V, V)."""
+        table = resize_table(self.relative_position_bias_table, self.table_size, tuple(2 * n - 1 for n in grid))
+        bias = nn.functional.embedding(index, table).movedim(-1, -3)
+        return bias.contiguous().view(-1, self.num_heads, *index.shape[-2:])
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_index: torch.LongTensor | None = None,
+        grid: tuple[int, int] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        qkv = self.qkv(hidden_states).unflatten(2, (3, self.num_heads, -1))  # (B, V, 3, heads, d)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+        implementation = self.config._attn_implementation
+        if implementation == "sdpa" and query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16):
+            implementation = "eager"  # on CPUs SDPA is the faster one in float32 only: benchmarks/attention.py
+        bias = None
+        if self.relative_position_bias_table is not None:
+            if "flash" in implementation:
+                raise ValueError(
+                    f"{implementation} cannot add the relative position bias of this model: "
+                    'load it with attn_implementation="sdpa", "eager" or "flex_attention".'
+                )
+            bias = self.position_bias(position_index, grid).to(query.dtype)
+        if implementation == "flex_attention":  # its additive mask has one head only
+            kwargs, bias = {**kwargs, "position_bias": bias}, None
+        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        dropout = self.dropout if self.training else 0.0
+        output, probabilities = attention(
+            self, query, key, value, bias, dropout=dropout, scaling=self.scaling, **kwargs
+        )
+        return self.proj_dropout(self.proj(output.flatten(2))), probabilities
+
+
+class HiViTMLPLayer(GradientCheckpointingLayer):
+    """A layer of the stem stages: one MLP block on the tokens of each unit, of any shape (..., channels)."""
+
+    def __init__(self, config: HiViTConfig, channels: int, mlp_ratio: float, drop_path_rate: float = 0.0):
+        super().__init__()
+        self.norm2 = nn.LayerNorm(channels, eps=config.layer_norm_eps)
+        self.mlp = HiViTMLP(config, channels, mlp_ratio)
+        self.drop_path = HiViTDropPath(drop_path_rate)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        return hidden_states + self.drop_path(self.mlp(self.norm2(hidden_states)))
+
+
+class HiViTAttentionLayer(HiViTMLPLayer):
+    """A layer of the main stage and of the decoder: attention over units, then the MLP block; (B, V, channels)."""
+
+    def __init__(
+        self,
+        config: HiViTConfig,
+        channels: int,
+        num_heads: int,
+        mlp_ratio: float,
+        drop_path_rate: float = 0.0,
+        use_relative_position_bias: bool = False,
+    ):
+        super().__init__(config, channels, mlp_ratio, drop_path_rate)
+        self.norm1 = nn.LayerNorm(channels, eps=config.layer_norm_eps)
+        self.attention = HiViTAttention(config, channels, num_heads, use_relative_position_bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_index: torch.LongTensor | None = None,
+        grid: tuple[int, int] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attended, _ = self.attention(self.norm1(hidden_states), position_index, grid, **kwargs)
+        return super().forward(hidden_states + self.drop_path(attended))
+
+
+class HiViTStage(nn.Module):
+    """Layers, then the merge that leads to the next stage. Returns what the layers give and what the merge gives."""
+
+    def __init__(self, layers: list[nn.Module], merge: nn.Module | None = None):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.merge = merge
+
+    def forward(self, hidden_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, *args, **kwargs)
+        return hidden_states, None if self.merge is None else self.merge(hidden_states)
+
+
+class HiViTDecoder(nn.Module):
+    """
+    Predicts the pixels of all units from the visible ones, as the decoder of MAE (arXiv 2111.06377): (B, V, features),
+    with the three stages of a unit side by side if `fuse_stages`, -> (B, N, p * p * channels).
+    """
+
+    def __init__(self, config: HiViTConfig):
+        super().__init__()
+        channels, eps = config.decoder_hidden_size, config.layer_norm_eps
+        stem1, stem2, main = config.stage_channels[1:]
+        features = 16 * stem1 + 4 * stem2 + main if config.fuse_stages else main
+        self.grid_size = config.grid_size
+        self.norm = nn.LayerNorm(features, eps=eps) if config.fuse_stages else nn.Identity()
+        self.embed = nn.Linear(features, channels)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, channels))
+        positions = sin_cos_position_embeddings(config.grid_size, channels).to(torch.get_default_dtype())
+        self.position_embeddings = nn.Parameter(positions, requires_grad=False)
+        layer = (config, channels, config.decoder_num_attention_heads, config.decoder_mlp_ratio)
+        self.layers = nn.ModuleList(HiViTAttentionLayer(*layer) for _ in range(config.decoder_num_hidden_layers))
+        self.layernorm = nn.LayerNorm(channels, eps=eps)
+        self.head = nn.Linear(channels, config.patch_size**2 * config.num_channels)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        visible: torch.LongTensor,
+        grid: tuple[int, int],
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        hidden_states = self.embed(self.norm(hidden_states))
+        batch_size, _, channels = hidden_states.shape
+        tokens = self.mask_token.to(hidden_states.dtype).expand(batch_size, math.prod(grid), channels)
+        hidden_states = tokens.scatter(1, visible[:, :, None].expand(-1, -1, channels), hidden_states)
+        positions = self.position_embeddings
+        if grid != self.grid_size:
+            positions = sin_cos_position_embeddings(grid, channels).to(positions)
+        hidden_states = hidden_states + positions
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, **kwargs)
+        return self.head(self.layernorm(hidden_states))
+
+
+# -- models ---------------------------------------------------------------------------------------------------------
+
+
+class HiViTPreTrainedModel(PreTrainedModel):
+    """Initialisation of the weights, and what all HiViT models support."""
+
+    config: HiViTConfig
+    base_model_prefix = "hivit"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["HiViTEmbeddings", "HiViTMLPLayer", "HiViTAttentionLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": HiViTMLPLayer, "attentions": HiViTAttention}
+
+    def __init__(self, config: HiViTConfig, *args, **kwargs):
+        config.check()
+        super().__init__(config, *args, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base_model.embeddings.projection
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            init.trunc_normal_(module.weight, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):  # the original keeps what PyTorch draws
+            bound = 1 / math.sqrt(math.prod(module.weight.shape[1:]))
+            init.uniform_(module.weight, -bound, bound)
+            init.uniform_(module.bias, -bound, bound)
+        else:
+            super()._init_weights(module)
+        if isinstance(module, HiViTAttention) and module.relative_position_bias_table is not None:
+            init.zeros_(module.relative_position_bias_table)
+        elif isinstance(module, HiViTModel) and module.position_embeddings is not None:
+            init.trunc_normal_(module.position_embeddings, std=std)
+        elif isinstance(module, HiViTDecoder):
+            init.normal_(module.mask_token, std=std)
+            channels = module.position_embeddings.shape[2]
+            init.copy_(module.position_embeddings, sin_cos_position_embeddings(module.grid_size, channels))
+        elif isinstance(module, HiViTForMaskedImageModeling) and module.hivit.position_embeddings is not None:
+            positions = sin_cos_position_embeddings(self.config.grid_size, self.config.hidden_size)
+            init.copy_(module.hivit.position_embeddings, positions)
+
+
+class HiViTModel(HiViTPreTrainedModel):
+    """
+    The encoder. Never masks unless it is told which units.
+
+    Args:
+        config (`HiViTConfig`): the configuration.
+        add_pooling_layer (`bool`, *optional*, defaults to `True`): whether to return `pooler_output`.
+    """
+
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\."]
+
+    def __init__(self, config: HiViTConfig, add_pooling_layer: bool = True):
+        super().__init__(config)
+        self.embeddings = HiViTEmbeddings(config)
+        stem1, stem2, main = config.stage_channels[1:]
+        num_layers = config.num_hidden_layers
+        rates = [config.drop_path_rate * i / max(num_layers - 1, 1) for i in range(num_layers)]
+        first, second = config.stage_layers[0], sum(config.stage_layers[:2])
+        self.stages = nn.ModuleList(
+            [
+                HiViTStage(
+                    [HiViTMLPLayer(config, stem1, config.stem_mlp_ratio, rate) for rate in rates[:first]],
+                    HiViTMerge(config, stem1),
+                ),
+                HiViTStage(
+                    [HiViTMLPLayer(config, stem2, config.stem_mlp_ratio, rate) for rate in rates[first:second]],
+                    HiViTMerge(config, stem2),
+                ),
+                HiViTStage(
+                    [
+                        HiViTAttentionLayer(
+                            config,
+                            main,
+                            config.num_attention_heads,
+                            config.mlp_ratio,
+                            rate,
+                            config.use_relative_position_bias,
+                        )
+                        for rate in rates[second:]
+                    ]
+                ),
+            ]
+        )
+        self.position_embeddings = None
+        if config.use_absolute_position_embeddings:
+            self.position_embeddings = nn.Parameter(torch.zeros(1, math.prod(config.grid_size), main))
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.add_pooling_layer = add_pooling_layer
+        self.layernorm = None
+        if add_pooling_layer and config.pooler_layernorm:
+            self.layernorm = nn.LayerNorm(main, eps=config.layer_norm_eps)
+        self.post_init()
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        bool_masked_pos: torch.BoolTensor | None = None,
+        num_visible_units: int | None = None,
+        output_stage_hidden_states: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> HiViTModelOutput:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, num_channels, H, W)`):
+                Images whose height and width are multiples of `config.patch_size`.
+            bool_masked_pos (`torch.BoolTensor` of shape `(B, N)`, *optional*):
+                Units that are left out, True = masked; as many in each row. Nothing is masked if not given.
+            num_visible_units (`int`, *optional*):
+                How many units of each row are visible, if known: the mask is then not checked, which would wait for
+                the device. Under `torch.compile` and `torch.export` it comes from `config.mask_ratio` if not given.
+            output_stage_hidden_states (`bool`, *optional*, defaults to `False`):
+                Whether to return the embedding and the output of each stage.
+
+        Raises:
+            ValueError: for images and masks of other shapes, and masks that hide everything.
+        """
+        grid = self.check_pixel_values(pixel_values)
+        visible = None
+        if bool_masked_pos is not None:
+            if num_visible_units is None:
+                num_visible_units = self._count_visible_units(bool_masked_pos, len(pixel_values), math.prod(grid))
+            visible = visible_indices(bool_masked_pos, num_visible_units)
+
+        stem = self.embeddings(pixel_values, visible)
+        stage1, hidden_states = self.stages[0](stem)
+        stage2, hidden_states = self.stages[1](hidden_states)
+        hidden_states = hidden_states.flatten(2)  # (B, V, 1, 1, C) -> (B, V, C)
+        if self.position_embeddings is not None:
+            positions = resize_table(self.position_embeddings[0], self.config.grid_size, grid)
+            hidden_states = hidden_states + (positions if visible is None else nn.functional.embedding(visible, positions))
+        position_index = None
+        if self.config.use_relative_position_bias:
+            position_index = relative_position_index(grid, hidden_states.device)
+            if visible is not None:
+                position_index = position_index[visible[:, :, None], visible[:, None, :]]
+        stage3, _ = self.stages[2](self.dropout(hidden_states), position_index, grid, **kwargs)
+
+        pooled = stage3.mean(dim=1) if self.add_pooling_layer else None
+        if self.layernorm is not None:
+            pooled = self.layernorm(pooled)
+        stages = (stem, stage1, stage2, stage3) if output_stage_hidden_states else None
+        return HiViTModelOutput(last_hidden_state=stage3, pooler_output=pooled, stage_hidden_states=stages)
+
+    def check_pixel_values(self, pixel_values: torch.Tensor | None) -> tuple[int, int]:
+        """The grid of units, as (rows, columns), of images that the model can take. ValueError for others."""
+        channels, patch_size = self.config.num_channels, self.config.patch_size
+        if pixel_values is None or pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
+            got = "nothing" if pixel_values is None else f"{tuple(pixel_values.shape)}"
+            raise ValueError(
+                f"pixel_values must have the shape (batch, {channels} channels, height, width), got {got}. Convert the "
+                f"images, or make the model with another num_channels."
+            )
+        height, width = pixel_values.shape[2:]
+        if height % patch_size or width % patch_size or not height or not width:
+            raise ValueError(
+                f"Image height and width must be multiples of patch_size {patch_size}, got {height}x{width}. Resize to "
+                f"height {nearest_multiples(height, patch_size)} and width {nearest_multiples(width, patch_size)}."
+            )
+        return height // patch_size, width // patch_size
+
+    def _count_visible_units(self, bool_masked_pos: torch.BoolTensor, batch_size: int, num_units: int) -> int:
+        """Visible units of each row of a mask that a user gave. ValueError if the rows differ or none is left."""
+        if tuple(bool_masked_pos.shape) != (batch_size, num_units):
+            raise ValueError(
+                f"bool_masked_pos must have the shape (batch, units) = ({batch_size}, {num_units}), one value per "
+                f"{self.config.patch_size} px unit, got {tuple(bool_masked_pos.shape)}."
+            )
+        if torch.compiler.is_compiling():
+            return self.config.num_visible_units(num_units)
+        counts = sorted(set((bool_masked_pos == 0).sum(dim=1).tolist()))
+        if len(counts) > 1:
+            raise ValueError(
+                f"Every row of bool_masked_pos must mask the same number of units, got rows with {counts} visible. "
+                "Draw the masks with one mask ratio."
+            )
+        if counts == [0]:
+            raise ValueError(f"bool_masked_pos masks all {num_units} units: leave at least one visible (False).")
+        return counts[0] if counts else num_units
+
+
+class HiViTForMaskedImageModeling(HiViTPreTrainedModel):
+    """Masked autoencoder: the encoder sees the visible units only, a decoder predicts the pixels of the others."""
+
+    def __init__(self, config: HiViTConfig):
+        super().__init__(config)
+        config.num_visible_units(math.prod(config.grid_size))
+        self.hivit = HiViTModel(config, add_pooling_layer=False)
+        self.decoder = HiViTDecoder(config)
+        self.post_init()
+
+    def draw_mask(self, pixel_values: torch.Tensor, noise: torch.Tensor | None = None) -> torch.BoolTensor:
+        """
+        A random mask of `config.mask_ratio`, True = masked: (B, N). The units with the smallest noise are kept.
+
+        Raises:
+            ValueError: if `noise` has another shape, or no unit would stay visible.
+        """
+        shape = (len(pixel_values), math.prod(self.hivit.check_pixel_values(pixel_values)))
+        if noise is None:
+            noise = torch.rand(shape, device=pixel_values.device)
+        elif tuple(noise.shape) != shape:
+            raise ValueError(f"noise must have the shape (batch, units) = {shape}, got {tuple(noise.shape)}.")
+        keep = noise.argsort(dim=1, stable=True)[:, : self.config.num_visible_units(shape[1])]
+        return torch.ones_like(noise, dtype=torch.bool).scatter(1, keep, False)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        bool_masked_pos: torch.BoolTensor | None = None,
+        noise: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> HiViTMaskedImageModelingOutput:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, num_channels, H, W)`):
+                Images whose height and width are multiples of `config.patch_size`.
+            bool_masked_pos (`torch.BoolTensor` of shape `(B, N)`, *optional*):
+                Units to predict, True = masked; as many in each row. Drawn from `config.mask_ratio` if not given.
+            noise (`torch.Tensor` of shape `(B, N)`, *optional*):
+                What the mask is drawn from, if it is drawn. The units with the smallest values stay visible.
+
+        Raises:
+            ValueError: for images, masks and noise of other shapes, and masks that hide everything.
+        """
+        patch_size, grid = self.config.patch_size, self.hivit.check_pixel_values(pixel_values)
+        num_visible_units = None
+        if bool_masked_pos is None:
+            bool_masked_pos = self.draw_mask(pixel_values, noise)
+            num_visible_units = self.config.num_visible_units(math.prod(grid))
+        bool_masked_pos = bool_masked_pos.bool()
+        encoded = self.hivit(
+            pixel_values,
+            bool_masked_pos,
+            num_visible_units=num_visible_units,
+            output_stage_hidden_states=self.config.fuse_stages,
+            **kwargs,
+        )
+        features = encoded.last_hidden_state
+        visible = visible_indices(bool_masked_pos, features.shape[1])
+        if self.config.fuse_stages:
+            features = torch.cat([stage.flatten(2) for stage in encoded.stage_hidden_states[1:]], dim=2)
+        logits = self.decoder(features, visible, grid, **kwargs)
+
+        squared_error = (logits.float() - self.target(pixel_values)).square().mean(dim=2)
+        num_masked = bool_masked_pos.numel() - visible.numel()
+        return HiViTMaskedImageModelingOutput(
+            loss=(squared_error * bool_masked_pos).sum() / max(num_masked, 1),
+            reconstruction=pixels_to_image(logits, patch_size, grid),
+            logits=logits,
+            bool_masked_pos=bool_masked_pos,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+        )
+
+    def target(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """What the decoder learns to predict, float32: (B, N, p * p * num_channels)."""
+        pixels = image_to_pixels(pixel_values, self.config.patch_size)
+        pixels = pixels if pixels.dtype == torch.float64 else pixels.float()
+        if not self.config.norm_pix_loss:
+            return pixels
+        mean, std = self._unit_statistics(pixels)
+        return (pixels - mean) / std
+
+    @staticmethod
+    def _unit_statistics(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        variance, mean = torch.var_mean(pixels, dim=2, keepdim=True)  # unbiased, as in MAE
+        return mean, (variance + 1e-6).sqrt()
+
+    @torch.no_grad()
+    def reconstruct(
+        self,
+        pixel_values: torch.Tensor,
+        bool_masked_pos: torch.BoolTensor | None = None,
+        noise: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        The picture people expect: predicted units brought back to pixels (each with the mean and deviation of the true
+        unit if `config.norm_pix_loss`), visible units as they were. Arguments and errors as in `forward`.
+
+        Returns:
+            `torch.Tensor` of shape `(B, num_channels, H, W)`, in the space of `pixel_values`, float32.
+        """
+        output = self(pixel_values, bool_masked_pos=bool_masked_pos, noise=noise, return_dict=True)
+        pixels = image_to_pixels(pixel_values, self.config.patch_size).float()
+        predicted = output.logits.float()
+        if self.config.norm_pix_loss:
+            mean, std = self._unit_statistics(pixels)
+            predicted = predicted * std + mean
+        pixels = torch.where(output.bool_masked_pos[:, :, None], predicted, pixels)
+        return pixels_to_image(pixels, self.config.patch_size, self.hivit.check_pixel_values(pixel_values))
+
+
+class HiViTForImageClassification(HiViTPreTrainedModel):
+    """The encoder with a linear classifier on the pooled output; `config.problem_type` chooses the loss."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\."]
+
+    def __init__(self, config: HiViTConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.hivit = HiViTModel(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> ImageClassifierOutput:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, num_channels, H, W)`):
+                Images whose height and width are multiples of `config.patch_size`.
+            labels (`torch.Tensor`, *optional*):
+                `(B,)` class indices, `(B, num_labels)` zeros and ones for multi-label classification, or `(B,)` or
+                `(B, num_labels)` numbers for regression.
+
+        Raises:
+            ValueError: for images of other shapes.
+        """
+        encoded = self.hivit(pixel_values, **kwargs)
+        logits = self.classifier(encoded.pooler_output)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=encoded.hidden_states, attentions=encoded.attentions
+        )
+
+
+class HiViTBackbone(BackboneMixin, HiViTPreTrainedModel):
+    """The outputs of the stages as maps: `stem` and `stage1` (stride 4), `stage2` (8), `stage3` (16)."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^classifier\.", r"^(hivit\.)?layernorm\."]
+
+    def __init__(self, config: HiViTConfig):
+        super().__init__(config)
+        self.num_features = config.stage_channels
+        self.hivit = HiViTModel(config, add_pooling_layer=False)
+        self.post_init()
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(
+        self, pixel_values: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
+    ) -> BackboneOutput:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, num_channels, H, W)`):
+                Images whose height and width are multiples of `config.patch_size`.
+
+        Returns:
+            `BackboneOutput` with `feature_maps`, one `(B, channels, height, width)` per `config.out_features`.
+
+        Raises:
+            ValueError: for images of other shapes.
+        """
+        grid = self.hivit.check_pixel_values(pixel_values)
+        encoded = self.hivit(pixel_values, output_stage_hidden_states=True, **kwargs)
+        maps = [
+            self._units_to_map(tokens, grid)
+            for name, tokens in zip(self.stage_names, encoded.stage_hidden_states)
+            if name in self.out_features
+        ]
+        return BackboneOutput(
+            feature_maps=tuple(maps), hidden_states=encoded.hidden_states, attentions=encoded.attentions
+        )
+
+    @staticmethod
+    def _units_to_map(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """(B, N, t, t, channels) or (B, N, channels) -> (B, channels, rows * t, columns * t)."""
+        if tokens.ndim == 3:
+            tokens = tokens[:, :, None, None]
+        tokens = tokens.unflatten(1, grid).permute(0, 5, 1, 3, 2, 4)
+        return tokens.flatten(4, 5).flatten(2, 3)
+
+
+__all__ = [
+    "HiViTBackbone",
+    "HiViTForImageClassification",
+    "HiViTForMaskedImageModeling",
+    "HiViTModel",
+    "HiViTPreTrainedModel",
+]
