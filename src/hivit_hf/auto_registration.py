@@ -17,7 +17,12 @@ def _register_config(auto):
     auto.AutoConfig.register(HiViTConfig.model_type, HiViTConfig, exist_ok=True)
 
 
-def _register_models(auto):
+def _register_models(_module):
+    """Runs when transformers' modeling_auto and our modeling_hivit are both there: the latter imports the former."""
+    if getattr(getattr(sys.modules.get(_NETWORK), "__spec__", None), "_initializing", False):
+        return
+    import transformers.models.auto.modeling_auto as auto
+
     from . import modeling_hivit as hivit
     from .configuration_hivit import HiViTConfig
 
@@ -39,7 +44,9 @@ def _register_image_processor(auto):
     auto.AutoImageProcessor.register(HiViTConfig, BitImageProcessor, exist_ok=True)
 
 
+_NETWORK = f"{__package__}.modeling_hivit"
 _REGISTRATIONS = {
+    _NETWORK: _register_models,
     "transformers.models.auto.configuration_auto": _register_config,
     "transformers.models.auto.modeling_auto": _register_models,
     "transformers.models.auto.image_processing_auto": _register_image_processor,
@@ -58,6 +65,7 @@ class _RegisteringLoader(importlib.abc.Loader):
     def exec_module(self, module):
         self.loader.exec_module(module)
         module.__spec__.loader = module.__loader__ = self.loader
+        module.__spec__._initializing = False
         self.register(module)
 
 

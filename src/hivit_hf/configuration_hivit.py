@@ -17,7 +17,7 @@ import difflib
 from dataclasses import fields
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig, __version__
+from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.utils import logging
 
@@ -268,13 +268,13 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 )
 
     def _refuse_unknown_keywords(self, keywords: dict):
-        """A file that another version of transformers wrote may hold that version's own keywords: those pass."""
+        """A saved file may hold what a user or another version of transformers had attached: that is kept."""
         known = [field.name for field in fields(self) if not field.name.startswith("_")] + ["out_features", "out_indices"]
         for name in keywords:
             if hasattr(PreTrainedConfig, name) or name in _TRANSFORMERS_KEYWORDS or name.startswith("_"):
                 continue
-            if self.transformers_version not in (None, __version__):
-                logger.warning(f"HiViTConfig keeps, but does not use, {name!r} of transformers {self.transformers_version}.")
+            if self.transformers_version is not None:
+                logger.warning(f"HiViTConfig keeps {name}={keywords[name]!r} of the loaded file, but does not use it.")
                 continue
             close = difflib.get_close_matches(name, [*known, "num_labels"], n=1)
             hint = f"Did you mean {close[0]!r}?" if close else f"The keywords are {', '.join(known)}."
