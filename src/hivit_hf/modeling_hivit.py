@@ -646,10 +646,11 @@ class HiViTForMaskedImageModeling(HiViTPreTrainedModel):
             features = torch.cat([stage.flatten(2) for stage in encoded.stage_hidden_states[1:]], dim=2)
         logits = self.decoder(features, visible, grid, **kwargs)
 
-        squared_error = (logits.float() - self.target(pixel_values)).square().mean(dim=2)
+        target = self.target(pixel_values)
+        error = nn.functional.mse_loss(logits.to(target.dtype), target, reduction="none").mean(dim=2)
         num_masked = bool_masked_pos.numel() - visible.numel()
         return HiViTMaskedImageModelingOutput(
-            loss=(squared_error * bool_masked_pos).sum() / max(num_masked, 1),
+            loss=(error * bool_masked_pos).sum() / max(num_masked, 1),
             reconstruction=pixels_to_image(logits, patch_size, grid),
             logits=logits,
             bool_masked_pos=bool_masked_pos,
@@ -658,13 +659,13 @@ class HiViTForMaskedImageModeling(HiViTPreTrainedModel):
         )
 
     def target(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """What the decoder learns to predict, float32: (B, N, p * p * num_channels)."""
+        """What the decoder learns to predict, at least float32: (B, N, p * p * num_channels)."""
         pixels = image_to_pixels(pixel_values, self.config.patch_size)
-        pixels = pixels if pixels.dtype == torch.float64 else pixels.float()
+        pixels = pixels.to(torch.promote_types(pixels.dtype, torch.float32))
         if not self.config.norm_pix_loss:
             return pixels
         mean, std = self._unit_statistics(pixels)
-        return (pixels - mean) / std
+        return pixels.sub_(mean).div_(std)  # image_to_pixels copies: the images stay as they are
 
     @staticmethod
     def _unit_statistics(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

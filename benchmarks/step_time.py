@@ -1,0 +1,134 @@
+"""
+python benchmarks/step_time.py [--batch_size 8] [--rounds 7] [--device cpu]
+
+Times one masked step, forward + backward, of the base models: ours, the same in the original's order of operations, and
+the ones in transformers that a user would take instead. All in one process, in turn; medians, and ratios round by round.
+Peak memory comes from one process per model. Writes benchmarks/results/step_time_DEVICE.json.
+
+transformers' Hiera has no SDPA path; its mask ratio is its own published 0.6.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+
+import torch
+from measure import PRECISIONS, interleave, matrix_product, peak_resident_mib, summarize, write
+from original_order import reorder
+from transformers import (
+    HieraConfig,
+    HieraForPreTraining,
+    SwinConfig,
+    SwinForMaskedImageModeling,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
+)
+
+from hivit_hf import HiViTConfig, HiViTForMaskedImageModeling
+
+
+OURS, ORIGINAL = "HiViT-B", "HiViT-B, original order"
+# Operations of one masked step of base-mae at 224 px, forward + backward, per image: all its matrix products.
+STEP_GFLOP = 47.7
+
+
+def hivit():
+    return HiViTForMaskedImageModeling(HiViTConfig.from_architecture("base-mae"))
+
+
+def swin():
+    config = SwinConfig(embed_dim=128, depths=[2, 2, 18, 2], num_heads=[4, 8, 16, 32], encoder_stride=32)
+    return SwinForMaskedImageModeling(config)
+
+
+def hiera():
+    decoder = {"decoder_hidden_size": 512, "decoder_depth": 8, "decoder_num_heads": 16}
+    config = HieraConfig(embed_dim=96, depths=[2, 3, 16, 3], num_heads=[1, 2, 4, 8], mask_ratio=0.6, **decoder)
+    return HieraForPreTraining(config)
+
+
+MODELS = {
+    OURS: hivit,
+    ORIGINAL: lambda: reorder(hivit()),
+    "ViTMAE-B": lambda: ViTMAEForPreTraining(ViTMAEConfig()),
+    "Swin-B SimMIM": swin,
+    "Hiera-B MAE": hiera,
+}
+
+
+def masked_step(model, pixel_values: torch.Tensor, dtype: torch.dtype):
+    """A function that runs one forward + backward and returns its seconds."""
+    inputs = {"pixel_values": pixel_values}
+    if isinstance(model, SwinForMaskedImageModeling):
+        units = torch.rand(len(pixel_values), 7, 7, device=pixel_values.device) < 0.6  # SimMIM masks 32 px squares
+        inputs["bool_masked_pos"] = units.repeat_interleave(8, 1).repeat_interleave(8, 2).flatten(1)
+
+    def run() -> float:
+        model.zero_grad(set_to_none=True)
+        start = time.perf_counter()
+        with torch.autocast(pixel_values.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            loss = model(**inputs).loss
+        loss.backward()
+        if pixel_values.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    return run
+
+
+def peak_memory_mib(name: str, batch_size: int, device: str, dtype: torch.dtype) -> float:
+    """What one step needs beyond the model itself, MiB: gradients and activations."""
+    model = MODELS[name]().to(device).train()
+    run = masked_step(model, torch.randn(batch_size, 3, 224, 224, device=device), dtype)
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    before = peak_resident_mib()
+    run()
+    return peak_resident_mib() - before
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch_size", type=int, default=8, help="Images per step.")
+    parser.add_argument("--rounds", type=int, default=7, help="Counted rounds.")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="Where to run.")
+    parser.add_argument("--memory_of", nargs=2, metavar=("MODEL", "PRECISION"), help="Print the peak memory of one, MiB.")
+    arguments = parser.parse_args()
+    batch_size, device = arguments.batch_size, arguments.device
+    torch.manual_seed(0)
+    if arguments.memory_of:
+        name, precision = arguments.memory_of
+        print(peak_memory_mib(name, batch_size, device, PRECISIONS[precision]))
+        return
+
+    results = {"batch_size": batch_size, "image_size": 224, "step_gflop_per_image": STEP_GFLOP}
+    pixel_values = torch.randn(batch_size, 3, 224, 224, device=device)
+    models = {name: make().to(device).train() for name, make in MODELS.items()}
+    for precision, dtype in PRECISIONS.items():
+        contenders = {name: masked_step(model, pixel_values, dtype) for name, model in models.items()}
+        contenders["matrix product"] = matrix_product(dtype, device)
+        seconds = interleave(contenders, arguments.rounds, f"masked step, {precision}")
+        product = seconds.pop("matrix product")
+        rate = sorted(2 * 2048**3 / s / 1e9 for s in product)[len(product) // 2]
+        share = sorted(STEP_GFLOP * batch_size / s / (2 * 2048**3 / p / 1e9) for s, p in zip(seconds[OURS], product))
+        table = summarize(seconds, OURS)
+        for name in table:
+            command = [sys.executable, __file__, "--batch_size", str(batch_size), "--device", device]
+            command += ["--memory_of", name, precision]
+            output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            table[name]["peak_memory_mib"] = float(output.strip().splitlines()[-1])
+        results[precision] = {
+            "models": table,
+            "matrix_product_gflop_per_s": rate,
+            "share_of_matrix_product_rate": share[len(share) // 2],
+        }
+        print(json.dumps(results[precision], indent=1))
+    print("written:", write(f"step_time_{device}", results, device))
+
+
+if __name__ == "__main__":
+    main()
