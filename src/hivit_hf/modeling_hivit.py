@@ -269,8 +269,9 @@ class HiViTAttention(nn.Module):
         grid: tuple[int, int] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        qkv = self.qkv(hidden_states).unflatten(2, (3, self.num_heads, -1))  # (B, V, 3, heads, d)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        # (B, V, 3 * channels) -> three of (B, heads, V, d), which are views
+        qkv = self.qkv(hidden_states).chunk(3, dim=2)
+        query, key, value = (part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in qkv)
 
         implementation = self.config._attn_implementation
         if implementation == "sdpa" and query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16):
