@@ -18,6 +18,7 @@ from dataclasses import fields
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.utils import logging
 
@@ -244,6 +245,9 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
         for name in ["hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "mask_ratio"]:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}. Give a share such as 0.1.")
+        if self.hidden_act not in ACT2FN:
+            close = difflib.get_close_matches(self.hidden_act, ACT2FN, n=3) or ["gelu"]
+            raise ValueError(f"hidden_act {self.hidden_act!r} does not exist; did you mean {' or '.join(close)}?")
         if self.patch_size % 4:
             lower = max(self.patch_size // 4 * 4, 4)
             raise ValueError(

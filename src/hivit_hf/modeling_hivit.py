@@ -284,8 +284,8 @@ class HiViTAttention(nn.Module):
                     'load it with attn_implementation="sdpa", "eager" or "flex_attention".'
                 )
             bias = self.position_bias(position_index, grid).to(query.dtype)
-        if implementation == "flex_attention":  # its additive mask has one head only
-            kwargs, bias = {**kwargs, "position_bias": bias}, None
+        if implementation == "flex_attention" and bias is not None:  # its additive mask has one head only
+            kwargs, bias = {**kwargs, "position_bias": bias.expand(len(query), -1, -1, -1)}, None
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         dropout = self.dropout if self.training else 0.0
         output, probabilities = attention(
@@ -364,11 +364,15 @@ class HiViTDecoder(nn.Module):
         self.embed = nn.Linear(features, channels)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, channels))
         positions = sin_cos_position_embeddings(config.grid_size, channels).to(torch.get_default_dtype())
-        self.position_embeddings = nn.Parameter(positions, requires_grad=False)
+        self.position_embeddings = nn.Parameter(positions)
         layer = (config, channels, config.decoder_num_attention_heads, config.decoder_mlp_ratio)
         self.layers = nn.ModuleList(HiViTAttentionLayer(*layer) for _ in range(config.decoder_num_hidden_layers))
         self.layernorm = nn.LayerNorm(channels, eps=eps)
         self.head = nn.Linear(channels, config.patch_size**2 * config.num_channels)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None):
+        """Keeps the position embedding frozen: `from_pretrained` assigns all parameters anew, as trainable ones."""
+        super().register_parameter(name, param.requires_grad_(False) if name == "position_embeddings" else param)
 
     def forward(
         self,
@@ -432,14 +436,15 @@ class HiViTPreTrainedModel(PreTrainedModel):
         if isinstance(module, HiViTAttention) and module.relative_position_bias_table is not None:
             init.zeros_(module.relative_position_bias_table)
         elif isinstance(module, HiViTModel) and module.position_embeddings is not None:
-            init.trunc_normal_(module.position_embeddings, std=std)
+            if module.sin_cos_start:
+                positions = sin_cos_position_embeddings(self.config.grid_size, self.config.hidden_size)
+                init.copy_(module.position_embeddings, positions)
+            else:
+                init.trunc_normal_(module.position_embeddings, std=std)
         elif isinstance(module, HiViTDecoder):
             init.normal_(module.mask_token, std=std)
             channels = module.position_embeddings.shape[2]
             init.copy_(module.position_embeddings, sin_cos_position_embeddings(module.grid_size, channels))
-        elif isinstance(module, HiViTForMaskedImageModeling) and module.hivit.position_embeddings is not None:
-            positions = sin_cos_position_embeddings(self.config.grid_size, self.config.hidden_size)
-            init.copy_(module.hivit.position_embeddings, positions)
 
 
 class HiViTModel(HiViTPreTrainedModel):
@@ -449,12 +454,15 @@ class HiViTModel(HiViTPreTrainedModel):
     Args:
         config (`HiViTConfig`): the configuration.
         add_pooling_layer (`bool`, *optional*, defaults to `True`): whether to return `pooler_output`.
+        sin_cos_start (`bool`, *optional*, defaults to `False`): whether the position embedding, which is learned, starts
+            as sines and cosines, as in the masked autoencoder, or as random numbers.
     """
 
     _keys_to_ignore_on_load_unexpected = [r"^decoder\."]
 
-    def __init__(self, config: HiViTConfig, add_pooling_layer: bool = True):
+    def __init__(self, config: HiViTConfig, add_pooling_layer: bool = True, sin_cos_start: bool = False):
         super().__init__(config)
+        self.sin_cos_start = sin_cos_start
         self.embeddings = HiViTEmbeddings(config)
         stem1, stem2, main = config.stage_channels[1:]
         num_layers = config.num_hidden_layers
@@ -589,7 +597,7 @@ class HiViTForMaskedImageModeling(HiViTPreTrainedModel):
     def __init__(self, config: HiViTConfig):
         super().__init__(config)
         config.num_visible_units(math.prod(config.grid_size))
-        self.hivit = HiViTModel(config, add_pooling_layer=False)
+        self.hivit = HiViTModel(config, add_pooling_layer=False, sin_cos_start=True)
         self.decoder = HiViTDecoder(config)
         self.post_init()
 
@@ -666,7 +674,7 @@ class HiViTForMaskedImageModeling(HiViTPreTrainedModel):
         if not self.config.norm_pix_loss:
             return pixels
         mean, std = self._unit_statistics(pixels)
-        return pixels.sub_(mean).div_(std)  # image_to_pixels copies: the images stay as they are
+        return (pixels - mean) / std
 
     @staticmethod
     def _unit_statistics(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

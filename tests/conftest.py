@@ -1,0 +1,61 @@
+"""What all tests share: no network, small networks, weights in which every tensor matters."""
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import pytest
+import torch
+
+from hivit_hf import HiViTConfig
+
+
+TINY = {
+    "image_size": 64,
+    "hidden_size": 32,
+    "depths": [1, 1, 2],
+    "num_attention_heads": 4,
+    "decoder_hidden_size": 24,
+    "decoder_num_hidden_layers": 2,
+    "decoder_num_attention_heads": 3,
+    "num_labels": 5,
+}
+
+
+@pytest.fixture(autouse=True)
+def deterministic():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny_config():
+    """A function that makes the configuration of a network small enough for the oracle."""
+    return lambda **changes: HiViTConfig(**{**TINY, **changes})
+
+
+@pytest.fixture
+def redraw():
+    """A function that draws every parameter anew, so that zeros and ones of the initialisation hide nothing."""
+
+    def draw(model):
+        generator = torch.Generator().manual_seed(1)
+        for name, parameter in model.named_parameters():
+            if name != "decoder.position_embeddings":
+                scale = 1.0 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
+                parameter.data = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * scale
+        return model
+
+    return draw
+
+
+@pytest.fixture
+def draw_masks():
+    """A function that draws masks (batch, units), True = masked, with as many in each row."""
+
+    def draw(batch_size, num_units, num_masked):
+        order = torch.rand(batch_size, num_units).argsort(dim=1)
+        return order < num_masked
+
+    return draw

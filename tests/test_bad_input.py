@@ -1,0 +1,120 @@
+"""Whatever a user can get wrong is a ValueError that says what, what was given, and what would do; within a second."""
+
+import time
+
+import pytest
+import torch
+
+from hivit_hf import HiViTBackbone, HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling, HiViTModel
+
+
+@pytest.fixture(autouse=True)
+def within_a_second():
+    start = time.perf_counter()
+    yield
+    assert time.perf_counter() - start < 1
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"hiden_size": 64}, r"no keyword 'hiden_size' \(got hiden_size=64\). Did you mean 'hidden_size'\?"),
+        ({"num_hidden_layers": 12}, r"'num_hidden_layers' .* follows from 'depths'"),
+        ({"qwertyuiop": 1}, r"no keyword 'qwertyuiop' .* The keywords are .*image_size"),
+        ({"depths": [2, 20]}, r"depths must be three positive numbers like \[2, 2, 20\], got \[2, 20\]"),
+        ({"depths": [2, 0, 20]}, r"depths .* got \[2, 0, 20\]"),
+        ({"depths": []}, r"depths .* got \[\]"),
+        ({"hidden_size": 510}, r"hidden_size must be a multiple of 4, got 510"),
+        ({"num_attention_heads": 7}, r"num_attention_heads must divide hidden_size 512, got 7; the nearest .* 8"),
+        ({"decoder_num_attention_heads": 10}, r"decoder_num_attention_heads must divide .* 512, got 10; .* 8"),
+        ({"num_attention_heads": 0}, r"num_attention_heads must be positive, got 0"),
+        ({"hidden_size": -4}, r"hidden_size must be positive, got -4"),
+        ({"patch_size": 10}, r"patch_size must be a multiple of 4.*got 10; use 8 or 12"),
+        ({"image_size": 230}, r"image_size .* multiples of patch_size 16, got 230; the nearest are \['224 or 240'\]"),
+        ({"image_size": [224, 100]}, r"got \[224, 100\]; the nearest are \['224', '96 or 112'\]"),
+        ({"image_size": [224]*3}, r"image_size must be one or two"),
+        ({"mask_ratio": 1.0}, r"mask_ratio must be in \[0, 1\), got 1.0"),
+        ({"mask_ratio": -0.1}, r"mask_ratio must be in \[0, 1\), got -0.1"),
+        ({"drop_path_rate": 1.5}, r"drop_path_rate must be in \[0, 1\), got 1.5"),
+        ({"out_features": ["stage3", "stage4"]}, r"out_features got \['stage4'\], which do not exist; choose from"),
+        ({"out_features": ["stage3", "stage1"]}, r"same order"),
+        ({"out_indices": [7]}, r"out_indices"),
+        ({"hidden_act": "gellu"}, r"hidden_act 'gellu'.*gelu"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_configuration(keywords, message):
+    with pytest.raises(ValueError, match=message):
+        HiViTConfig(**keywords)
+
+
+def test_unknown_architecture():
+    with pytest.raises(ValueError, match="no HiViT architecture named 'huge'. Choose from tiny, small"):
+        HiViTConfig.from_architecture("huge")
+
+
+def test_later_assignments_are_caught_by_the_model(tiny_config):
+    config = tiny_config()
+    config.num_attention_heads = 5
+    with pytest.raises(ValueError, match="num_attention_heads must divide hidden_size 32, got 5; the nearest that does is 4"):
+        HiViTModel(config)
+
+
+def test_a_mask_ratio_that_leaves_no_unit_visible(tiny_config):
+    with pytest.raises(ValueError, match="mask_ratio 0.95 of 16 units leaves none. Lower mask_ratio to 0.938 or less"):
+        HiViTForMaskedImageModeling(tiny_config(mask_ratio=0.95))
+    HiViTForImageClassification(tiny_config(mask_ratio=0.95))
+    model = HiViTForMaskedImageModeling(tiny_config())
+    with pytest.raises(ValueError, match="mask_ratio 0.75 of 1 units leaves none"):
+        model(torch.zeros(1, 3, 16, 16))
+    model.config.mask_ratio = 1.2
+    with pytest.raises(ValueError, match=r"mask_ratio must be in \[0, 1\), got 1.2"):
+        model(torch.zeros(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 3, 70, 64), r"multiples of patch_size 16, got 70x64. Resize to height 64 or 80 and width 64\."),
+        ((1, 3, 64, 8), r"got 64x8. Resize to height 64 and width 16\."),
+        ((1, 3, 0, 64), r"got 0x64"),
+        ((1, 1, 64, 64), r"\(batch, 3 channels, height, width\), got \(1, 1, 64, 64\)"),
+        ((1, 4, 64, 64), r"\(batch, 3 channels, height, width\), got \(1, 4, 64, 64\)"),
+        ((3, 64, 64), r"\(batch, 3 channels, height, width\), got \(3, 64, 64\)"),
+        (None, r"got nothing"),
+    ],
+)
+@pytest.mark.parametrize(
+    "model_class", [HiViTModel, HiViTForMaskedImageModeling, HiViTForImageClassification, HiViTBackbone]
+)
+def test_images(model_class, shape, message, tiny_config):
+    with pytest.raises(ValueError, match=message):
+        model_class(tiny_config())(None if shape is None else torch.zeros(shape))
+
+
+def unequal_rows():
+    mask = torch.zeros(2, 16, dtype=torch.bool)
+    mask[0, :4] = mask[1, :5] = True
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.zeros(2, 15), r"\(batch, units\) = \(2, 16\), one value per 16 px unit, got \(2, 15\)"),
+        (torch.zeros(1, 16), r"= \(2, 16\).*got \(1, 16\)"),
+        (torch.zeros(2, 4, 4), r"= \(2, 16\).*got \(2, 4, 4\)"),
+        (unequal_rows(), r"same number of units, got rows with \[11, 12\] visible"),
+        (torch.ones(2, 16), r"masks all 16 units: leave at least one visible"),
+    ],
+    ids=["units", "batch", "grid", "unequal", "everything"],
+)
+@pytest.mark.parametrize("model_class", [HiViTModel, HiViTForMaskedImageModeling])
+def test_masks(model_class, mask, message, tiny_config):
+    with pytest.raises(ValueError, match=message):
+        model_class(tiny_config())(torch.zeros(2, 3, 64, 64), bool_masked_pos=mask)
+
+
+def test_noise(tiny_config):
+    with pytest.raises(ValueError, match=r"noise must have the shape \(batch, units\) = \(2, 16\), got \(2, 49\)"):
+        HiViTForMaskedImageModeling(tiny_config())(torch.zeros(2, 3, 64, 64), noise=torch.rand(2, 49))

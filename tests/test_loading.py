@@ -1,0 +1,193 @@
+"""Saving, loading, the Auto classes, and what transformers' ecosystem does with a model."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch.testing import assert_close
+from transformers import BitImageProcessor
+
+import hivit_hf
+from hivit_hf import HiViTBackbone, HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling, HiViTModel
+
+
+def run_python(code, *arguments, **environment):
+    """Runs code in a fresh process and returns what it prints."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    finished = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+@pytest.fixture
+def pretrained(tmp_path, tiny_config, redraw):
+    """A masked autoencoder in a folder, and the model itself."""
+    model = redraw(HiViTForMaskedImageModeling(tiny_config())).eval()
+    model.save_pretrained(tmp_path / "pretrained")
+    BitImageProcessor(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}).save_pretrained(
+        tmp_path / "pretrained"
+    )
+    return tmp_path / "pretrained", model
+
+
+@pytest.mark.parametrize("how", [{}, {"device_map": "cpu"}, {"device_map": {"": "cpu"}}, {"dtype": torch.float32}], ids=str)
+def test_round_trip_is_exact(how, pretrained):
+    folder, model = pretrained
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert set(file.keys()) == set(model.state_dict())
+    loaded = HiViTForMaskedImageModeling.from_pretrained(folder, **how)
+    for name, tensor in model.state_dict().items():
+        assert_close(loaded.state_dict()[name], tensor, atol=0, rtol=0)
+    assert not loaded.decoder.position_embeddings.requires_grad
+    pixel_values, noise = torch.randn(2, 3, 64, 64), torch.rand(2, 16)
+    assert_close(loaded(pixel_values, noise=noise).logits, model(pixel_values, noise=noise).logits, atol=0, rtol=0)
+    assert loaded.config.to_diff_dict() == model.config.to_diff_dict()
+
+
+def test_loads_in_bfloat16(pretrained):
+    folder, model = pretrained
+    loaded = HiViTForMaskedImageModeling.from_pretrained(folder, dtype=torch.bfloat16)
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    assert loaded(torch.randn(1, 3, 64, 64)).loss.dtype == torch.float32
+
+
+def test_the_encoder_loads_into_every_class(pretrained, recwarn, caplog):
+    folder, model = pretrained
+    pixel_values = torch.randn(2, 3, 64, 64)
+    expected = model.hivit(pixel_values, output_stage_hidden_states=True)
+    encoder, info = HiViTModel.from_pretrained(folder, output_loading_info=True)
+    assert info["missing_keys"] == {"layernorm.weight", "layernorm.bias"}
+    assert not info["unexpected_keys"]
+    assert_close(encoder(pixel_values).last_hidden_state, expected.last_hidden_state, atol=0, rtol=0)
+    classifier, info = HiViTForImageClassification.from_pretrained(folder, num_labels=7, output_loading_info=True)
+    assert {key.split(".")[-2] for key in info["missing_keys"]} == {"layernorm", "classifier"}
+    assert not info["unexpected_keys"]
+    assert_close(classifier.hivit(pixel_values).last_hidden_state, expected.last_hidden_state, atol=0, rtol=0)
+    assert classifier(pixel_values).logits.shape == (2, 7)
+    backbone, info = HiViTBackbone.from_pretrained(folder, out_features=["stage1", "stage3"], output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert_close(backbone(pixel_values).feature_maps[1].flatten(2).mT, expected.last_hidden_state, atol=0, rtol=0)
+
+
+def test_weights_survive_offloading_to_disk(pretrained, tmp_path):
+    from accelerate import disk_offload
+
+    folder, model = pretrained
+    pixel_values, noise = torch.randn(2, 3, 64, 64), torch.rand(2, 16)
+    offloaded = HiViTForMaskedImageModeling.from_pretrained(folder)
+    disk_offload(offloaded, offload_dir=str(tmp_path / "offload"), execution_device=torch.device("cpu"))
+    assert all(p.device.type == "meta" for p in offloaded.parameters())
+    assert_close(offloaded(pixel_values, noise=noise).logits, model(pixel_values, noise=noise).logits, atol=0, rtol=0)
+
+
+def test_lora_trains_saves_and_loads(tiny_config, tmp_path):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    base = HiViTForImageClassification(tiny_config())
+    base.save_pretrained(tmp_path / "base")
+    lora = LoraConfig(r=4, target_modules=["qkv", "fc1"], modules_to_save=["classifier"])
+    model = get_peft_model(base, lora)
+    pixel_values, labels = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 3])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = model(pixel_values=pixel_values, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] * 0.8
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(HiViTForImageClassification.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    assert_close(again.eval()(pixel_values).logits, model.eval()(pixel_values).logits)
+
+
+def test_auto_classes_from_one_import(pretrained, tiny_config, tmp_path):
+    folder, _ = pretrained
+    HiViTForImageClassification(tiny_config()).save_pretrained(tmp_path / "classifier")
+    code = """
+import sys
+import hivit_hf
+from transformers import *
+folder, classifier = sys.argv[1:]
+print(type(AutoConfig.from_pretrained(folder)).__name__)
+for auto in [AutoModel, AutoModelForPreTraining, AutoModelForMaskedImageModeling]:
+    print(type(auto.from_pretrained(folder)).__name__)
+print(type(AutoModelForImageClassification.from_pretrained(classifier)).__name__)
+print(type(AutoBackbone.from_config(AutoConfig.from_pretrained(folder))).__name__)
+print(type(AutoImageProcessor.from_pretrained(folder)).__name__.removesuffix("Fast").removesuffix("Pil"))
+print(pipeline("image-classification", model=classifier, image_processor=folder).model.__class__.__name__)
+"""
+    assert run_python(code, folder, tmp_path / "classifier").split() == [
+        "HiViTConfig",
+        "HiViTModel",
+        "HiViTForMaskedImageModeling",
+        "HiViTForMaskedImageModeling",
+        "HiViTForImageClassification",
+        "HiViTBackbone",
+        "BitImageProcessor",
+        "HiViTForImageClassification",
+    ]
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import hivit_hf; from transformers import AutoModel",
+        "from transformers import AutoModel; import hivit_hf",
+        "from transformers import AutoConfig; import hivit_hf; from transformers import AutoModel",
+        "from hivit_hf.modeling_hivit import HiViTModel; from transformers import AutoModel",
+        "from hivit_hf import HiViTConfig; from transformers import AutoModel",
+        "from hivit_hf import *; from transformers import AutoModel",
+    ],
+)
+def test_any_order_of_imports_registers(imports):
+    code = f"{imports}\nfrom hivit_hf import HiViTConfig\n"
+    code += "print(type(AutoModel.from_config(HiViTConfig(hidden_size=16, depths=[1, 1, 1], num_attention_heads=1))))"
+    assert "HiViTModel" in run_python(code)
+
+
+def test_import_is_light_and_needs_no_extras():
+    """`import hivit_hf` imports no torch; the network needs none of torchvision, datasets and accelerate."""
+    code = """
+import sys, time
+
+from importlib.machinery import PathFinder
+
+find_spec = PathFinder.find_spec
+extras = ("torchvision", "datasets", "accelerate", "evaluate", "matplotlib", "sklearn", "peft")
+PathFinder.find_spec = staticmethod(lambda name, *rest: None if name.split(".")[0] in extras else find_spec(name, *rest))
+import transformers
+start = time.perf_counter()
+import hivit_hf
+seconds = time.perf_counter() - start
+assert "torch" not in sys.modules
+import torch
+from hivit_hf import HiViTConfig, HiViTForImageClassification
+from transformers import AutoModelForImageClassification
+config = HiViTConfig(hidden_size=16, depths=[1, 1, 1], num_attention_heads=1, image_size=32)
+print(AutoModelForImageClassification.from_config(config)(torch.zeros(1, 3, 32, 32)).logits.shape[1], seconds)
+"""
+    labels, seconds = run_python(code).split()
+    assert labels == "2"
+    assert float(seconds) < 0.3
+
+
+def test_public_names():
+    assert set(hivit_hf.__all__) <= set(dir(hivit_hf))
+    for name in hivit_hf.__all__:
+        assert getattr(hivit_hf, name) is getattr(hivit_hf, name)
+    with pytest.raises(AttributeError, match="no attribute 'HiVit'"):
+        hivit_hf.HiVit  # noqa: B018
+
+
+def test_a_saved_file_may_hold_what_a_user_attached(tiny_config, tmp_path, caplog):
+    tiny_config().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "my_note": "kept"}))
+    assert HiViTConfig.from_pretrained(tmp_path).my_note == "kept"
