@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: interleaved timing, the machine's matrix-product rate, peak memory, the result file."""
+"""What the benchmark scripts share: interleaved timing, the matrix-product rate, peak memory, the result file."""
 
 import json
 import os

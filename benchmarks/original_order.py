@@ -1,10 +1,10 @@
 """
 HiViT with the original code's order of operations, in the role of that code, which no longer runs.
 
-Same weights, same numbers as the package's classes (tests/test_benchmarks.py holds them to it), another order: all units
-are embedded and then the visible ones gathered, merges read four strided slices, attention is written out with a float32
-softmax, and the decoder appends mask tokens and puts the units back in place by gathering. The relative bias is gathered
-as in the original. Source: `models_hivit.py` and `models_hivit_mae.py` of the original code.
+Same weights, same numbers as the package's classes (tests/test_benchmarks.py holds them to it), another order: all
+units are embedded and then the visible ones gathered, merges read four strided slices, attention is written out with a
+float32 softmax, and the decoder appends mask tokens and puts the units back in place by gathering. Source:
+`models_hivit.py` and `models_hivit_mae.py` of the original code.
 """
 
 import torch
@@ -97,4 +97,3 @@ def reorder(model):
                 module.__class__ = original
     model.set_attn_implementation("float32_softmax")
     return model
-

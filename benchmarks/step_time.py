@@ -1,9 +1,9 @@
 """
 python benchmarks/step_time.py [--batch_size 8] [--rounds 7] [--device cpu]
 
-Times one masked step, forward + backward, of the base models: ours, the same in the original's order of operations, and
-the ones in transformers that a user would take instead. All in one process, in turn; medians, and ratios round by round.
-Peak memory comes from one process per model. Writes benchmarks/results/step_time_DEVICE.json.
+Times one masked step, forward + backward, of the base models: ours, the same in the original's order of operations,
+and the ones in transformers that a user would take instead. All in one process, in turn; medians, and ratios round by
+round. Peak memory comes from one process per model. Writes benchmarks/results/step_time_DEVICE.json.
 
 transformers' Hiera has no SDPA path; its mask ratio is its own published 0.6.
 """
@@ -15,8 +15,6 @@ import sys
 import time
 
 import torch
-from measure import PRECISIONS, interleave, matrix_product, peak_resident_mib, summarize, write
-from original_order import reorder
 from transformers import (
     HieraConfig,
     HieraForPreTraining,
@@ -27,6 +25,8 @@ from transformers import (
 )
 
 from hivit_hf import HiViTConfig, HiViTForMaskedImageModeling
+from measure import PRECISIONS, interleave, matrix_product, peak_resident_mib, summarize, write
+from original_order import reorder
 
 
 OURS, ORIGINAL = "HiViT-B", "HiViT-B, original order"
@@ -96,7 +96,9 @@ def main():
     parser.add_argument("--batch_size", type=int, default=8, help="Images per step.")
     parser.add_argument("--rounds", type=int, default=7, help="Counted rounds.")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="Where to run.")
-    parser.add_argument("--memory_of", nargs=2, metavar=("MODEL", "PRECISION"), help="Print the peak memory of one, MiB.")
+    parser.add_argument(
+        "--memory_of", nargs=2, metavar=("MODEL", "PRECISION"), help="Print the peak memory of one, MiB."
+    )
     arguments = parser.parse_args()
     batch_size, device = arguments.batch_size, arguments.device
     torch.manual_seed(0)

@@ -32,7 +32,7 @@ def within_a_second():
         ({"patch_size": 10}, r"patch_size must be a multiple of 4.*got 10; use 8 or 12"),
         ({"image_size": 230}, r"image_size .* multiples of patch_size 16, got 230; the nearest are \['224 or 240'\]"),
         ({"image_size": [224, 100]}, r"got \[224, 100\]; the nearest are \['224', '96 or 112'\]"),
-        ({"image_size": [224]*3}, r"image_size must be one or two"),
+        ({"image_size": [224] * 3}, r"image_size must be one or two"),
         ({"mask_ratio": 1.0}, r"mask_ratio must be in \[0, 1\), got 1.0"),
         ({"mask_ratio": -0.1}, r"mask_ratio must be in \[0, 1\), got -0.1"),
         ({"drop_path_rate": 1.5}, r"drop_path_rate must be in \[0, 1\), got 1.5"),
@@ -49,23 +49,25 @@ def test_configuration(keywords, message):
 
 
 def test_unknown_architecture():
-    with pytest.raises(ValueError, match="no HiViT architecture named 'huge'. Choose from tiny, small"):
+    with pytest.raises(ValueError, match=r"no HiViT architecture named 'huge'. Choose from tiny, small"):
         HiViTConfig.from_architecture("huge")
 
 
 def test_later_assignments_are_caught_by_the_model(tiny_config):
     config = tiny_config()
     config.num_attention_heads = 5
-    with pytest.raises(ValueError, match="num_attention_heads must divide hidden_size 32, got 5; the nearest that does is 4"):
+    with pytest.raises(
+        ValueError, match=r"num_attention_heads must divide hidden_size 32, got 5; the nearest that does is 4"
+    ):
         HiViTModel(config)
 
 
 def test_a_mask_ratio_that_leaves_no_unit_visible(tiny_config):
-    with pytest.raises(ValueError, match="mask_ratio 0.95 of 16 units leaves none. Lower mask_ratio to 0.938 or less"):
+    with pytest.raises(ValueError, match=r"mask_ratio 0.95 of 16 units leaves none. Lower mask_ratio to 0.938 or less"):
         HiViTForMaskedImageModeling(tiny_config(mask_ratio=0.95))
     HiViTForImageClassification(tiny_config(mask_ratio=0.95))
     model = HiViTForMaskedImageModeling(tiny_config())
-    with pytest.raises(ValueError, match="mask_ratio 0.75 of 1 units leaves none"):
+    with pytest.raises(ValueError, match=r"mask_ratio 0.75 of 1 units leaves none"):
         model(torch.zeros(1, 3, 16, 16))
     model.config.mask_ratio = 1.2
     with pytest.raises(ValueError, match=r"mask_ratio must be in \[0, 1\), got 1.2"):

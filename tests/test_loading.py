@@ -34,7 +34,9 @@ def pretrained(tmp_path, tiny_config, redraw):
     return tmp_path / "pretrained", model
 
 
-@pytest.mark.parametrize("how", [{}, {"device_map": "cpu"}, {"device_map": {"": "cpu"}}, {"dtype": torch.float32}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{}, {"device_map": "cpu"}, {"device_map": {"": "cpu"}}, {"dtype": torch.float32}], ids=str
+)
 def test_round_trip_is_exact(how, pretrained):
     folder, model = pretrained
     with safe_open(folder / "model.safetensors", "pt") as file:
@@ -49,7 +51,7 @@ def test_round_trip_is_exact(how, pretrained):
 
 
 def test_loads_in_bfloat16(pretrained):
-    folder, model = pretrained
+    folder, _ = pretrained
     loaded = HiViTForMaskedImageModeling.from_pretrained(folder, dtype=torch.bfloat16)
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
     assert loaded(torch.randn(1, 3, 64, 64)).loss.dtype == torch.float32
@@ -103,7 +105,9 @@ def test_lora_trains_saves_and_loads(tiny_config, tmp_path):
         losses.append(loss.item())
     assert losses[-1] < losses[0] * 0.8
     model.save_pretrained(tmp_path / "adapter")
-    again = PeftModel.from_pretrained(HiViTForImageClassification.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    again = PeftModel.from_pretrained(
+        HiViTForImageClassification.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
+    )
     assert_close(again.eval()(pixel_values).logits, model.eval()(pixel_values).logits)
 
 
@@ -161,7 +165,9 @@ from importlib.machinery import PathFinder
 
 find_spec = PathFinder.find_spec
 extras = ("torchvision", "datasets", "accelerate", "evaluate", "matplotlib", "sklearn", "peft")
-PathFinder.find_spec = staticmethod(lambda name, *rest: None if name.split(".")[0] in extras else find_spec(name, *rest))
+PathFinder.find_spec = staticmethod(
+    lambda name, *rest: None if name.split(".")[0] in extras else find_spec(name, *rest)
+)
 import transformers
 start = time.perf_counter()
 import hivit_hf

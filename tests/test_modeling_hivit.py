@@ -5,11 +5,11 @@ import math
 
 import pytest
 import torch
-from oracle import Oracle
 from torch.testing import assert_close
 
 from hivit_hf import HiViTBackbone, HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling, HiViTModel
 from hivit_hf.modeling_hivit import HiViTAttention, image_to_pixels, pixels_to_image, sin_cos_position_embeddings
+from oracle import Oracle
 
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -45,6 +45,11 @@ def images(config, batch_size, dtype=torch.float32, size=None):
     return pixel_values
 
 
+def labelled(name):
+    """The message of a failed comparison, with the name of what was compared."""
+    return lambda message: f"{name}: {message}"
+
+
 def assert_gradients_equal(model, loss, oracle_loss, weights, dtype):
     """Gradients of all parameters, relative to the largest of each. The key bias has none but rounding."""
     loss.backward()
@@ -53,7 +58,7 @@ def assert_gradients_equal(model, loss, oracle_loss, weights, dtype):
     for (name, parameter), gradient in zip(trained.items(), expected):
         gradient = torch.zeros_like(parameter) if gradient is None else gradient
         scale = max(gradient.abs().max().item(), 1e-2)
-        assert_close(parameter.grad / scale, gradient / scale, atol=TOLERANCE[dtype], rtol=0, msg=lambda m: f"{name} {m}")
+        assert_close(parameter.grad / scale, gradient / scale, atol=TOLERANCE[dtype], rtol=0, msg=labelled(name))
 
 
 # -- the oracle -----------------------------------------------------------------------------------------------------
@@ -338,7 +343,7 @@ def test_compiles_without_graph_breaks(tiny_config, redraw, draw_masks):
         expected = model(pixel_values, **inputs)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(pixel_values, **inputs)
         for name, value in expected.items():
-            assert_close(compiled[name], value, atol=1e-5, rtol=1e-5, msg=lambda m: f"{name} {m}")
+            assert_close(compiled[name], value, atol=1e-5, rtol=1e-5, msg=labelled(name))
 
     torch._dynamo.reset()
     compiled = torch.compile(pretraining, fullgraph=True)  # inductor, forward and backward
@@ -368,7 +373,7 @@ def test_exports_the_full_and_the_masked_path(tiny_config, redraw, draw_masks):
         expected = model(others, **second)
         exported = program.module()(others, **second)
         for name, value in expected.items():
-            assert_close(exported[name], value, atol=1e-5, rtol=1e-5, msg=lambda m: f"{name} {m}")
+            assert_close(exported[name], value, atol=1e-5, rtol=1e-5, msg=labelled(name))
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -386,7 +391,7 @@ def test_gradient_checkpointing_changes_no_gradient(use_reentrant, tiny_config):
     assert len(calls) == 2, "the layer is computed again in the backward pass"
     for name, parameter in model.named_parameters():
         if name in expected:
-            assert_close(parameter.grad, expected[name], msg=lambda m: f"{name} {m}")
+            assert_close(parameter.grad, expected[name], msg=labelled(name))
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
         decoder_mlp_ratio (`float`, *optional*, defaults to 4.0):
             Width of the decoder's MLPs, relative to `decoder_hidden_size`.
         out_features (`list[str]`, *optional*):
-            What a backbone returns: any of `"stem"`, `"stage1"`, `"stage2"`, `"stage3"`, in this order. The last if unset.
+            What a backbone returns: any of `"stem"`, `"stage1"`, `"stage2"`, `"stage3"`, in this order. Unset: the last.
         out_indices (`list[int]`, *optional*):
             The same as positions in that list.
 
@@ -273,7 +273,10 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def _refuse_unknown_keywords(self, keywords: dict):
         """A saved file may hold what a user or another version of transformers had attached: that is kept."""
-        known = [field.name for field in fields(self) if not field.name.startswith("_")] + ["out_features", "out_indices"]
+        known = [field.name for field in fields(self) if not field.name.startswith("_")] + [
+            "out_features",
+            "out_indices",
+        ]
         for name in keywords:
             if hasattr(PreTrainedConfig, name) or name in _TRANSFORMERS_KEYWORDS or name.startswith("_"):
                 continue

@@ -117,7 +117,7 @@ def visible_indices(bool_masked_pos: torch.BoolTensor, num_visible_units: int) -
 
 
 def resize_table(table: torch.Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> torch.Tensor:
-    """Bicubic interpolation of a table over a grid: (rows * columns, channels) -> (new rows * new columns, channels)."""
+    """Bicubic interpolation of a table over a grid: (rows * columns, channels) -> the same for `new_size`."""
     if size == new_size:
         return table
     image = table.float().t().unflatten(1, size).unsqueeze(0)
@@ -132,7 +132,10 @@ def sin_cos_position_embeddings(grid: tuple[int, int], channels: int) -> torch.T
     """
     rows, columns = (torch.arange(length, dtype=torch.float64) for length in grid)
     frequencies = 10000 ** -(torch.arange(channels // 4, dtype=torch.float64) / (channels // 4))
-    waves = [positions[:, None] * frequencies for positions in (columns.repeat(len(rows)), rows.repeat_interleave(len(columns)))]
+    waves = [
+        positions[:, None] * frequencies
+        for positions in (columns.repeat(len(rows)), rows.repeat_interleave(len(columns)))
+    ]
     return torch.cat([wave for angle in waves for wave in (angle.sin(), angle.cos())], dim=1).unsqueeze(0)
 
 
@@ -454,7 +457,7 @@ class HiViTModel(HiViTPreTrainedModel):
     Args:
         config (`HiViTConfig`): the configuration.
         add_pooling_layer (`bool`, *optional*, defaults to `True`): whether to return `pooler_output`.
-        sin_cos_start (`bool`, *optional*, defaults to `False`): whether the position embedding, which is learned, starts
+        sin_cos_start (`bool`, *optional*, defaults to `False`): whether the learned position embedding starts
             as sines and cosines, as in the masked autoencoder, or as random numbers.
     """
 
@@ -540,7 +543,9 @@ class HiViTModel(HiViTPreTrainedModel):
         hidden_states = hidden_states.flatten(2)  # (B, V, 1, 1, C) -> (B, V, C)
         if self.position_embeddings is not None:
             positions = resize_table(self.position_embeddings[0], self.config.grid_size, grid)
-            hidden_states = hidden_states + (positions if visible is None else nn.functional.embedding(visible, positions))
+            hidden_states = hidden_states + (
+                positions if visible is None else nn.functional.embedding(visible, positions)
+            )
         position_index = None
         if self.config.use_relative_position_bias:
             position_index = relative_position_index(grid, hidden_states.device)
@@ -756,9 +761,7 @@ class HiViTBackbone(BackboneMixin, HiViTPreTrainedModel):
 
     @can_return_tuple
     @filter_output_hidden_states
-    def forward(
-        self, pixel_values: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
-    ) -> BackboneOutput:
+    def forward(self, pixel_values: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
         """
         Args:
             pixel_values (`torch.Tensor` of shape `(B, num_channels, H, W)`):

@@ -1,0 +1,70 @@
+"""
+python benchmarks/attention.py [--rounds 15]
+
+Times attention as the network calls it, written out and through SDPA, on the shapes of the base models at 224 px: why
+the network writes attention out on CPUs in bfloat16 and calls SDPA everywhere else. Writes
+benchmarks/results/attention.json.
+"""
+
+import argparse
+import json
+import statistics
+
+import torch
+from torch import nn
+
+from hivit_hf.modeling_hivit import eager_attention_forward
+from measure import PRECISIONS, interleave, write
+
+
+# (batch, units, heads, channels of a head)
+SHAPES = {
+    "encoder, masked": (8, 49, 8, 64),
+    "encoder": (8, 196, 8, 64),
+    "decoder": (8, 196, 16, 32),
+}
+
+
+def sdpa(module, query, key, value, attention_mask, scaling):
+    output = nn.functional.scaled_dot_product_attention(query, key, value, scale=scaling)
+    return output.transpose(1, 2), None
+
+
+def contender(attention, shape: tuple[int, int, int, int], dtype: torch.dtype, backward: bool, repeats: int = 5):
+    """A function that runs attention `repeats` times on views of one projection, as the network does."""
+    batch, units, heads, channels = shape
+    qkv = torch.randn(batch, units, 3 * heads * channels, dtype=dtype, requires_grad=backward)
+    module = nn.Identity()
+
+    def run():
+        for _ in range(repeats):
+            parts = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=2))
+            output, _ = attention(module, *parts, None, scaling=channels**-0.5)
+            if backward:
+                output.flatten(2).sum().backward()
+
+    return run
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15, help="Counted rounds.")
+    rounds = parser.parse_args().rounds
+    rows = []
+    for name, shape in SHAPES.items():
+        for precision, dtype in PRECISIONS.items():
+            for backward in (True, False):
+                contenders = {
+                    "written out": contender(eager_attention_forward, shape, dtype, backward),
+                    "sdpa": contender(sdpa, shape, dtype, backward),
+                }
+                seconds = interleave(contenders, rounds, f"{name}, {precision}")
+                ratio = statistics.median(s / w for s, w in zip(seconds["sdpa"], seconds["written out"]))
+                row = {"shape": name, "precision": precision, "backward": backward, "sdpa_over_written_out": ratio}
+                rows.append(row)
+                print(json.dumps(row))
+    print("written:", write("attention", {"rows": rows}, "cpu"))
+
+
+if __name__ == "__main__":
+    main()
