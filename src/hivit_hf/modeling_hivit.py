@@ -262,8 +262,8 @@ class HiViTAttention(nn.Module):
     def position_bias(self, index: torch.LongTensor, grid: tuple[int, int]) -> torch.Tensor:
         """The bias of each head for the pairs in `index`: (V, V) or (B, V, V) -> (1 or B, heads, V, V)."""
         table = resize_table(self.relative_position_bias_table, self.table_size, tuple(2 * n - 1 for n in grid))
-        bias = nn.functional.embedding(index, table).movedim(-1, -3)
-        return bias.contiguous().view(-1, self.num_heads, *index.shape[-2:])
+        bias = table.t().contiguous().index_select(1, index.flatten()).unflatten(1, index.shape)
+        return bias.unsqueeze(0) if index.ndim == 2 else bias.transpose(0, 1)
 
     def forward(
         self,
