@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -69,9 +68,17 @@ def matrix_product(dtype: torch.dtype, device: str, size: int = 2048, repeats: i
     return run
 
 
-def peak_resident_mib() -> float:
-    """Highest resident memory of this process so far, MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def peak_resident_mib(run: Callable[[], object]) -> float:
+    """Resident memory of this process at the highest during `run`, beyond what it was before, MiB. Linux only."""
+
+    def resident(field: str) -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+    Path("/proc/self/clear_refs").write_text("5")  # the highest so far becomes the present
+    before = resident("VmRSS")
+    run()
+    return resident("VmHWM") - before
 
 
 def hardware(device: str) -> dict[str, str | int]:

@@ -86,9 +86,7 @@ def peak_memory_mib(name: str, batch_size: int, device: str, dtype: torch.dtype)
         before = torch.cuda.memory_allocated()
         run()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    before = peak_resident_mib()
-    run()
-    return peak_resident_mib() - before
+    return peak_resident_mib(run)
 
 
 def main():
