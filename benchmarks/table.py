@@ -23,7 +23,11 @@ def step_time_table(record: dict) -> list[str]:
         cells = [name]
         for precision in PRECISIONS:
             row = record[precision]["models"][name]
-            cells += [f"{row['median_s']:.2f}", f"{row['times_slower_than_ours']:.2f}x", f"{row['peak_memory_mib']:.0f}"]
+            cells += [
+                f"{row['median_s']:.2f}",
+                f"{row['times_slower_than_ours']:.2f}x",
+                f"{row['peak_memory_mib']:.0f}",
+            ]
         lines.append(f"| {' | '.join(cells)} |")
     shares = [
         f"{record[p]['share_of_matrix_product_rate']:.0%} of {record[p]['matrix_product_gflop_per_s']:.0f} GFLOP/s in {p}"
@@ -57,7 +61,9 @@ def tables() -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="Change nothing; exit with 1 if the README is out of date.")
+    parser.add_argument(
+        "--check", action="store_true", help="Change nothing; exit with 1 if the README is out of date."
+    )
     check = parser.parse_args().check
     text = README.read_text()
     before, rest = text.split(BEGIN)

@@ -1,0 +1,1 @@
+"""The parts of the digits demonstration: its data and its page."""

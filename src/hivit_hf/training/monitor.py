@@ -1,0 +1,153 @@
+# Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""Pictures of a training: reconstructions, learning curves and confusion matrices, as matplotlib figures."""
+
+import io
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+
+COLORS = ("#1d4ed8", "#c2410c", "#047857", "#7e22ce")  # dark enough for thin lines on white
+INK, FAINT = "#1f2933", "#d5dbe1"
+
+
+def reconstruction_grid(
+    originals: torch.Tensor, bool_masked_pos: torch.BoolTensor, reconstructions: torch.Tensor, patch_size: int
+) -> Figure:
+    """
+    Three rows of pictures: the originals, what the encoder saw (masked units grey), and the reconstructions.
+
+    Args:
+        originals: (B, 3, H, W), values in [0, 1]; all of them are shown.
+        bool_masked_pos: (B, N), True = masked.
+        reconstructions: (B, 3, H, W), values outside [0, 1] are clipped.
+        patch_size: side of a unit in px.
+
+    Raises:
+        ValueError: if the shapes do not fit together.
+    """
+    if originals.shape != reconstructions.shape or originals.ndim != 4 or originals.shape[1] != 3:
+        raise ValueError(
+            "originals and reconstructions must both have the shape (B, 3, H, W), got "
+            f"{tuple(originals.shape)} and {tuple(reconstructions.shape)}."
+        )
+    batch, _, height, width = originals.shape
+    grid = height // patch_size, width // patch_size
+    if tuple(bool_masked_pos.shape) != (batch, grid[0] * grid[1]):
+        raise ValueError(
+            f"bool_masked_pos must have the shape {(batch, grid[0] * grid[1])} for units of {patch_size} px, got "
+            f"{tuple(bool_masked_pos.shape)}."
+        )
+    masked_pixels = bool_masked_pos.unflatten(1, grid).repeat_interleave(patch_size, 1).repeat_interleave(patch_size, 2)
+    masked = torch.where(masked_pixels[:, None], torch.tensor(0.55), originals)
+    figure = _figure(width=0.86 * batch + 1.1, height=0.86 * 3)
+    rows = [("original", originals), ("masked", masked), ("reconstructed", reconstructions)]
+    for row, (name, pictures) in enumerate(rows):
+        for column, picture in enumerate(pictures):
+            axes = figure.add_subplot(3, batch, row * batch + column + 1)
+            axes.imshow(picture.permute(1, 2, 0).clamp(0, 1).cpu().numpy(), interpolation="nearest")
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+            if column == 0:
+                axes.set_ylabel(name, rotation=0, ha="right", va="center", labelpad=8, fontsize=10, color=INK)
+    return figure
+
+
+def learning_curves(
+    curves: Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]],
+    x_label: str,
+    y_label: str,
+    title: str = "",
+    y_limits: tuple[float, float] | None = None,
+) -> Figure:
+    """
+    One colour per name: a thin line for each run, and a thick one for their mean if there are several.
+
+    Args:
+        curves: for each name its runs, each as (x values, y values). Runs of one name share their x values.
+        x_label: what x is, with its unit.
+        y_label: what y is, with its unit.
+        title: above the figure.
+        y_limits: lowest and highest y; fitted to the curves if not given.
+
+    Raises:
+        ValueError: if there is nothing to draw, or runs of one name differ in their x values.
+    """
+    if not curves or not all(curves.values()):
+        raise ValueError(
+            f"Every name needs at least one run, got { {name: len(runs) for name, runs in curves.items()} }."
+        )
+    figure = _figure(width=5.6, height=3.5)
+    axes = figure.add_subplot()
+    for index, (name, runs) in enumerate(curves.items()):
+        color = COLORS[index % len(COLORS)]
+        if any(list(run[0]) != list(runs[0][0]) for run in runs):
+            raise ValueError(f"The runs of {name!r} must share their x values to have a mean: draw them one by one.")
+        if len(runs) > 1:
+            for x, y in runs:
+                axes.plot(x, y, color=color, linewidth=0.8, alpha=0.45)
+        axes.plot(
+            runs[0][0],
+            np.mean([y for _, y in runs], axis=0),
+            color=color,
+            linewidth=2.2,
+            marker="o",
+            markersize=3,
+            label=name,
+        )
+    axes.set(xlabel=x_label, ylabel=y_label, ylim=y_limits)
+    axes.set_title(title, loc="left", fontsize=11, color=INK)
+    axes.grid(color=FAINT, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+    axes.tick_params(color=FAINT, labelcolor=INK)
+    if len(curves) > 1:
+        axes.legend(frameon=False)
+    return figure
+
+
+def confusion_matrix_figure(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> Figure:
+    """
+    Counts as a table: true classes are rows, predicted ones columns; mistakes stand out in colour.
+
+    Raises:
+        ValueError: if the matrix is not square, or there is not one name per class.
+    """
+    counts = np.asarray(matrix)
+    if counts.shape != (len(class_names), len(class_names)):
+        raise ValueError(
+            f"The matrix must be {len(class_names)} x {len(class_names)}, one row per name, got {counts.shape}."
+        )
+    figure = _figure(width=5.6, height=4.2)
+    axes = figure.add_subplot()
+    share = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
+    # hits and mistakes have scales of their own: a single mistake among hundreds would be invisible on a common one
+    hits = np.ma.masked_where(~np.eye(len(counts), dtype=bool), share)
+    mistakes = np.ma.masked_where(np.eye(len(counts), dtype=bool) | (counts == 0), share)
+    axes.imshow(hits, cmap="Blues", vmin=0, vmax=1.6)
+    axes.imshow(mistakes, cmap="Oranges", vmin=-0.1, vmax=0.3)
+    for true, predicted in np.argwhere(counts):
+        axes.text(predicted, true, str(counts[true, predicted]), ha="center", va="center", fontsize=9, color=INK)
+    axes.set(xlabel="predicted", ylabel="true", xlim=(-0.5, len(counts) - 0.5), ylim=(len(counts) - 0.5, -0.5))
+    axes.set_xticks(range(len(counts)), class_names)
+    axes.set_yticks(range(len(counts)), class_names)
+    axes.tick_params(length=0, labelcolor=INK)
+    axes.spines[:].set_color(FAINT)
+    return figure
+
+
+def figure_to_png(figure: Figure, dots_per_inch: int = 160) -> bytes:
+    """The figure as a PNG file in memory."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=dots_per_inch)
+    return file.getvalue()
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches with its own canvas, so that nothing of pyplot's state is touched."""
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure

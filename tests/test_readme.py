@@ -1,0 +1,44 @@
+"""The README says what is so: its code runs, its figures are those of the result files and of the network."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from hivit_hf import ARCHITECTURES, HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling
+
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_benchmark_tables_are_those_of_the_result_files():
+    command = [sys.executable, str(ROOT / "benchmarks" / "table.py"), "--check"]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_architecture_table_is_that_of_the_network():
+    rows = re.findall(r"^\| `([\w-]+)` \| (\d+) \| ([\d, ]+) \| (\d+) \| ([\d,]+) \|", README, flags=re.MULTILINE)
+    assert [row[0] for row in rows] == list(ARCHITECTURES)
+    for name, channels, depths, heads, parameters in rows:
+        config = HiViTConfig.from_architecture(name, num_labels=1000)
+        written = int(channels), [int(d) for d in depths.split(",")], int(heads)
+        assert (config.hidden_size, config.depths, config.num_attention_heads) == written
+        with torch.device("meta"):
+            model_class = HiViTForMaskedImageModeling if name == "base-mae" else HiViTForImageClassification
+            model = model_class(config)
+        assert f"{model.num_parameters():,}" == parameters
+
+
+def test_the_code_under_use_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = re.search(r"## Use\n\n```python\n(.*?)```", README, flags=re.DOTALL).group(1)
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["picture"].shape == (2, 3, 224, 224)
+    assert names["classifier"].config.num_labels == 10
+    shapes = [tuple(feature_map.shape) for feature_map in names["backbone"](names["pixel_values"]).feature_maps]
+    assert f"# {shapes}" in code
