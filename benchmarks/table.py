@@ -29,10 +29,10 @@ def step_time_table(record: dict) -> list[str]:
                 f"{row['peak_memory_mib']:.0f}",
             ]
         lines.append(f"| {' | '.join(cells)} |")
-    shares = [
-        f"{record[p]['share_of_matrix_product_rate']:.0%} of {record[p]['matrix_product_gflop_per_s']:.0f} GFLOP/s in {p}"
-        for p in PRECISIONS
-    ]
+    shares = []
+    for precision in PRECISIONS:
+        share, rate = (record[precision][key] for key in ("share_of_matrix_product_rate", "matrix_product_gflop_per_s"))
+        shares.append(f"{share:.0%} of {rate:.0f} GFLOP/s in {precision}")
     return [*lines, "", f"Of the machine's own matrix-product rate, our step reaches {' and '.join(shares)}."]
 
 
@@ -51,10 +51,11 @@ def tables() -> str:
     inference = json.loads((RESULTS / "inference_cpu.json").read_text())
     hardware, versions = step["hardware"], step["versions"]
     about = (
-        f"{hardware['cpu']}, {hardware['cores']} cores, torch {versions['torch']}, transformers "
-        f"{versions['transformers']}, batch {step['batch_size']}, 224 px; medians, interleaved in one process. *vs ours*: "
-        f"how many times slower (above 1) or faster than HiViT-B, round by round. *MiB*: what a step needs beyond the "
-        f"weights. transformers' Hiera has no SDPA path and masks 60 %; bfloat16 is autocast."
+        f"{hardware['cpu']}, {hardware['cores']} cores, torch {versions['torch']}, "
+        f"transformers {versions['transformers']}, batch {step['batch_size']}, 224 px; medians, interleaved in one "
+        "process. *vs ours*: how many times slower (above 1) or faster than HiViT-B, round by round. *MiB*: what a "
+        "step needs beyond the weights, gradients included. transformers' Hiera has no SDPA path and masks 60 %; "
+        "bfloat16 is autocast."
     )
     return "\n".join([about, "", *step_time_table(step), "", *inference_table(inference), ""])
 

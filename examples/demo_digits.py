@@ -20,9 +20,9 @@ import psutil
 import torch
 import transformers
 from accelerate import Accelerator
-from digits import experiment, page
-from digits.data import DigitPixels, digits_dataset, digits_processor
 
+from digits import experiment, page
+from digits.data import DigitPixels, digits_dataset, digits_processor, save_samples
 from hivit_hf import HiViTForMaskedImageModeling
 
 
@@ -58,6 +58,7 @@ def main():
     with timed("evaluation", seconds):
         final_model.save_pretrained(output / "model")
         processor.save_pretrained(output / "model")
+        save_samples(dataset["test"], output / "samples")
         probabilities = experiment.predict_probabilities(final_model, test)
         evaluation = experiment.evaluate_model(final_model, processor, dataset["test"], probabilities)
 

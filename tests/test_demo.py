@@ -102,13 +102,18 @@ def test_page_is_self_contained(output):
         assert kind == "data:image/png;base64"
         assert base64.b64decode(content, validate=True).startswith(b"\x89PNG")
     style = re.search(r"<style>(.*?)</style>", page, re.DOTALL).group(1)
-    assert "url(" not in style and "@import" not in style
-    assert "<script" not in page and "<link" not in page and "http" not in page
+    assert "url(" not in style
+    assert "@import" not in style
+    assert "<script" not in page
+    assert "<link" not in page
+    assert "http" not in page
 
 
 def test_saved_classifier_predicts_what_the_page_says(output, metrics):
     fresh = metrics["fresh_process"]
-    assert fresh["images"] == 450 and fresh["labels_equal"] and fresh["pipeline_labels_equal"]
+    assert fresh["images"] == 450
+    assert fresh["labels_equal"]
+    assert fresh["pipeline_labels_equal"]
     assert fresh["largest_probability_difference"] < 1e-5
     model = AutoModelForImageClassification.from_pretrained(output / "model")
     processor = AutoImageProcessor.from_pretrained(output / "model")
@@ -121,13 +126,24 @@ def test_saved_classifier_predicts_what_the_page_says(output, metrics):
         assert best.values.item() == pytest.approx(example["pipeline"][0]["score"], abs=1e-4)
 
 
+def test_the_three_lines_of_the_readme_run(output):
+    code = re.search(r"```python\n(import hivit_hf .*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL).group(1)
+    assert len(code.strip().splitlines()) == 3
+    code = code.replace("demo_output", str(output))
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "'label': '" in run.stdout
+
+
 def test_pretrained_folder_holds_encoder_and_decoder(output):
     model, loading = HiViTForMaskedImageModeling.from_pretrained(output / "pretrained", output_loading_info=True)
-    assert not loading["missing_keys"] and not loading["unexpected_keys"]
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
     assert model.config.patch_size == 8
 
 
 def test_impossible_number_of_seeds_is_refused_at_once(tmp_path):
     run = run_demo("--seeds", "0", "--output", str(tmp_path / "never"))
-    assert run.returncode == 2 and "--seeds must be at least 1, got 0" in run.stderr
+    assert run.returncode == 2
+    assert "--seeds must be at least 1, got 0" in run.stderr
     assert not (tmp_path / "never").exists()

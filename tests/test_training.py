@@ -68,7 +68,7 @@ def loader(images: list[dict], batch_size: int = 8, drop_last: bool = False) -> 
 
 
 @pytest.mark.parametrize(
-    "step, expected",
+    ("step", "expected"),
     [(0, 0.0), (5, 0.5), (10, 1.0), (35, 0.1 + 0.9 * 0.5 * (1 + math.sqrt(0.5))), (60, 0.55), (110, 0.1)],
 )
 def test_cosine_learning_rate_at_known_steps(step, expected):
@@ -81,7 +81,7 @@ def test_cosine_learning_rate_without_warmup_starts_at_the_base():
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    ("arguments", "message"),
     [
         ({"step": 0, "total_steps": 10, "warmup_steps": 10, "base": 1.0}, "warmup_steps"),
         ({"step": 0, "total_steps": 10, "warmup_steps": -1, "base": 1.0}, "warmup_steps"),
@@ -154,7 +154,7 @@ def test_pretraining_stops_at_a_loss_that_is_not_finite():
 
 
 @pytest.mark.parametrize(
-    "changes, message",
+    ("changes", "message"),
     [
         ({"epochs": 0}, "epochs must be at least 1, got 0"),
         ({"learning_rate": 0.0}, "learning_rate"),
@@ -240,7 +240,9 @@ def test_reconstruction_grid_greys_the_masked_units():
     images, mask = torch.zeros(1, 3, 8, 8), torch.tensor([[True, False, False, False]])
     figure = reconstruction_grid(images, mask, images, patch_size=4)
     masked = figure.axes[1].images[0].get_array()
-    assert (masked[:4, :4] > 0.5).all() and (masked[4:, :] == 0).all() and (masked[:, 4:] == 0).all()
+    assert (masked[:4, :4] > 0.5).all()
+    assert (masked[4:, :] == 0).all()
+    assert (masked[:, 4:] == 0).all()
 
 
 def test_learning_curves_draw_each_run_and_their_mean():

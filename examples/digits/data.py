@@ -1,6 +1,7 @@
 """Handwritten digits of scikit-learn: 1,797 real scans of 8x8 px, as datasets and as batches of pixels."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,6 +32,14 @@ def digits_dataset() -> DatasetDict:
     )
 
 
+def save_samples(pictures: Dataset, folder: Path):
+    """Writes the first picture of each digit as `digit_N.png`, of 8x8 px as it was scanned."""
+    folder.mkdir(parents=True, exist_ok=True)
+    labels = list(pictures["label"])
+    for digit, name in enumerate(CLASS_NAMES):
+        pictures[labels.index(digit)]["image"].save(folder / f"digit_{name}.png")
+
+
 def digits_processor() -> BitImageProcessor:
     """What turns a picture into pixels: three channels (pipelines convert to RGB), 32x32 px, values in [-1, 1]."""
     return BitImageProcessor(
@@ -58,7 +67,7 @@ def few_labels(labels: torch.Tensor, per_class: int, seed: int) -> torch.Tensor:
     return torch.cat(chosen).sort().values
 
 
-def augment(pixel_values: torch.Tensor, shift_px: float = 1.0, rotation_degrees: float = 4.0, scaling: float = 0.03):
+def augment(pixel_values: torch.Tensor, shift_px: float = 2.0, rotation_degrees: float = 8.0, scaling: float = 0.06):
     """
     Moves, turns and scales each picture of a batch by its own random amounts; what comes in from outside is black.
 

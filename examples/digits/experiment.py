@@ -37,16 +37,17 @@ LABELS_PER_CLASS = 10
 class DemoSettings:
     """The numbers of the demonstration. Both starts share everything that concerns fine-tuning."""
 
-    pretrain_epochs: int = 48
+    pretrain_epochs: int = 40
     pretrain_warmup_epochs: int = 4
     pretrain_batch_size: int = 32
     pretrain_learning_rate: float = 2e-3
-    finetune_learning_rate: float = 1e-3
     weight_decay: float = 0.05
     all_labels_steps: int = 504
     all_labels_batch_size: int = 32
+    all_labels_learning_rate: float = 5e-4
     few_labels_steps: int = 60
     few_labels_batch_size: int = 25
+    few_labels_learning_rate: float = 1e-3
     evaluations_per_run: int = 6
 
     def fast(self) -> "DemoSettings":
@@ -127,7 +128,8 @@ def finetune_digits(
     Returns:
         The classifier after the last step, and the record of the run.
     """
-    steps, batch_size = (getattr(settings, f"{labels}_{name}") for name in ("steps", "batch_size"))
+    numbers = ("steps", "batch_size", "learning_rate")
+    steps, batch_size, learning_rate = (getattr(settings, f"{labels}_{name}") for name in numbers)
     if labels == "few_labels":
         train = train.subset(few_labels(train.labels, LABELS_PER_CLASS, seed))
     set_seed(seed)
@@ -148,7 +150,7 @@ def finetune_digits(
             total_steps=steps,
             warmup_steps=steps // 10,
             batch_size=batch_size,
-            learning_rate=settings.finetune_learning_rate,
+            learning_rate=learning_rate,
             weight_decay=settings.weight_decay,
             eval_every_steps=max(1, steps // settings.evaluations_per_run),
             eval_batch_size=256,

@@ -176,8 +176,9 @@ def _accuracy_table(results: dict) -> str:
             )
     return _section(
         "Accuracy on the hold-out",
-        "After the last step; no step, seed or model was chosen by it. The seed decides the new weights, the order, "
-        "the variations and which 100 labels are known; pre-training ran once.",
+        "After the last step; no step, seed or model was chosen by it, and the settings were tried out on splits of "
+        "the training pictures. The seed decides the new weights, the order, the variations and which 100 labels are "
+        "known; pre-training ran once.",
         f"<table><tr><th>fine-tuning</th><th>steps</th><th>mean</th>{header}</tr>{''.join(rows)}</table>",
     )
 

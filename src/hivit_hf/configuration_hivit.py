@@ -102,7 +102,7 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
         decoder_mlp_ratio (`float`, *optional*, defaults to 4.0):
             Width of the decoder's MLPs, relative to `decoder_hidden_size`.
         out_features (`list[str]`, *optional*):
-            What a backbone returns: any of `"stem"`, `"stage1"`, `"stage2"`, `"stage3"`, in this order. Unset: the last.
+            What a backbone returns, of `"stem"`, `"stage1"`, `"stage2"`, `"stage3"` in this order. Unset: the last.
         out_indices (`list[int]`, *optional*):
             The same as positions in that list.
 
