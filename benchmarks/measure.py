@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -21,13 +22,16 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def interleave(contenders: dict[str, Callable[[], float | None]], rounds: int, name: str) -> dict[str, list[float]]:
     """
-    Runs all contenders in turn, `rounds` times after one round of warm-up that does not count.
+    Runs all contenders, `rounds` times after one round of warm-up that does not count, each round in another order: a
+    contender can be slower after a certain other one.
 
     A contender returns its own seconds, or None to have the whole call timed. Returns the seconds of each round.
     """
     seconds = {contender: [] for contender in contenders}
+    order, shuffler = list(contenders.items()), random.Random(0)
     for round_index in tqdm(range(rounds + 1), desc=name, unit="round"):
-        for contender, run in contenders.items():
+        shuffler.shuffle(order)
+        for contender, run in order:
             synchronize()
             start = time.perf_counter()
             own = run()

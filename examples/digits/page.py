@@ -60,8 +60,8 @@ pre { overflow-x: auto; font-size: 14px; line-height: 1.5; }
 USAGE = """import hivit_hf
 from transformers import pipeline
 
-classify = pipeline("image-classification", model="{folder}")
-classify("a_digit.png")"""
+classify = pipeline("image-classification", model="{folder}/model")
+classify("{folder}/samples/digit_0.png")"""
 
 
 def write_page(
@@ -117,7 +117,7 @@ def print_summary(results: dict, output: Path):
 def _introduction(results: dict) -> str:
     images, seconds = results["images"], results["seconds"]["total"]
     device = results["device"]
-    place = "one CPU thread" if device["type"] == "cpu" else device["type"]
+    place = f"{device['cores']} CPU cores" if device["type"] == "cpu" else device["type"]
     note = (
         '<p class="soft"><b>This was a fast run</b> of a handful of steps: everything ran, nothing was learnt, and the '
         "targets are not judged.</p>"
@@ -245,7 +245,7 @@ def _predictions(results: dict, test: Dataset, folder: str) -> str:
         f"The first hold-out digit of each class, then mistakes if there are any (red). All {fresh['images']} "
         f"predictions {equal} those of the training process; the probabilities differ by at most "
         f"{fresh['largest_probability_difference']:.1g}.",
-        f'<div class="digits">{"".join(cards)}</div><pre>{html.escape(USAGE.format(folder=f"{folder}/model"))}</pre>',
+        f'<div class="digits">{"".join(cards)}</div><pre>{html.escape(USAGE.format(folder=folder))}</pre>',
     )
 
 
