@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
 
 
@@ -72,17 +73,21 @@ def matrix_product(dtype: torch.dtype, device: str, size: int = 2048, repeats: i
     return run
 
 
-def peak_resident_mib(run: Callable[[], object]) -> float:
-    """Resident memory of this process at the highest during `run`, beyond what it was before, MiB. Linux only."""
+def peak_allocated_mib(run: Callable[[], object]) -> float:
+    """
+    The most memory that tensors took on the CPU at once during `run`, beyond what they took before, MiB.
 
-    def resident(field: str) -> float:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
-
-    Path("/proc/self/clear_refs").write_text("5")  # the highest so far becomes the present
-    before = resident("VmRSS")
-    run()
-    return resident("VmHWM") - before
+    It adds up the profiler's record of every allocation: exact and repeatable, where resident memory depends on what
+    the allocator happened to keep.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    peak = allocated = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        allocated += event.nbytes()
+        peak = max(peak, allocated)
+    return peak / 2**20
 
 
 def hardware(device: str) -> dict[str, str | int]:

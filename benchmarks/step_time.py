@@ -3,15 +3,13 @@ python benchmarks/step_time.py [--batch_size 8] [--rounds 7] [--device cpu]
 
 Times one masked step, forward + backward, of the base models: ours, the same in the original's order of operations,
 and the ones in transformers that a user would take instead. All in one process, in turn; medians, and ratios round by
-round. Peak memory comes from one process per model. Writes benchmarks/results/step_time_DEVICE.json.
+round. Peak memory is that of all tensors beyond the weights. Writes benchmarks/results/step_time_DEVICE.json.
 
 transformers' Hiera has no SDPA path; its mask ratio is its own published 0.6.
 """
 
 import argparse
 import json
-import subprocess
-import sys
 import time
 
 import torch
@@ -25,7 +23,7 @@ from transformers import (
 )
 
 from hivit_hf import HiViTConfig, HiViTForMaskedImageModeling
-from measure import PRECISIONS, interleave, matrix_product, peak_resident_mib, summarize, write
+from measure import PRECISIONS, interleave, matrix_product, peak_allocated_mib, summarize, write
 from original_order import reorder
 
 
@@ -78,15 +76,16 @@ def masked_step(model, pixel_values: torch.Tensor, dtype: torch.dtype):
     return run
 
 
-def peak_memory_mib(name: str, batch_size: int, device: str, dtype: torch.dtype) -> float:
+def peak_memory_mib(model, pixel_values: torch.Tensor, dtype: torch.dtype) -> float:
     """What one step needs beyond the model itself, MiB: gradients and activations."""
-    model = MODELS[name]().to(device).train()
-    run = masked_step(model, torch.randn(batch_size, 3, 224, 224, device=device), dtype)
-    if device == "cuda":
-        before = torch.cuda.memory_allocated()
-        run()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    return peak_resident_mib(run)
+    run = masked_step(model, pixel_values, dtype)
+    model.zero_grad(set_to_none=True)
+    if not pixel_values.is_cuda:
+        return peak_allocated_mib(run)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def main():
@@ -94,17 +93,9 @@ def main():
     parser.add_argument("--batch_size", type=int, default=8, help="Images per step.")
     parser.add_argument("--rounds", type=int, default=7, help="Counted rounds.")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="Where to run.")
-    parser.add_argument(
-        "--memory_of", nargs=2, metavar=("MODEL", "PRECISION"), help="Print the peak memory of one, MiB."
-    )
     arguments = parser.parse_args()
     batch_size, device = arguments.batch_size, arguments.device
     torch.manual_seed(0)
-    if arguments.memory_of:
-        name, precision = arguments.memory_of
-        print(peak_memory_mib(name, batch_size, device, PRECISIONS[precision]))
-        return
-
     results = {"batch_size": batch_size, "image_size": 224, "step_gflop_per_image": STEP_GFLOP}
     pixel_values = torch.randn(batch_size, 3, 224, 224, device=device)
     models = {name: make().to(device).train() for name, make in MODELS.items()}
@@ -116,11 +107,8 @@ def main():
         rate = sorted(2 * 2048**3 / s / 1e9 for s in product)[len(product) // 2]
         share = sorted(STEP_GFLOP * batch_size / s / (2 * 2048**3 / p / 1e9) for s, p in zip(seconds[OURS], product))
         table = summarize(seconds, OURS)
-        for name in table:
-            command = [sys.executable, __file__, "--batch_size", str(batch_size), "--device", device]
-            command += ["--memory_of", name, precision]
-            output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            table[name]["peak_memory_mib"] = float(output.strip().splitlines()[-1])
+        for name, model in models.items():
+            table[name]["peak_memory_mib"] = peak_memory_mib(model, pixel_values, dtype)
         results[precision] = {
             "models": table,
             "matrix_product_gflop_per_s": rate,
