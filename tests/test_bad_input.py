@@ -30,9 +30,12 @@ def within_a_second():
         ({"num_attention_heads": 0}, r"num_attention_heads must be positive, got 0"),
         ({"hidden_size": -4}, r"hidden_size must be positive, got -4"),
         ({"patch_size": 10}, r"patch_size must be a multiple of 4.*got 10; use 8 or 12"),
-        ({"image_size": 230}, r"image_size .* multiples of patch_size 16, got 230; the nearest are \['224 or 240'\]"),
+        (
+            {"image_size": 230},
+            r"image_size .* multiple of patch_size 16.*got 230; the nearest are \['224 or 240', '224 or 240'\]",
+        ),
         ({"image_size": [224, 100]}, r"got \[224, 100\]; the nearest are \['224', '96 or 112'\]"),
-        ({"image_size": [224] * 3}, r"image_size must be one or two"),
+        ({"image_size": [224] * 3}, r"or two \(height, width\), got \[224, 224, 224\]"),
         ({"mask_ratio": 1.0}, r"mask_ratio must be in \[0, 1\), got 1.0"),
         ({"mask_ratio": -0.1}, r"mask_ratio must be in \[0, 1\), got -0.1"),
         ({"drop_path_rate": 1.5}, r"drop_path_rate must be in \[0, 1\), got 1.5"),
@@ -63,7 +66,7 @@ def test_later_assignments_are_caught_by_the_model(tiny_config):
 
 
 def test_a_mask_ratio_that_leaves_no_unit_visible(tiny_config):
-    with pytest.raises(ValueError, match=r"mask_ratio 0.95 of 16 units leaves none. Lower mask_ratio to 0.938 or less"):
+    with pytest.raises(ValueError, match=r"mask_ratio 0.95 of 16 units leaves none. Lower mask_ratio to 0.936 or less"):
         HiViTForMaskedImageModeling(tiny_config(mask_ratio=0.95))
     HiViTForImageClassification(tiny_config(mask_ratio=0.95))
     model = HiViTForMaskedImageModeling(tiny_config())
@@ -83,7 +86,8 @@ def test_a_mask_ratio_that_leaves_no_unit_visible(tiny_config):
         ((1, 1, 64, 64), r"\(batch, 3 channels, height, width\), got \(1, 1, 64, 64\)"),
         ((1, 4, 64, 64), r"\(batch, 3 channels, height, width\), got \(1, 4, 64, 64\)"),
         ((3, 64, 64), r"\(batch, 3 channels, height, width\), got \(3, 64, 64\)"),
-        (None, r"got nothing"),
+        ((0, 3, 64, 64), r"got \(0, 3, 64, 64\)"),
+        (None, r"got a NoneType"),
     ],
 )
 @pytest.mark.parametrize(
@@ -103,7 +107,7 @@ def unequal_rows():
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (torch.zeros(2, 15), r"\(batch, units\) = \(2, 16\), one value per 16 px unit, got \(2, 15\)"),
+        (torch.zeros(2, 15), r"\(batch, units\) = \(2, 16\), one value per unit, got \(2, 15\)"),
         (torch.zeros(1, 16), r"= \(2, 16\).*got \(1, 16\)"),
         (torch.zeros(2, 4, 4), r"= \(2, 16\).*got \(2, 4, 4\)"),
         (unequal_rows(), r"same number of units, got rows with \[11, 12\] visible"),
@@ -118,5 +122,27 @@ def test_masks(model_class, mask, message, tiny_config):
 
 
 def test_noise(tiny_config):
-    with pytest.raises(ValueError, match=r"noise must have the shape \(batch, units\) = \(2, 16\), got \(2, 49\)"):
+    with pytest.raises(
+        ValueError, match=r"noise must be a tensor \(batch, units\) = \(2, 16\), one value per unit, got \(2, 49\)"
+    ):
         HiViTForMaskedImageModeling(tiny_config())(torch.zeros(2, 3, 64, 64), noise=torch.rand(2, 49))
+
+
+@pytest.mark.parametrize("given", [[[0] * 16] * 2, torch.zeros(2, 16).numpy()], ids=["list", "numpy"])
+def test_masks_and_noise_that_are_no_tensors(given, tiny_config):
+    model, pixel_values = HiViTForMaskedImageModeling(tiny_config()), torch.zeros(2, 3, 64, 64)
+    with pytest.raises(ValueError, match=r"bool_masked_pos must be a tensor .* got a (list|ndarray)"):
+        model(pixel_values, bool_masked_pos=given)
+    with pytest.raises(ValueError, match=r"noise must be a tensor .* got a (list|ndarray)"):
+        model(pixel_values, noise=given)
+    with pytest.raises(ValueError, match=r"pixel_values must be a tensor .* got a ndarray"):
+        model(pixel_values.numpy())
+
+
+def test_a_pair_of_sizes_may_be_assigned_later(tiny_config):
+    config = tiny_config()
+    config.image_size = (32, 64)
+    assert HiViTModel(config).position_embeddings.shape[1] == 8
+    config.image_size = (32, 65)
+    with pytest.raises(ValueError, match=r"got \(32, 65\); the nearest are \['32', '64 or 80'\]"):
+        HiViTModel(config)

@@ -128,7 +128,7 @@ def test_saved_classifier_predicts_what_the_page_says(output, metrics):
 
 def test_the_three_lines_of_the_readme_run(output):
     code = re.search(r"```python\n(import hivit_hf .*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL).group(1)
-    assert len(code.strip().splitlines()) == 3
+    assert len([line for line in code.splitlines() if line]) == 3
     code = code.replace("demo_output", str(output))
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr[-3000:]

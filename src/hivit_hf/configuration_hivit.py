@@ -14,6 +14,7 @@
 """HiViT configuration: every number that defines the network (arXiv 2205.14949)."""
 
 import difflib
+import math
 from dataclasses import fields
 
 from huggingface_hub.dataclasses import strict
@@ -205,7 +206,7 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
     @property
     def grid_size(self) -> tuple[int, int]:
         """Rows and columns of units in an image of `image_size`."""
-        height, width = self.image_size if isinstance(self.image_size, list) else (self.image_size, self.image_size)
+        height, width = (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
         return height // self.patch_size, width // self.patch_size
 
     def num_visible_units(self, num_units: int) -> int:
@@ -219,9 +220,10 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"mask_ratio must be in [0, 1), got {self.mask_ratio}. The published value is 0.75.")
         visible = int(num_units * (1 - self.mask_ratio))
         if visible < 1:
+            highest = max(math.floor(1000 * (1 - 1 / num_units) - 1) / 1000, 0)
             raise ValueError(
                 f"At least one unit must stay visible: mask_ratio {self.mask_ratio} of {num_units} units leaves none. "
-                f"Lower mask_ratio to {1 - 1 / num_units:.3g} or less, or use larger images."
+                f"Lower mask_ratio to {highest} or less, or use larger images."
             )
         return visible
 
@@ -254,10 +256,10 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"patch_size must be a multiple of 4, as a unit is a 4x4 grid of tokens: got {self.patch_size}; "
                 f"use {lower} or {self.patch_size // 4 * 4 + 4}."
             )
-        sizes = self.image_size if isinstance(self.image_size, list) else [self.image_size]
-        if len(sizes) not in (1, 2) or any(size < 1 or size % self.patch_size for size in sizes):
+        sizes = [self.image_size] * 2 if isinstance(self.image_size, int) else self.image_size
+        if len(sizes) != 2 or any(size < 1 or size % self.patch_size for size in sizes):
             raise ValueError(
-                f"image_size must be one or two (height, width) positive multiples of patch_size {self.patch_size}, "
+                f"image_size must be a positive multiple of patch_size {self.patch_size}, or two (height, width), "
                 f"got {self.image_size}; the nearest are {[nearest_multiples(s, self.patch_size) for s in sizes]}."
             )
         for prefix in ["", "decoder_"]:
@@ -278,12 +280,13 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
             "out_indices",
         ]
         for name in keywords:
-            if hasattr(PreTrainedConfig, name) or name in _TRANSFORMERS_KEYWORDS or name.startswith("_"):
+            inherited = hasattr(PreTrainedConfig, name) and not callable(getattr(PreTrainedConfig, name))
+            if inherited or name in _TRANSFORMERS_KEYWORDS or name.startswith("_"):
                 continue
             if self.transformers_version is not None:
                 logger.warning(f"HiViTConfig keeps {name}={keywords[name]!r} of the loaded file, but does not use it.")
                 continue
-            close = difflib.get_close_matches(name, [*known, "num_labels"], n=1)
+            close = difflib.get_close_matches(name, [*known, "num_labels"], n=1, cutoff=0.75)
             hint = f"Did you mean {close[0]!r}?" if close else f"The keywords are {', '.join(known)}."
             if name == "num_hidden_layers":
                 hint = "It follows from 'depths': set that instead."

@@ -113,7 +113,14 @@ def pixels_to_image(pixels: torch.Tensor, patch_size: int, grid: tuple[int, int]
 
 def visible_indices(bool_masked_pos: torch.BoolTensor, num_visible_units: int) -> torch.LongTensor:
     """Positions of the visible units in raster order: (B, N) -> (B, V)."""
-    return bool_masked_pos.to(torch.uint8).argsort(dim=1, stable=True)[:, :num_visible_units]
+    return bool_masked_pos.bool().to(torch.uint8).argsort(dim=1, stable=True)[:, :num_visible_units]
+
+
+def check_per_unit(name: str, values: torch.Tensor, shape: tuple[int, int]):
+    """ValueError if what a user gave is not a tensor with one value per unit, (batch, units)."""
+    if not isinstance(values, torch.Tensor) or tuple(values.shape) != shape:
+        got = tuple(values.shape) if isinstance(values, torch.Tensor) else f"a {type(values).__name__}"
+        raise ValueError(f"{name} must be a tensor (batch, units) = {shape}, one value per unit, got {got}.")
 
 
 def resize_table(table: torch.Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> torch.Tensor:
@@ -388,7 +395,7 @@ class HiViTDecoder(nn.Module):
         batch_size, _, channels = hidden_states.shape
         tokens = self.mask_token.to(hidden_states.dtype).expand(batch_size, math.prod(grid), channels)
         hidden_states = tokens.scatter(1, visible[:, :, None].expand(-1, -1, channels), hidden_states)
-        positions = self.position_embeddings
+        positions = self.position_embeddings.detach()
         if grid != self.grid_size:
             positions = sin_cos_position_embeddings(grid, channels).to(positions)
         hidden_states = hidden_states + positions
@@ -408,6 +415,7 @@ class HiViTPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # the losses are means, which Trainer then divides by the accumulation steps
     _no_split_modules = ["HiViTEmbeddings", "HiViTMLPLayer", "HiViTAttentionLayer"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -562,10 +570,11 @@ class HiViTModel(HiViTPreTrainedModel):
     def check_pixel_values(self, pixel_values: torch.Tensor | None) -> tuple[int, int]:
         """The grid of units, as (rows, columns), of images that the model can take. ValueError for others."""
         channels, patch_size = self.config.num_channels, self.config.patch_size
-        if pixel_values is None or pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
-            got = "nothing" if pixel_values is None else f"{tuple(pixel_values.shape)}"
+        is_tensor = isinstance(pixel_values, torch.Tensor)
+        if not is_tensor or pixel_values.ndim != 4 or pixel_values.shape[1] != channels or not len(pixel_values):
+            got = tuple(pixel_values.shape) if is_tensor else f"a {type(pixel_values).__name__}"
             raise ValueError(
-                f"pixel_values must have the shape (batch, {channels} channels, height, width), got {got}. Convert the "
+                f"pixel_values must be a tensor (batch, {channels} channels, height, width), got {got}. Convert the "
                 f"images, or make the model with another num_channels."
             )
         height, width = pixel_values.shape[2:]
@@ -578,11 +587,7 @@ class HiViTModel(HiViTPreTrainedModel):
 
     def _count_visible_units(self, bool_masked_pos: torch.BoolTensor, batch_size: int, num_units: int) -> int:
         """Visible units of each row of a mask that a user gave. ValueError if the rows differ or none is left."""
-        if tuple(bool_masked_pos.shape) != (batch_size, num_units):
-            raise ValueError(
-                f"bool_masked_pos must have the shape (batch, units) = ({batch_size}, {num_units}), one value per "
-                f"{self.config.patch_size} px unit, got {tuple(bool_masked_pos.shape)}."
-            )
+        check_per_unit("bool_masked_pos", bool_masked_pos, (batch_size, num_units))
         if torch.compiler.is_compiling():
             return self.config.num_visible_units(num_units)
         counts = sorted(set((bool_masked_pos == 0).sum(dim=1).tolist()))
@@ -593,7 +598,7 @@ class HiViTModel(HiViTPreTrainedModel):
             )
         if counts == [0]:
             raise ValueError(f"bool_masked_pos masks all {num_units} units: leave at least one visible (False).")
-        return counts[0] if counts else num_units
+        return counts[0]
 
 
 class HiViTForMaskedImageModeling(HiViTPreTrainedModel):
@@ -616,8 +621,7 @@ class HiViTForMaskedImageModeling(HiViTPreTrainedModel):
         shape = (len(pixel_values), math.prod(self.hivit.check_pixel_values(pixel_values)))
         if noise is None:
             noise = torch.rand(shape, device=pixel_values.device)
-        elif tuple(noise.shape) != shape:
-            raise ValueError(f"noise must have the shape (batch, units) = {shape}, got {tuple(noise.shape)}.")
+        check_per_unit("noise", noise, shape)
         keep = noise.argsort(dim=1, stable=True)[:, : self.config.num_visible_units(shape[1])]
         return torch.ones_like(noise, dtype=torch.bool).scatter(1, keep, False)
 
@@ -646,16 +650,18 @@ class HiViTForMaskedImageModeling(HiViTPreTrainedModel):
         if bool_masked_pos is None:
             bool_masked_pos = self.draw_mask(pixel_values, noise)
             num_visible_units = self.config.num_visible_units(math.prod(grid))
-        bool_masked_pos = bool_masked_pos.bool()
         encoded = self.hivit(
             pixel_values,
             bool_masked_pos,
             num_visible_units=num_visible_units,
             output_stage_hidden_states=self.config.fuse_stages,
+            return_dict=True,
             **kwargs,
         )
         features = encoded.last_hidden_state
         visible = visible_indices(bool_masked_pos, features.shape[1])
+        # what was masked indeed: under compilation a given mask is not checked
+        bool_masked_pos = torch.ones_like(bool_masked_pos, dtype=torch.bool).scatter(1, visible, False)
         if self.config.fuse_stages:
             features = torch.cat([stage.flatten(2) for stage in encoded.stage_hidden_states[1:]], dim=2)
         logits = self.decoder(features, visible, grid, **kwargs)
@@ -740,7 +746,7 @@ class HiViTForImageClassification(HiViTPreTrainedModel):
         Raises:
             ValueError: for images of other shapes.
         """
-        encoded = self.hivit(pixel_values, **kwargs)
+        encoded = self.hivit(pixel_values, return_dict=True, **kwargs)
         logits = self.classifier(encoded.pooler_output)
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
         return ImageClassifierOutput(
@@ -774,7 +780,7 @@ class HiViTBackbone(BackboneMixin, HiViTPreTrainedModel):
             ValueError: for images of other shapes.
         """
         grid = self.hivit.check_pixel_values(pixel_values)
-        encoded = self.hivit(pixel_values, output_stage_hidden_states=True, **kwargs)
+        encoded = self.hivit(pixel_values, output_stage_hidden_states=True, return_dict=True, **kwargs)
         maps = [
             self._units_to_map(tokens, grid)
             for name, tokens in zip(self.stage_names, encoded.stage_hidden_states)
