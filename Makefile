@@ -15,10 +15,11 @@ check: $(VENV)/installed  ## Style
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-bench: $(VENV)/installed  ## Speed and memory against the peers: benchmarks/results/*.json
+bench: $(VENV)/installed  ## Speed and memory against the peers: benchmarks/results/*.json and the README's tables
 	$(RUN) benchmarks/attention.py
 	$(RUN) benchmarks/step_time.py
 	$(RUN) benchmarks/inference.py
+	$(RUN) benchmarks/table.py
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit('Python 3.11 or newer is needed: make PYTHON=python3.11' if sys.version_info < (3, 11) else 0)"

@@ -10,6 +10,7 @@ transformers' Hiera has no SDPA path; its mask ratio is its own published 0.6.
 
 import argparse
 import json
+import statistics
 import time
 
 import torch
@@ -23,7 +24,7 @@ from transformers import (
 )
 
 from hivit_hf import HiViTConfig, HiViTForMaskedImageModeling
-from measure import PRECISIONS, interleave, matrix_product, peak_allocated_mib, summarize, write
+from measure import PRECISIONS, interleave, matrix_product, peak_allocated_mib, summarize, synchronize, write
 from original_order import reorder
 
 
@@ -69,8 +70,7 @@ def masked_step(model, pixel_values: torch.Tensor, dtype: torch.dtype):
         with torch.autocast(pixel_values.device.type, dtype=dtype, enabled=dtype != torch.float32):
             loss = model(**inputs).loss
         loss.backward()
-        if pixel_values.is_cuda:
-            torch.cuda.synchronize()
+        synchronize()
         return time.perf_counter() - start
 
     return run
@@ -104,15 +104,15 @@ def main():
         contenders["matrix product"] = matrix_product(dtype, device)
         seconds = interleave(contenders, arguments.rounds, f"masked step, {precision}")
         product = seconds.pop("matrix product")
-        rate = sorted(2 * 2048**3 / s / 1e9 for s in product)[len(product) // 2]
-        share = sorted(STEP_GFLOP * batch_size / s / (2 * 2048**3 / p / 1e9) for s, p in zip(seconds[OURS], product))
+        rates = [2 * 2048**3 / s / 1e9 for s in product]
+        shares = [STEP_GFLOP * batch_size / s / rate for s, rate in zip(seconds[OURS], rates)]
         table = summarize(seconds, OURS)
         for name, model in models.items():
             table[name]["peak_memory_mib"] = peak_memory_mib(model, pixel_values, dtype)
         results[precision] = {
             "models": table,
-            "matrix_product_gflop_per_s": rate,
-            "share_of_matrix_product_rate": share[len(share) // 2],
+            "matrix_product_gflop_per_s": statistics.median(rates),
+            "share_of_matrix_product_rate": statistics.median(shares),
         }
         print(json.dumps(results[precision], indent=1))
     print("written:", write(f"step_time_{device}", results, device))

@@ -358,6 +358,17 @@ def test_compiles_without_graph_breaks(tiny_config, redraw, draw_masks):
         assert_close(gradient, parameter.grad, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("num_masked", [8, 15])
+def test_compiled_loss_follows_what_was_masked(num_masked, tiny_config, redraw, draw_masks):
+    """A given mask is not checked when compiled: with another ratio than the configuration's, its own is used."""
+    model = make(HiViTForMaskedImageModeling, tiny_config(mask_ratio=0.75), redraw)
+    pixel_values, masks = images(model.config, 2), draw_masks(2, 16, num_masked)
+    torch._dynamo.reset()
+    output = torch.compile(model, fullgraph=True, backend="eager")(pixel_values, bool_masked_pos=masks)
+    assert output.bool_masked_pos.sum(dim=1).tolist() == [12, 12]
+    assert_close(output.loss, model(pixel_values, bool_masked_pos=output.bool_masked_pos).loss)
+
+
 def test_exports_the_full_and_the_masked_path(tiny_config, redraw, draw_masks):
     config = tiny_config(mask_ratio=0.75)
     pixel_values = images(config, 2)

@@ -192,8 +192,8 @@ def compare_starts(
     runs = [
         pool.submit(finetune_digits, train, test, start, labels, seed, settings, pretrained) for seed, start in names
     ]
-    for _ in tqdm(as_completed(runs), total=len(runs), desc=f"fine-tuning, {labels.replace('_', ' ')}", unit="run"):
-        pass
+    for run in tqdm(as_completed(runs), total=len(runs), desc=f"fine-tuning, {labels.replace('_', ' ')}", unit="run"):
+        run.result()  # raises what the run raised, at once
     models, records = {}, {start: [] for start in STARTS}
     for (_, start), run in zip(names, runs):
         model, record = run.result()
