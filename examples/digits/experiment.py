@@ -168,7 +168,10 @@ def worker_processes() -> Iterator[ProcessPoolExecutor]:
     """One process per core for runs that do not depend on each other; each computes with one thread."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(os.cpu_count() or 1, 4), context, initializer=_prepare_worker) as pool:
-        yield pool
+        try:
+            yield pool
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error, the runs that wait are not begun
 
 
 def _prepare_worker():
