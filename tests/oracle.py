@@ -139,8 +139,8 @@ class Oracle:
         mean = tokens.sum(0) / len(tokens)
         return self.norm("hivit.layernorm", mean) if self.c.pooler_layernorm else mean
 
-    def classify(self, image):
-        return self.linear("classifier", self.pooled(image))
+    def classify(self, image, masked=None):
+        return self.linear("classifier", self.pooled(image, masked))
 
     # -- masked image modelling
 

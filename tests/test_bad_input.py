@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForImageClassification
 
 from hivit_hf import HiViTBackbone, HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling, HiViTModel
 
@@ -42,13 +43,31 @@ def within_a_second():
         ({"out_features": ["stage3", "stage4"]}, r"out_features got \['stage4'\], which do not exist; choose from"),
         ({"out_features": ["stage3", "stage1"]}, r"same order"),
         ({"out_indices": [7]}, r"out_indices"),
+        ({"out_features": []}, r"out_features is empty: choose from \['stem', "),
         ({"hidden_act": "gellu"}, r"hidden_act 'gellu'.*gelu"),
+        ({"mlp_ratio": 0.001}, r"mlp_ratio 0.001 of 512 channels leaves an MLP without width: give 0.00195 or more"),
+        ({"stem_mlp_ratio": 0.005}, r"stem_mlp_ratio 0.005 of 128 channels leaves an MLP without width"),
+        ({"initializer_range": 0}, r"initializer_range must be positive, got 0"),
+        ({"problem_type": "multi_label"}, r"problem_type 'multi_label' does not exist; .*'multi_label_classification'"),
+        ({"_note": "mine"}, r"no keyword '_note'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_configuration(keywords, message):
     with pytest.raises(ValueError, match=message):
         HiViTConfig(**keywords)
+
+
+@pytest.mark.parametrize("load", [HiViTConfig, AutoConfig, HiViTModel, AutoModelForImageClassification], ids=str)
+def test_keywords_beside_a_file(load, tiny_config, tmp_path):
+    HiViTForImageClassification(tiny_config()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"no keyword 'drop_path'. Did you mean 'drop_path_rate'\?"):
+        load.from_pretrained(tmp_path, drop_path=0.1)
+    with pytest.raises(ValueError, match=r"mask_ratio must be in \[0, 1\), got 3.0"):
+        load.from_pretrained(tmp_path, mask_ratio=3.0)
+    loading = {"cache_dir": None, "token": None, "revision": "main", "local_files_only": True, "subfolder": ""}
+    loaded = load.from_pretrained(tmp_path, drop_path_rate=0.1, **loading)
+    assert getattr(loaded, "config", loaded).drop_path_rate == 0.1
 
 
 def test_unknown_architecture():
@@ -115,10 +134,18 @@ def unequal_rows():
     ],
     ids=["units", "batch", "grid", "unequal", "everything"],
 )
-@pytest.mark.parametrize("model_class", [HiViTModel, HiViTForMaskedImageModeling])
+@pytest.mark.parametrize("model_class", [HiViTModel, HiViTForMaskedImageModeling, HiViTForImageClassification])
 def test_masks(model_class, mask, message, tiny_config):
     with pytest.raises(ValueError, match=message):
         model_class(tiny_config())(torch.zeros(2, 3, 64, 64), bool_masked_pos=mask)
+
+
+def test_masks_where_there_is_nothing_to_mask(tiny_config, draw_masks):
+    pixel_values, mask = torch.zeros(2, 3, 64, 64), draw_masks(2, 16, 4)
+    with pytest.raises(ValueError, match=r"HiViTBackbone got bool_masked_pos, but a map needs all units"):
+        HiViTBackbone(tiny_config())(pixel_values, bool_masked_pos=mask)
+    with pytest.raises(ValueError, match=r"num_visible_units \(12\) needs bool_masked_pos"):
+        HiViTModel(tiny_config())(pixel_values, num_visible_units=12)
 
 
 def test_noise(tiny_config):

@@ -7,9 +7,12 @@ import sys
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from safetensors import safe_open
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 from transformers import BitImageProcessor
+from transformers.initialization import no_init_weights
 
 import hivit_hf
 from hivit_hf import HiViTBackbone, HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling, HiViTModel
@@ -197,3 +200,25 @@ def test_a_saved_file_may_hold_what_a_user_attached(tiny_config, tmp_path, caplo
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "my_note": "kept"}))
     assert HiViTConfig.from_pretrained(tmp_path).my_note == "kept"
+
+
+@pytest.mark.parametrize("num_on_the_first", [0, 1, 2, 3, 4, 6])
+@pytest.mark.parametrize("model_class", [HiViTForMaskedImageModeling, HiViTForImageClassification, HiViTBackbone])
+def test_parts_on_several_devices(model_class, num_on_the_first, tiny_config):
+    """Fake tensors know their device and refuse to be mixed, so what `device_map` does is tested without a GPU."""
+    with FakeTensorMode(allow_non_fake_inputs=True), no_init_weights():
+        model = model_class(tiny_config(out_features=["stem", "stage1", "stage2", "stage3"]))
+        whole = (*model._no_split_modules, "HiViTMerge")
+        parts = [name for name, module in model.named_modules() if type(module).__name__ in whole]
+        parts = [name for name in parts if not name.startswith("decoder.")] + ["hivit.layernorm", "classifier"]
+        devices = {name: f"cuda:{int(index >= num_on_the_first)}" for index, name in enumerate(parts)}
+        for name, parameter in list(model.named_parameters()):
+            device = next((devices[part] for part in parts if name.startswith(f"{part}.")), "cuda:0")
+            module, _, leaf = name.rpartition(".")
+            model.get_submodule(module)._parameters[leaf] = torch.nn.Parameter(parameter.detach().to(device))
+        for name, module in model.named_modules():
+            if name in devices:
+                add_hook_to_module(module, AlignDevicesHook(execution_device=devices[name]))
+        add_hook_to_module(model, AlignDevicesHook(execution_device="cuda:0", io_same_device=True))
+        output = model(torch.zeros(2, 3, 64, 64))
+    assert all(tensor.device.type == "cpu" for tensor in output.to_tuple() if isinstance(tensor, torch.Tensor))

@@ -100,6 +100,14 @@ def test_classifier_equals_the_oracle(variant, dtype, implementation, tiny_confi
     assert_gradients_equal(model, logits.square().sum(), expected.square().sum(), weights, dtype)
 
 
+def test_classifier_without_some_units_equals_the_oracle(tiny_config, redraw, draw_masks):
+    model = make(HiViTForImageClassification, tiny_config(), redraw)
+    pixel_values, masks = images(model.config, 2), draw_masks(2, 16, 6)
+    oracle = Oracle(model.state_dict(), model.config)
+    expected = torch.stack([oracle.classify(image, mask) for image, mask in zip(pixel_values, masks)])
+    assert_close(model(pixel_values, bool_masked_pos=masks).logits, expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("masked", [False, True], ids=["full", "masked"])
 @PRECISIONS
 def test_every_stage_equals_the_oracle(masked, dtype, tiny_config, redraw, draw_masks):
@@ -195,6 +203,21 @@ def test_hidden_states_and_attentions(tiny_config, redraw, draw_masks):
         assert_close(output.hidden_states[index], stage, atol=0, rtol=0)
     assert [tuple(a.shape) for a in output.attentions] == [(2, 4, 4, 4)] * 2
     assert_close(output.attentions[0].sum(-1), torch.ones(2, 4, 4))
+
+
+@pytest.mark.parametrize(
+    "model_class", [HiViTModel, HiViTForMaskedImageModeling, HiViTForImageClassification, HiViTBackbone]
+)
+def test_tuples_hold_what_the_named_output_holds(model_class, tiny_config):
+    model = model_class(tiny_config()).eval()
+    pixel_values, noise = images(model.config, 2), {}
+    if model_class is HiViTForMaskedImageModeling:
+        noise = {"noise": torch.rand(2, 16)}
+    expected = model(pixel_values, **noise).to_tuple()
+    model.config.return_dict = False
+    for output in (model(pixel_values, **noise), model(pixel_values, return_dict=False, **noise)):
+        assert type(output) is tuple
+        assert_close(output, expected, atol=0, rtol=0)
 
 
 def test_noise_keeps_the_smallest_and_a_mask_wins(tiny_config, draw_masks):

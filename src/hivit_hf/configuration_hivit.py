@@ -40,6 +40,8 @@ ARCHITECTURES = {
     },
 }
 
+PROBLEM_TYPES = ["single_label_classification", "multi_label_classification", "regression"]
+
 # Keywords that transformers itself passes to a configuration and that are neither fields nor attributes of its base.
 _TRANSFORMERS_KEYWORDS = {"attn_implementation", "experts_implementation", "auto_map", "quantization_config"}
 
@@ -137,8 +139,8 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
     hidden_dropout_prob: float | int = 0.0
     attention_probs_dropout_prob: float | int = 0.0
     drop_path_rate: float | int = 0.0
-    layer_norm_eps: float = 1e-6
-    initializer_range: float = 0.02
+    layer_norm_eps: float | int = 1e-6
+    initializer_range: float | int = 0.02
     pooler_layernorm: bool = True
     mask_ratio: float | int = 0.75
     norm_pix_loss: bool = True
@@ -166,6 +168,17 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"There is no HiViT architecture named {name!r}. Choose from {', '.join(ARCHITECTURES)}.")
         return cls(**{**ARCHITECTURES[name], **overrides})
 
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs) -> "HiViTConfig | tuple[HiViTConfig, dict]":
+        """As in transformers, which ignores keywords that it does not know; here misspelled ones are refused."""
+        for name in set(kwargs) - set(cls._keywords()):
+            close = difflib.get_close_matches(name, cls._keywords(), n=1, cutoff=0.7)
+            if close:
+                raise ValueError(f"HiViTConfig has no keyword {name!r}. Did you mean {close[0]!r}?")
+        loaded = super().from_dict(config_dict, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).check()
+        return loaded
+
     def __post_init__(self, **kwargs):
         out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
         self._refuse_unknown_keywords(kwargs)
@@ -174,6 +187,8 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
             self.image_size = list(self.image_size)
         self._refuse_unknown_stages(out_features)
         self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
+        if not self.out_features:
+            raise ValueError(f"out_features is empty: choose from {self.stage_names}, or leave it out for the last.")
         super().__post_init__(**kwargs)
         self.check()
 
@@ -240,7 +255,7 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"depths must be three positive numbers like [2, 2, 20], got {self.depths}.")
         positive = ["patch_size", "num_channels", "hidden_size", "stem_blocks_per_depth", "num_attention_heads"]
         positive += ["decoder_hidden_size", "decoder_num_hidden_layers", "decoder_num_attention_heads"]
-        positive += ["stem_mlp_ratio", "mlp_ratio", "decoder_mlp_ratio", "layer_norm_eps"]
+        positive += ["stem_mlp_ratio", "mlp_ratio", "decoder_mlp_ratio", "layer_norm_eps", "initializer_range"]
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
@@ -250,6 +265,15 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
         if self.hidden_act not in ACT2FN:
             close = difflib.get_close_matches(self.hidden_act, ACT2FN, n=3) or ["gelu"]
             raise ValueError(f"hidden_act {self.hidden_act!r} does not exist; did you mean {' or '.join(close)}?")
+        widths = {"stem_mlp_ratio": self.stage_channels[0], "mlp_ratio": self.hidden_size}
+        for name, channels in (widths | {"decoder_mlp_ratio": self.decoder_hidden_size}).items():
+            if int(channels * getattr(self, name)) < 1:
+                raise ValueError(
+                    f"{name} {getattr(self, name)} of {channels} channels leaves an MLP without width: "
+                    f"give {1 / channels:.3g} or more; the published values are 3 in the stem and 4 elsewhere."
+                )
+        if self.problem_type not in (None, *PROBLEM_TYPES):
+            raise ValueError(f"problem_type {self.problem_type!r} does not exist; choose from {PROBLEM_TYPES}.")
         if self.patch_size % 4:
             lower = max(self.patch_size // 4 * 4, 4)
             raise ValueError(
@@ -273,21 +297,22 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
                     f"the nearest that does is {min(divisors, key=lambda h: abs(h - heads))}."
                 )
 
+    @classmethod
+    def _keywords(cls) -> list[str]:
+        names = [field.name for field in fields(cls) if not field.name.startswith("_")]
+        return [*names, "out_features", "out_indices", "num_labels"]
+
     def _refuse_unknown_keywords(self, keywords: dict):
         """A saved file may hold what a user or another version of transformers had attached: that is kept."""
-        known = [field.name for field in fields(self) if not field.name.startswith("_")] + [
-            "out_features",
-            "out_indices",
-        ]
         for name in keywords:
             inherited = hasattr(PreTrainedConfig, name) and not callable(getattr(PreTrainedConfig, name))
-            if inherited or name in _TRANSFORMERS_KEYWORDS or name.startswith("_"):
+            if inherited or name in _TRANSFORMERS_KEYWORDS:
                 continue
             if self.transformers_version is not None:
                 logger.warning(f"HiViTConfig keeps {name}={keywords[name]!r} of the loaded file, but does not use it.")
                 continue
-            close = difflib.get_close_matches(name, [*known, "num_labels"], n=1, cutoff=0.75)
-            hint = f"Did you mean {close[0]!r}?" if close else f"The keywords are {', '.join(known)}."
+            close = difflib.get_close_matches(name, self._keywords(), n=1, cutoff=0.7)
+            hint = f"Did you mean {close[0]!r}?" if close else f"The keywords are {', '.join(self._keywords())}."
             if name == "num_hidden_layers":
                 hint = "It follows from 'depths': set that instead."
             raise ValueError(f"HiViTConfig has no keyword {name!r} (got {name}={keywords[name]!r}). {hint}")

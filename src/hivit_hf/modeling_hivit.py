@@ -416,7 +416,7 @@ class HiViTPreTrainedModel(PreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # the losses are means, which Trainer then divides by the accumulation steps
-    _no_split_modules = ["HiViTEmbeddings", "HiViTMLPLayer", "HiViTAttentionLayer"]
+    _no_split_modules = ["HiViTEmbeddings", "HiViTMLPLayer", "HiViTAttentionLayer", "HiViTDecoder"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -540,6 +540,8 @@ class HiViTModel(HiViTPreTrainedModel):
         """
         grid = self.check_pixel_values(pixel_values)
         visible = None
+        if bool_masked_pos is None and num_visible_units is not None:
+            raise ValueError(f"num_visible_units ({num_visible_units}) needs bool_masked_pos: which units they are.")
         if bool_masked_pos is not None:
             if num_visible_units is None:
                 num_visible_units = self._count_visible_units(bool_masked_pos, len(pixel_values), math.prod(grid))
@@ -549,8 +551,11 @@ class HiViTModel(HiViTPreTrainedModel):
         stage1, hidden_states = self.stages[0](stem)
         stage2, hidden_states = self.stages[1](hidden_states)
         hidden_states = hidden_states.flatten(2)  # (B, V, 1, 1, C) -> (B, V, C)
+        # `device_map` may have put the stages on several devices
+        visible = None if visible is None else visible.to(hidden_states.device)
         if self.position_embeddings is not None:
             positions = resize_table(self.position_embeddings[0], self.config.grid_size, grid)
+            positions = positions.to(hidden_states.device)
             hidden_states = hidden_states + (
                 positions if visible is None else nn.functional.embedding(visible, positions)
             )
@@ -663,14 +668,15 @@ class HiViTForMaskedImageModeling(HiViTPreTrainedModel):
         # what was masked indeed: under compilation a given mask is not checked
         bool_masked_pos = torch.ones_like(bool_masked_pos, dtype=torch.bool).scatter(1, visible, False)
         if self.config.fuse_stages:
-            features = torch.cat([stage.flatten(2) for stage in encoded.stage_hidden_states[1:]], dim=2)
+            stages = [stage.flatten(2).to(features.device) for stage in encoded.stage_hidden_states[1:]]
+            features = torch.cat(stages, dim=2)
         logits = self.decoder(features, visible, grid, **kwargs)
 
-        target = self.target(pixel_values)
+        target = self.target(pixel_values).to(logits.device)
         error = nn.functional.mse_loss(logits.to(target.dtype), target, reduction="none").mean(dim=2)
         num_masked = bool_masked_pos.numel() - visible.numel()
         return HiViTMaskedImageModelingOutput(
-            loss=(error * bool_masked_pos).sum() / max(num_masked, 1),
+            loss=(error * bool_masked_pos.to(error.device)).sum() / max(num_masked, 1),
             reconstruction=pixels_to_image(logits, patch_size, grid),
             logits=logits,
             bool_masked_pos=bool_masked_pos,
@@ -733,6 +739,7 @@ class HiViTForImageClassification(HiViTPreTrainedModel):
         self,
         pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        bool_masked_pos: torch.BoolTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ImageClassifierOutput:
         """
@@ -742,11 +749,13 @@ class HiViTForImageClassification(HiViTPreTrainedModel):
             labels (`torch.Tensor`, *optional*):
                 `(B,)` class indices, `(B, num_labels)` zeros and ones for multi-label classification, or `(B,)` or
                 `(B, num_labels)` numbers for regression.
+            bool_masked_pos (`torch.BoolTensor` of shape `(B, N)`, *optional*):
+                Units to classify without, True = masked; as many in each row. The others are never computed.
 
         Raises:
-            ValueError: for images of other shapes.
+            ValueError: for images and masks of other shapes.
         """
-        encoded = self.hivit(pixel_values, return_dict=True, **kwargs)
+        encoded = self.hivit(pixel_values, bool_masked_pos, return_dict=True, **kwargs)
         logits = self.classifier(encoded.pooler_output)
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
         return ImageClassifierOutput(
@@ -777,9 +786,11 @@ class HiViTBackbone(BackboneMixin, HiViTPreTrainedModel):
             `BackboneOutput` with `feature_maps`, one `(B, channels, height, width)` per `config.out_features`.
 
         Raises:
-            ValueError: for images of other shapes.
+            ValueError: for images of other shapes, and for masks: a map needs all units.
         """
         grid = self.hivit.check_pixel_values(pixel_values)
+        if kwargs.get("bool_masked_pos") is not None:
+            raise ValueError("HiViTBackbone got bool_masked_pos, but a map needs all units: use HiViTModel to mask.")
         encoded = self.hivit(pixel_values, output_stage_hidden_states=True, return_dict=True, **kwargs)
         maps = [
             self._units_to_map(tokens, grid)
