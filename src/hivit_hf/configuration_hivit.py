@@ -43,7 +43,15 @@ ARCHITECTURES = {
 PROBLEM_TYPES = ["single_label_classification", "multi_label_classification", "regression"]
 
 # Keywords that transformers itself passes to a configuration and that are neither fields nor attributes of its base.
-_TRANSFORMERS_KEYWORDS = {"attn_implementation", "experts_implementation", "auto_map", "quantization_config"}
+_TRANSFORMERS_KEYWORDS = {
+    "_attn_implementation",
+    "_commit_hash",
+    "_name_or_path",
+    "attn_implementation",
+    "auto_map",
+    "experts_implementation",
+    "quantization_config",
+}
 
 
 @strict

@@ -1,0 +1,206 @@
+"""
+python conversion/prove.py GOLDEN_DIR [--set NAME]
+
+Converts recorded checkpoints of the original code through the command line, runs the models that `from_pretrained`
+makes of them on the recorded inputs, and prints the largest difference from the recorded outputs and gradients.
+
+Each folder of GOLDEN_DIR holds `checkpoint.pth` or `checkpoint.safetensors`, `io.safetensors` (inputs `in.*`, outputs
+`out.*`) and `meta.json`. Exits with 1 if an output differs by more than 1e-5.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import convert
+import torch
+from architecture import block_names
+from engine import KEY_MAPS
+from safetensors.torch import load_file
+from torch import nn
+
+from hivit_hf import HiViTForImageClassification, HiViTForMaskedImageModeling, HiViTModel
+from hivit_hf.modeling_hivit import HiViTPreTrainedModel
+
+
+TOLERANCE = 1e-5
+Outputs = Iterator[tuple[str, torch.Tensor]]
+
+
+def run_blocks(encoder: HiViTModel, pixel_values: torch.Tensor, **arguments) -> tuple[dict[int, torch.Tensor], object]:
+    """The output of every block as the original numbers them, merges included, and the output of the encoder."""
+    blocks = {}
+    hooks = [
+        encoder.get_submodule(name).register_forward_hook(lambda _m, _i, output, n=number: blocks.__setitem__(n, output))
+        for number, name in enumerate(block_names(encoder.config.stage_layers))
+    ]
+    output = encoder(pixel_values, output_stage_hidden_states=True, **arguments)
+    for hook in hooks:
+        hook.remove()
+    return blocks, output
+
+
+def masked_autoencoder(model: HiViTForMaskedImageModeling, io: dict[str, torch.Tensor]) -> Outputs:
+    images = io["in.images"]
+    model.config.norm_pix_loss = False
+    yield "target_raw", model.target(images)
+    model.config.norm_pix_loss = True
+    yield "target_norm", model.target(images)
+    encoded = model.hivit(images, output_stage_hidden_states=True)
+    for stage in range(3):
+        yield f"full.hifeat_{stage}", encoded.stage_hidden_states[stage + 1]
+    for run in ("mask0", "mask50", "mask75"):
+        noise = io.get(f"in.{run}.noise")
+        if noise is None:
+            continue
+        model.config.mask_ratio = 1 - io[f"out.{run}.ids_keep"].shape[1] / noise.shape[1]
+        mask = model.draw_mask(images, noise)
+        yield f"{run}.mask", mask
+        encoded = model.hivit(images, mask, output_stage_hidden_states=True)
+        as_recorded = io[f"out.{run}.ids_keep"].argsort(dim=1).argsort(dim=1)  # ours are in raster order
+        rows = torch.arange(len(images))[:, None]
+        for stage in range(3):
+            yield f"{run}.hifeat_{stage}", encoded.stage_hidden_states[stage + 1][rows, as_recorded]
+        features = encoded.last_hidden_state
+        if model.config.fuse_stages:
+            stages = torch.cat([stage.flatten(2) for stage in encoded.stage_hidden_states[1:]], dim=2)
+            features = model.decoder.norm(stages)
+        yield f"{run}.latent", features[rows, as_recorded]
+        output = model(images, noise=noise)
+        yield f"{run}.pred", output.logits
+        yield f"{run}.loss", output.loss
+        model.config.norm_pix_loss = False
+        yield f"{run}.loss_no_norm_pix", model(images, noise=noise).loss
+        model.config.norm_pix_loss = True
+        if any(name.startswith(f"out.{run}.grad.") for name in io):
+            output.loss.backward()
+            for name, parameter in model.named_parameters():
+                if parameter.grad is not None:
+                    yield f"{run}.grad.{original_name(model, name)}", parameter.grad
+
+
+def original_name(model: HiViTPreTrainedModel, name: str) -> str:
+    numbers = {block: number for number, block in enumerate(block_names(model.config.stage_layers))}
+    return KEY_MAPS["self-supervised"].original_name(name, numbers.get)
+
+
+def classifier(model: HiViTForImageClassification, io: dict[str, torch.Tensor]) -> Outputs:
+    blocks, encoded = run_blocks(model.hivit, io["in.images"])
+    yield "patch_embed", encoded.stage_hidden_states[0]
+    for number, output in blocks.items():
+        yield f"block.{number}", output
+    yield "features", encoded.last_hidden_state
+    for stage in range(3):
+        yield f"hifeat_{stage}", encoded.stage_hidden_states[stage + 1]
+    yield "featmap", encoded.last_hidden_state.unflatten(1, model.config.grid_size).permute(0, 3, 1, 2)
+    yield "pooled_mean", encoded.last_hidden_state.mean(dim=1)
+    yield "pooled", encoded.pooler_output
+    yield "logits", model(io["in.images"]).logits
+    for norm in [module for module in model.modules() if isinstance(module, nn.LayerNorm)]:
+        norm.eps = 1e-5
+    yield "eps1e-5.features", model.hivit(io["in.images"]).last_hidden_state
+    yield "eps1e-5.logits", model(io["in.images"]).logits
+
+
+def dense(model: HiViTModel, io: dict[str, torch.Tensor], variants: dict[str, dict]) -> Outputs:
+    """
+    The pyramid of the dense code without windows: 'H' is taken in the middle of stage 1, 'M' after the first merge, and
+    the other levels are the main stage. Position embeddings and tables of other sizes are the recorded ones, as the
+    original interpolates by another rule.
+    """
+    for variant, how in variants.items():
+        if how.get("window_size") or how["with_fpn"] or "padded" in variant:
+            continue
+        images = io[f"in.{how['image']}"]
+        encoder = model_for_size(model, io, variant, images.shape[2:], how.get("rpe"))
+        blocks, encoded = run_blocks(encoder, images)
+        half = encoder.config.depths[0] - 1
+        first_merge = encoder.config.stage_layers[0]
+        main = encoded.last_hidden_state[:, :, None, None]
+        for level, tokens in enumerate((blocks[half], blocks[first_merge], main, main)):
+            rows, columns = (length // encoder.config.patch_size for length in images.shape[2:])
+            tokens = tokens.unflatten(1, (rows, columns)).permute(0, 5, 1, 3, 2, 4)
+            yield f"{variant}.feat_{level}", tokens.flatten(4, 5).flatten(2, 3)
+
+
+def model_for_size(model: HiViTModel, io: dict, variant: str, size: tuple[int, int], relative: bool | None) -> HiViTModel:
+    """The same encoder at the size of the images, with the recorded position embedding and tables in place."""
+    config = type(model.config)(**{**model.config.to_dict(), "image_size": list(size)})
+    if relative is not None:
+        config.use_relative_position_bias = relative
+    encoder = HiViTModel(config).eval()
+    state = {name: tensor for name, tensor in model.state_dict().items() if relative is not False or "table" not in name}
+    if f"out.{variant}.pos_embed" in io:
+        state["position_embeddings"] = io[f"out.{variant}.pos_embed"]
+    tables = [name for name in state if name.endswith("relative_position_bias_table")]
+    for number, name in enumerate(tables):
+        state[name] = io.get(f"out.{variant}.rpe_table_{number}", state[name])
+    encoder.load_state_dict(state, strict=False)
+    return encoder
+
+
+def differences(folder: Path, converted: Path, implementation: str = "sdpa") -> dict[str, float]:
+    """Largest difference of each recorded output of a golden set from that of the converted model."""
+    meta = json.loads((folder / "meta.json").read_text())["spec"]
+    io = load_file(folder / "io.safetensors")
+    family = meta["family"]
+    model_class = {"mae": HiViTForMaskedImageModeling, "det": HiViTModel, "seg": HiViTForImageClassification}.get(
+        family, HiViTForImageClassification
+    )
+    model = model_class.from_pretrained(converted, attn_implementation=implementation).eval()
+    if family == "mae":
+        outputs = masked_autoencoder(model, io)
+    elif family in ("seg", "det"):
+        outputs = dense(getattr(model, "hivit", model), io, meta["variants"])
+    else:
+        outputs = classifier(model, io)
+    found = {}
+    for name, output in outputs:
+        recorded = io.get(f"out.{name}")
+        if recorded is not None:
+            found[name] = (output.detach().double() - recorded.double()).abs().max().item()
+    return found
+
+
+def convert_set(folder: Path, out_dir: Path) -> int:
+    """Through the command line, with the heads that small networks must be told. Returns the exit code."""
+    checkpoint = next(path for path in sorted(folder.glob("checkpoint.*")))
+    architecture = json.loads((folder / "meta.json").read_text())["spec"]["arch"]
+    arguments = [str(checkpoint), str(out_dir)]
+    if not architecture.get("rpe", True):
+        arguments += ["--num-heads", str(architecture["num_heads"])]
+    if "decoder_num_heads" in architecture:
+        arguments += ["--decoder-num-heads", str(architecture["decoder_num_heads"])]
+    return convert.main(arguments)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("golden", type=Path, help="Folder of recorded sets.")
+    parser.add_argument("--set", action="append", help="Only this set; may be repeated.")
+    arguments = parser.parse_args(argv)
+    folders = [path.parent for path in sorted(arguments.golden.glob("*/meta.json")) if list(path.parent.glob("checkpoint.*"))]
+    folders = [folder for folder in folders if not arguments.set or folder.name in arguments.set]
+    if not folders:
+        parser.error(f"no recorded sets in {arguments.golden}")
+    rows, worst = [], 0.0
+    with tempfile.TemporaryDirectory() as scratch:
+        for folder in folders:
+            if convert_set(folder, Path(scratch) / folder.name):
+                rows.append(f"| {folder.name} | refused, see above | | |")
+                continue
+            found = differences(folder, Path(scratch) / folder.name)
+            name = max(found, key=found.get)
+            worst = max(worst, found[name])
+            gradients = sum(".grad." in output for output in found)
+            rows.append(f"| {folder.name} | {len(found) - gradients} | {gradients} | {found[name]:.1e} (`{name}`) |")
+    print("\n| set | outputs | gradients | largest difference |\n|---|---|---|---|")
+    print("\n".join(rows))
+    return int(worst > TOLERANCE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""The report of a conversion: `conversion_report.json` for programs, `conversion_report.md` for people."""
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+from checkpoint import Checkpoint, sha256
+from key_maps import KeyMap
+
+from hivit_hf import __version__
+
+
+def describe_versions() -> dict[str, str]:
+    return {"hivit_hf": __version__} | {name: version(name) for name in ("torch", "transformers", "safetensors")}
+
+
+def describe_source(checkpoint: Checkpoint, key_map: KeyMap) -> dict:
+    return {
+        "file": checkpoint.path.name,
+        "sha256": sha256(checkpoint.path),
+        "size_bytes": checkpoint.path.stat().st_size,
+        "layout": key_map.name,
+        "title": key_map.title,
+        "entry": checkpoint.entry,
+        "entries_left_out": checkpoint.other_entries,
+        "classes_left_out": checkpoint.classes_left_out,
+        "calls_not_made": checkpoint.calls_not_made,
+    }
+
+
+def write_report(folder: Path, report: dict):
+    (folder / "conversion_report.json").write_text(json.dumps(report, indent=1) + "\n")
+    (folder / "conversion_report.md").write_text(summary(report) + "\n")
+
+
+def summary(report: dict) -> str:
+    """The report in a few lines of Markdown."""
+    source, tensors, proof = report["source"], report["tensors"], report["proof"]
+    if "written" in report:
+        lines = [f"- {source['class']} of {source['folder']} written as {report['written']['layout']} checkpoint"]
+    else:
+        model = report["model"]
+        lines = [
+            f"- Source: `{source['file']}`, {source['size_bytes']:,} bytes, sha256 `{source['sha256']}`",
+            f"- Layout: {source['title']} (`{source['layout']}`)",
+            f"- Model: {model['class']}, {model['parameters']:,} parameters, {model['dtype']}, {model['image_size']} px",
+        ]
+    lines.append("- Tensors: " + ", ".join(f"{count} {what}" for what, count in tensors.items()))
+    for title in ("dropped", "added"):
+        for reason, keys in report.get(title, {}).items():
+            shown = ", ".join(f"`{key}`" for key in keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
+            lines.append(f"  - {title}: {shown}: {reason}")
+    resized = list(report.get("resized", {}).items())
+    lines += [f"  - resized: `{name}`: {how}" for name, how in resized[:3]]
+    lines += [f"  - resized: {len(resized) - 3} more likewise"] if len(resized) > 3 else []
+    lines.append(
+        f"- Proof: written, read again, and compared: {proof['equal']} of {proof['compared']} tensors equal in all of "
+        f"{proof['numbers_compared']:,} numbers; largest difference {proof['largest_difference']:g}"
+    )
+    for name in source.get("calls_not_made", []):
+        lines.append(f"- **Warning: the file asks to call `{name}` when it is read. It was not called.**")
+    lines.append("- With " + ", ".join(f"{name} {number}" for name, number in report["versions"].items()))
+    return "\n".join(lines)
