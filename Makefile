@@ -19,6 +19,7 @@ bench: $(VENV)/installed  ## Speed and memory against the peers: benchmarks/resu
 	$(RUN) benchmarks/attention.py
 	$(RUN) benchmarks/step_time.py
 	$(RUN) benchmarks/inference.py
+	$(RUN) benchmarks/conversion.py
 	$(RUN) benchmarks/table.py
 
 $(VENV)/installed: pyproject.toml constraints.txt

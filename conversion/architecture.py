@@ -4,10 +4,10 @@ import math
 from collections.abc import Mapping
 
 import torch
-from checkpoint import ConversionError
-from key_maps import KeyMap
 
+from checkpoint import ConversionError
 from hivit_hf.configuration_hivit import ARCHITECTURES, HiViTConfig
+from key_maps import KeyMap
 
 
 # iTPN-B's encoder, which the package does not name as an architecture of its own.
@@ -42,7 +42,7 @@ class Shapes:
                 self.blocks.setdefault(match.block, {})[match.name] = tensor.shape
 
     def of(self, name: str, num_dimensions: int, block: int | None = None) -> torch.Size:
-        """The shape of a tensor that must be there; ConversionError if it is not, or has another number of dimensions."""
+        """The shape of a tensor; ConversionError if it is not there, or has another number of dimensions."""
         shape = (self.whole if block is None else self.blocks[block]).get(name)
         key = self.key_map.original_name(name.replace("{block}", "stages.0.layers.0"), lambda _: block)
         if shape is None:
@@ -90,7 +90,9 @@ def _grid_sides(shapes: Shapes, first_main: int) -> list[int]:
     if "hivit.position_embeddings" in shapes.whole:
         sides.append(_square(shapes.of("hivit.position_embeddings", 3)[1], "the position embedding"))
     if not sides:
-        raise ConversionError("The file has neither a position embedding nor relative tables: its image size is unknown.")
+        raise ConversionError(
+            "The file has neither a position embedding nor relative tables: its image size is unknown."
+        )
     return sides
 
 
@@ -148,7 +150,9 @@ def infer_config(
     values |= _depths(hidden_size, stage_layers)
     table_heads = shapes.of(_TABLE, 2, first_main)[1] if values["use_relative_position_bias"] else None
     published = _published(values, "hidden_size", "stage_layers")
-    values["num_attention_heads"] = _heads("--num-heads", num_heads, table_heads, published and published.num_attention_heads)
+    values["num_attention_heads"] = _heads(
+        "--num-heads", num_heads, table_heads, published and published.num_attention_heads
+    )
     if "decoder.embed.weight" in shapes.whole and not encoder_only:
         layers = {name.split(".")[2] for name in shapes.whole if name.startswith("decoder.layers.")}
         values |= {
@@ -170,7 +174,7 @@ def infer_config(
 
 
 def _depths(hidden_size: int, stage_layers: list[int]) -> dict:
-    """How the stem blocks are written: as a published network does, otherwise two per depth if their numbers are even."""
+    """Stem blocks are written as a published network does, otherwise two per depth if their numbers are even."""
     for published in PUBLISHED:
         if published.hidden_size == hidden_size and published.stage_layers == stage_layers:
             return {"depths": published.depths, "stem_blocks_per_depth": published.stem_blocks_per_depth}
@@ -182,7 +186,11 @@ def _depths(hidden_size: int, stage_layers: list[int]) -> dict:
 def _heads(option: str, given: int | None, in_tables: int | None, published: int | None) -> int:
     known = in_tables or published
     if in_tables and given and given != in_tables:
-        raise ConversionError(f"{option} {given} contradicts the relative tables, which have {in_tables} heads. Leave it out.")
+        raise ConversionError(
+            f"{option} {given} contradicts the relative tables, which have {in_tables} heads. Leave it out."
+        )
     if not (given or known):
-        raise ConversionError(f"Neither a relative table nor a published network of these shapes tells the heads: give {option}.")
+        raise ConversionError(
+            f"Neither a relative table nor a published network of these shapes tells the heads: give {option}."
+        )
     return given or known

@@ -125,7 +125,9 @@ def _check_records(path: Path):
         if not any(name.endswith("/data.pkl") for name in names):
             raise ConversionError(f"{path} is a zip archive, but no PyTorch checkpoint: it holds no data.pkl.")
         if any(name.endswith("/constants.pkl") for name in names):
-            raise ConversionError(f"{path} is a TorchScript program, not a checkpoint. Give the state dict it was made of.")
+            raise ConversionError(
+                f"{path} is a TorchScript program, not a checkpoint. Give the state dict it was made of."
+            )
         for info in archive.infolist():
             if info.filename.endswith("/data.pkl"):
                 _check_pickle(archive.read(info))
@@ -153,14 +155,12 @@ def _read_archive(path: Path, notes: Checkpoint):
         raise ConversionError(f"{path} is empty. Download it again.")
     if not start.startswith(b"PK"):
         raise ConversionError(
-            f"{path} is neither a PyTorch checkpoint (1.6 or newer) nor a safetensors file: it begins with {start!r}. If "
-            "it should be one, it is damaged; if an older PyTorch wrote it, save it again with a newer one."
+            f"{path} is neither a PyTorch checkpoint (1.6 or newer) nor a safetensors file: it begins with {start!r}. "
+            "If it should be one, it is damaged; if an older PyTorch wrote it, save it again with a newer one."
         )
     try:
         _check_records(path)
-        return torch.load(
-            path, map_location="cpu", mmap=True, weights_only=False, pickle_module=_pickle_module(notes)
-        )
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=False, pickle_module=_pickle_module(notes))
     except ConversionError:
         raise
     except Exception as error:  # a damaged or hostile archive can raise anything

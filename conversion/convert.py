@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import transformers
+
 from checkpoint import ConversionError, read_checkpoint
 from engine import KEY_MAPS, convert, plan_conversion, refuse_output, to_original
 from report import summary
@@ -56,14 +57,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="File of torch.save or safetensors; a folder with --to-original.")
     parser.add_argument("out_dir", type=Path, help="Folder to write. Must not exist.")
-    parser.add_argument("--source", default="auto", choices=["auto", *KEY_MAPS], help="Layout; told by the keys if auto.")
+    parser.add_argument(
+        "--source", default="auto", choices=["auto", *KEY_MAPS], help="Layout; told by the keys if auto."
+    )
     parser.add_argument("--encoder-only", action="store_true", help="Leave decoder or classifier behind: a HiViTModel.")
     parser.add_argument("--num-heads", type=int, metavar="H", help="Attention heads, where no tensor tells them.")
     parser.add_argument("--decoder-num-heads", type=int, metavar="H", help="Attention heads of the decoder.")
     parser.add_argument("--model-ema", action="store_true", help="Take the moving average of the weights.")
     parser.add_argument("--image-size", type=int, metavar="S", help="Interpolate positions to images of S px, once.")
-    parser.add_argument("--dtype", choices=DTYPES, help="Type of the written numbers. As in the checkpoint if not given.")
-    parser.add_argument("--id2label", metavar="imagenet-1k|FILE", help="Names of the classes: JSON, or a name per line.")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="Type of the written numbers. As in the checkpoint if not given."
+    )
+    parser.add_argument(
+        "--id2label", metavar="imagenet-1k|FILE", help="Names of the classes: JSON, or a name per line."
+    )
     parser.add_argument("--overwrite", action="store_true", help="Replace an earlier conversion in OUT_DIR.")
     parser.add_argument("--to-original", action="store_true", help="Write checkpoint.pth in the original layout.")
     return parser.parse_args(argv)
@@ -89,7 +96,9 @@ def run(arguments: argparse.Namespace) -> dict:
     labels = None
     if arguments.id2label:
         if plan.model_class.__name__ != "HiViTForImageClassification":
-            raise ConversionError(f"--id2label names classes, but this makes a {plan.model_class.__name__}. Leave it out.")
+            raise ConversionError(
+                f"--id2label names classes, but this makes a {plan.model_class.__name__}. Leave it out."
+            )
         labels = read_labels(arguments.id2label, plan.config.num_labels)
     return convert(checkpoint, plan, arguments.out_dir, labels, arguments.overwrite)
 

@@ -6,24 +6,24 @@ import os
 import shutil
 import tempfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from architecture import ATTENTION, Shapes, block_names, infer_config
-from checkpoint import Checkpoint, ConversionError, read_checkpoint
-from key_maps import Dropped, Index, KeyMap, OnlyIf, dense, itpn, mmpretrain, self_supervised, supervised
-from key_maps.others import recognise
-from report import describe_source, describe_versions, write_report
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import BitImageProcessor, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from architecture import block_names, infer_config
+from checkpoint import Checkpoint, ConversionError, read_checkpoint
 from hivit_hf import HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling, HiViTModel
 from hivit_hf.modeling_hivit import relative_position_index, resize_table, sin_cos_position_embeddings
+from key_maps import Dropped, Index, KeyMap, Match, OnlyIf, dense, itpn, mmpretrain, self_supervised, supervised
+from key_maps.others import recognise
+from report import describe_source, describe_versions, write_report
 
 
 KEY_MAPS = {module.KEY_MAP.name: module.KEY_MAP for module in (self_supervised, supervised, mmpretrain, dense, itpn)}
@@ -91,7 +91,7 @@ def plan_conversion(
     """
     key_map = choose_key_map(source, list(checkpoint.tensors))
     config = infer_config(key_map, checkpoint.tensors, num_heads, decoder_num_heads, encoder_only)
-    table_grid = config.grid_size
+    index = relative_position_index(config.grid_size, torch.device("cpu"))
     if image_size is not None:
         config.image_size = image_size
         try:
@@ -104,16 +104,12 @@ def plan_conversion(
         match = key_map.match(key)
         if match is None:
             problems.append(("unknown", key, f"{list(tensor.shape)}", "no such tensor in this layout"))
-        elif isinstance(match.rule, Index):
-            if not torch.equal(tensor, relative_position_index(table_grid, tensor.device)):
-                problems.append(("index", key, f"{list(tensor.shape)}", f"the index of a {table_grid} grid"))
-            dropped[key] = match.rule.reason
-        elif isinstance(match.rule, Dropped):
-            dropped[key] = match.rule.reason
-        elif isinstance(match.rule, OnlyIf) and not getattr(config, match.rule.switch):
-            dropped[key] = match.rule.reason
-        elif encoder_only and not match.name.startswith("hivit."):
-            dropped[key] = "only the encoder was asked for"
+            continue
+        if isinstance(match.rule, Index) and not torch.equal(tensor, index):
+            problems.append(("index", key, f"{list(tensor.shape)}", "that of the grid of the relative tables"))
+        reason = _why_dropped(match, config, encoder_only)
+        if reason:
+            dropped[key] = reason
         else:
             name = match.name if match.block is None else match.name.replace("{block}", names[match.block])
             found[name] = (key, tensor)
@@ -129,12 +125,24 @@ def plan_conversion(
     return plan
 
 
+def _why_dropped(match: Match, config: HiViTConfig, encoder_only: bool) -> str | None:
+    if isinstance(match.rule, (Dropped, Index)):
+        return match.rule.reason
+    if isinstance(match.rule, OnlyIf) and not getattr(config, match.rule.switch):
+        return match.rule.reason
+    if encoder_only and not match.name.startswith("hivit."):
+        return "only the encoder was asked for"
+    return None
+
+
 def _model_of(found: Mapping) -> tuple[type[PreTrainedModel], dict]:
     if "classifier.weight" in found or "classifier.bias" in found:
         return HiViTForImageClassification, {}
     if any(name.startswith("decoder.") for name in found):
         return HiViTForMaskedImageModeling, {}
-    return HiViTModel, {} if any(name.startswith("hivit.layernorm.") for name in found) else {"add_pooling_layer": False}
+    return HiViTModel, {} if any(name.startswith("hivit.layernorm.") for name in found) else {
+        "add_pooling_layer": False
+    }
 
 
 def _resized(plan: Plan, name: str, key: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -183,9 +191,13 @@ def _compare_with_the_model(plan: Plan, found: Mapping) -> list[tuple[str, str, 
 
 
 def _settle_dtype(plan: Plan, dtype: torch.dtype | None, problems: list):
-    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in plan.tensors.values() if tensor.is_floating_point()}
+    dtypes = {
+        str(tensor.dtype).removeprefix("torch.") for tensor in plan.tensors.values() if tensor.is_floating_point()
+    }
     if dtype is None and len(dtypes) > 1 and not problems:
-        raise ConversionError(f"The tensors are of several types, {', '.join(sorted(dtypes))}: choose one with --dtype.")
+        raise ConversionError(
+            f"The tensors are of several types, {', '.join(sorted(dtypes))}: choose one with --dtype."
+        )
     if dtype is not None:
         plan.tensors = {name: tensor.to(dtype) for name, tensor in plan.tensors.items()}
     plan.config.dtype = next(iter(plan.tensors.values())).dtype if plan.tensors else None
@@ -318,7 +330,9 @@ def to_original(folder: Path, out_dir: Path, source: str = "auto", overwrite: bo
     blocks = block_names(config.stage_layers)
     numbers = {name: number for number, name in enumerate(blocks)}
     names = {name: key_map.original_name(name, numbers.get) for name in tensors}
-    homeless = [("no place", name, f"{list(tensors[name].shape)}", key_map.name) for name, key in names.items() if not key]
+    homeless = [
+        ("no place", name, f"{list(tensors[name].shape)}", key_map.name) for name, key in names.items() if not key
+    ]
     if homeless:
         raise ConversionError(f"The layout {key_map.name} has no place for these:\n{_table(homeless)}")
     state_dict = OrderedDict((key, tensors[name]) for name, key in names.items())
@@ -329,7 +343,10 @@ def to_original(folder: Path, out_dir: Path, source: str = "auto", overwrite: bo
         for key in key_map.index_keys(main):
             state_dict[key], added[key] = index, "index buffer, recomputed"
     if class_name == "HiViTForMaskedImageModeling" and not config.fuse_stages:
-        state_dict["norm.weight"], state_dict["norm.bias"] = torch.ones(config.hidden_size), torch.zeros(config.hidden_size)
+        state_dict["norm.weight"], state_dict["norm.bias"] = (
+            torch.ones(config.hidden_size),
+            torch.zeros(config.hidden_size),
+        )
         added |= dict.fromkeys(("norm.weight", "norm.bias"), "identity: the original has it, but does not apply it")
 
     with written_whole(out_dir, overwrite, keep=folder) as target:

@@ -5,9 +5,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from checkpoint import Checkpoint, sha256
-from key_maps import KeyMap
-
 from hivit_hf import __version__
+from key_maps import KeyMap
 
 
 def describe_versions() -> dict[str, str]:
@@ -43,7 +42,8 @@ def summary(report: dict) -> str:
         lines = [
             f"- Source: `{source['file']}`, {source['size_bytes']:,} bytes, sha256 `{source['sha256']}`",
             f"- Layout: {source['title']} (`{source['layout']}`)",
-            f"- Model: {model['class']}, {model['parameters']:,} parameters, {model['dtype']}, {model['image_size']} px",
+            f"- Model: {model['class']}, {model['parameters']:,} parameters, "
+            f"{model['dtype']}, {model['image_size']} px",
         ]
     lines.append("- Tensors: " + ", ".join(f"{count} {what}" for what, count in tensors.items()))
     for title in ("dropped", "added"):

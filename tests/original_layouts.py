@@ -52,12 +52,12 @@ def encoder(channels, stem1, stem2, main, heads=None, side=14, position="absolut
         block += 1
     if heads and "model" in index:
         shapes["relative_position_index"] = (n, n)
-    for block in range(block, block + main):
-        shapes |= attention_block(f"blocks.{block}", channels)
+    for name in [f"blocks.{number}" for number in range(block, block + main)]:
+        shapes |= attention_block(name, channels)
         if heads:
-            shapes[f"blocks.{block}.attn.relative_position_bias_table"] = ((2 * side - 1) ** 2, heads)
+            shapes[f"{name}.attn.relative_position_bias_table"] = ((2 * side - 1) ** 2, heads)
         if heads and "block" in index:
-            shapes[f"blocks.{block}.attn.relative_position_index"] = (n, n)
+            shapes[f"{name}.attn.relative_position_index"] = (n, n)
     return shapes
 
 

@@ -8,12 +8,12 @@ the network and the commit of the original repository.
 
 from pathlib import Path
 
-import prove
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+import prove
 from hivit_hf import HiViTBackbone
 
 
@@ -21,7 +21,9 @@ OURS = Path(__file__).parent / "golden"
 FOLDERS = sorted(OURS.iterdir())
 ALL_RECORDED = Path(__file__).parents[2] / "shared" / "golden"  # more of them, where they lie beside the project
 if ALL_RECORDED.is_dir():
-    FOLDERS += [path.parent for path in sorted(ALL_RECORDED.glob("*/checkpoint.pth")) if path.parent.name != "fast_itpn"]
+    FOLDERS += [
+        path.parent for path in sorted(ALL_RECORDED.glob("*/checkpoint.pth")) if path.parent.name != "fast_itpn"
+    ]
 
 IO_TOLERANCE = 1e-5  # the recorded float32 is up to 3e-6 from float64
 

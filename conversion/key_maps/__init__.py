@@ -112,7 +112,9 @@ class KeyMap:
         keys = []
         for source, rule in self.rules.items():
             if isinstance(rule, Index):
-                keys += [source.replace("{block}", str(b)) for b in attention_blocks] if "{block}" in source else [source]
+                keys += (
+                    [source.replace("{block}", str(b)) for b in attention_blocks] if "{block}" in source else [source]
+                )
         return keys
 
     @cached_property

@@ -395,7 +395,7 @@ class HiViTDecoder(nn.Module):
         batch_size, _, channels = hidden_states.shape
         tokens = self.mask_token.to(hidden_states.dtype).expand(batch_size, math.prod(grid), channels)
         hidden_states = tokens.scatter(1, visible[:, :, None].expand(-1, -1, channels), hidden_states)
-        positions = self.position_embeddings.detach()
+        positions = self.position_embeddings
         if grid != self.grid_size:
             positions = sin_cos_position_embeddings(grid, channels).to(positions)
         hidden_states = hidden_states + positions
