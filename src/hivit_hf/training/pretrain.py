@@ -3,17 +3,119 @@
 
 import math
 import time
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
 from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
-from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..modeling_hivit import HiViTForMaskedImageModeling
 from .optim import cosine_learning_rate, parameter_groups
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rates: linear to `learning_rate` in the warm-up, then a cosine to `min_learning_rate`."""
+
+    total_steps: int
+    warmup_steps: float
+    learning_rate: float
+    min_learning_rate: float = 0.0
+
+    def __call__(self, step: int) -> float:
+        """The learning rate of the step after `step` others."""
+        return cosine_learning_rate(
+            step, self.total_steps, self.warmup_steps, self.learning_rate, self.min_learning_rate
+        )
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """
+    One step, the same in all processes.
+
+    Args:
+        loss: mean over the processes and the accumulated batches. If it is not finite, nothing was changed.
+        learning_rate: what was used.
+        gradient_norm: before clipping; None without clipping.
+        stop: whether a process was asked to stop.
+    """
+
+    loss: float
+    learning_rate: float
+    gradient_norm: float | None
+    stop: bool
+
+
+class MaskedTraining:
+    """
+    A masked autoencoder in training: AdamW, one optimizer step at a time.
+
+    Args:
+        model: trained in place.
+        accelerator: decides device, precision and processes.
+        schedule: the learning rate of each step.
+        weight_decay: of the matrices; vectors are not decayed.
+        betas: of AdamW.
+        clip_norm: largest norm of the gradient.
+        ema_decay: decay of a moving average of the weights, which `ema` then holds.
+    """
+
+    def __init__(
+        self,
+        model: HiViTForMaskedImageModeling,
+        accelerator: Accelerator,
+        schedule: Schedule,
+        weight_decay: float = 0.05,
+        betas: Sequence[float] = (0.9, 0.95),
+        clip_norm: float | None = None,
+        ema_decay: float | None = None,
+    ):
+        self.accelerator, self.schedule, self.clip_norm = accelerator, schedule, clip_norm
+        groups = parameter_groups(model, weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=schedule.learning_rate, betas=tuple(betas))
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.model.train()
+        self.ema = None
+        if ema_decay is not None:
+            average = get_ema_multi_avg_fn(ema_decay)
+            self.ema = AveragedModel(accelerator.unwrap_model(self.model), multi_avg_fn=average)
+            accelerator.register_for_checkpointing(self.ema)
+
+    def step(self, number: int, batches: Sequence[dict[str, torch.Tensor]], stop: bool = False) -> StepResult:
+        """
+        One optimizer step over the accumulated batches.
+
+        Args:
+            number: steps taken before, which decides the learning rate.
+            batches: arguments of the model, all of the same number of pictures.
+            stop: whether this process was asked to stop, which all of them learn.
+        """
+        rate = self.schedule(number)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad()
+        total = torch.zeros((), device=self.accelerator.device)
+        for index, batch in enumerate(batches):
+            last = index == len(batches) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                loss = self.model(**batch).loss / len(batches)
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        told = self.accelerator.reduce(torch.stack([total, torch.full_like(total, float(stop))]), "sum").tolist()
+        mean_loss, stop = told[0] / self.accelerator.num_processes, told[1] > 0
+        norm = None
+        if math.isfinite(mean_loss):
+            if self.clip_norm is not None:
+                norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_norm))
+            self.optimizer.step()
+            if self.ema is not None:
+                self.ema.update_parameters(self.accelerator.unwrap_model(self.model))
+        return StepResult(mean_loss, rate, norm, stop)
 
 
 @dataclass
@@ -56,49 +158,34 @@ def pretrain(
     """
     _check_settings(dataloader, epochs, learning_rate, warmup_epochs)
     accelerator = accelerator or Accelerator()
-    optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay), lr=learning_rate, betas=(0.9, 0.95))
-    prepared, optimizer, dataloader = accelerator.prepare(model, optimizer, dataloader)
+    dataloader = accelerator.prepare(dataloader)
     steps_per_epoch = len(dataloader)  # after prepare: it is the share of one process now
-    total_steps, warmup_steps = epochs * steps_per_epoch, warmup_epochs * steps_per_epoch
+    schedule = Schedule(epochs * steps_per_epoch, warmup_epochs * steps_per_epoch, learning_rate)
+    training = MaskedTraining(model, accelerator, schedule, weight_decay)
 
-    prepared.train()
     history = []
-    with tqdm(total=total_steps, desc="pre-training", unit="step", disable=not accelerator.is_main_process) as progress:
+    total_steps, silent = schedule.total_steps, not accelerator.is_main_process
+    with tqdm(total=total_steps, desc="pre-training", unit="step", disable=silent) as progress:
         for epoch in range(epochs):
             start, loss_sum, images = time.perf_counter(), 0.0, 0
             for i, batch in enumerate(dataloader):
-                rate = cosine_learning_rate(epoch * steps_per_epoch + i, total_steps, warmup_steps, learning_rate)
-                mean_loss = _train_step(prepared, optimizer, batch["pixel_values"], rate, accelerator)
-                if not math.isfinite(mean_loss):
+                result = training.step(epoch * steps_per_epoch + i, [{"pixel_values": batch["pixel_values"]}])
+                if not math.isfinite(result.loss):
                     raise FloatingPointError(
-                        f"The loss is {mean_loss} in epoch {epoch + 1}, step {i + 1} at learning rate {rate:.3g}. "
-                        "Lower the learning rate, lengthen the warm-up, or check the images for NaN."
+                        f"The loss is {result.loss} in epoch {epoch + 1}, step {i + 1} at learning rate "
+                        f"{result.learning_rate:.3g}. Lower the learning rate, lengthen the warm-up, or check the "
+                        "images for NaN."
                     )
-                loss_sum += mean_loss
+                loss_sum += result.loss
                 images += len(batch["pixel_values"]) * accelerator.num_processes
-                speed = images / (time.perf_counter() - start)
+                speed, rate = images / (time.perf_counter() - start), result.learning_rate
                 progress.set_postfix(
-                    {"loss": f"{mean_loss:.4f}", "lr": f"{rate:.2e}", "img/s": f"{speed:.0f}"}, refresh=False
+                    {"loss": f"{result.loss:.4f}", "lr": f"{rate:.2e}", "img/s": f"{speed:.0f}"}, refresh=False
                 )
                 progress.update()
             history.append(asdict(PretrainEpoch(epoch + 1, loss_sum / steps_per_epoch, rate, speed)))
     model.eval()
     return history
-
-
-def _train_step(
-    model: nn.Module, optimizer: AcceleratedOptimizer, pixel_values: torch.Tensor, rate: float, accelerator: Accelerator
-) -> float:
-    """One step, skipped if the loss is not finite. Returns the mean loss of all processes, so they decide alike."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    loss = model(pixel_values=pixel_values).loss
-    mean_loss = accelerator.reduce(loss.detach(), "mean").item()
-    if math.isfinite(mean_loss):
-        optimizer.zero_grad()
-        accelerator.backward(loss)
-        optimizer.step()
-    return mean_loss
 
 
 def _check_settings(dataloader: DataLoader, epochs: int, learning_rate: float, warmup_epochs: float):

@@ -1,0 +1,61 @@
+"""
+accelerate launch examples/pretrain_mim.py --config examples/recipes/mae_base_1600ep.yaml \
+    --dataset_name DATASET --output_dir runs/mae-base
+
+Masked pre-training on streams: a dataset of the Hub, or a folder of Parquet files, tars or pictures. Kill it at any
+moment; the same command with --resume latest goes on with the next sample. A recipe file gives the numbers, flags
+change them. Several CPU processes: torchrun --nproc_per_node 2 examples/pretrain_mim.py ...
+"""
+
+import sys
+
+import datasets
+from accelerate import Accelerator
+from transformers import HfArgumentParser
+
+from hivit_hf.training.recipe import PretrainRecipe, read_recipe
+from hivit_hf.training.run import PretrainRun
+
+
+def parse(argv: list[str] | None = None) -> PretrainRecipe:
+    parser = HfArgumentParser(PretrainRecipe, description=__doc__)
+    parser.add_argument("--config", help="A recipe file; flags go before it.")
+    known, _ = parser.parse_known_args(argv)
+    try:
+        if known.config:
+            parser.set_defaults(**read_recipe(known.config))
+        arguments = vars(parser.parse_args(argv))
+        arguments.pop("config")
+        recipe = PretrainRecipe(**arguments)
+        recipe.check()
+    except (ValueError, TypeError) as error:
+        parser.error(str(error))
+    return recipe
+
+
+def main(argv: list[str] | None = None) -> int:
+    recipe = parse(argv)
+    datasets.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    accelerator = Accelerator(
+        mixed_precision=recipe.mixed_precision,
+        dynamo_backend="inductor" if recipe.compile else None,
+        log_with=None if recipe.tracker == "none" else recipe.tracker,
+        project_dir=recipe.output_dir,
+    )
+    try:
+        run = PretrainRun(recipe, accelerator)
+        accelerator.init_trackers("hivit")
+        run.train()
+    except (ValueError, FloatingPointError) as error:
+        if accelerator.is_main_process:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+# Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""
+Checkpoints that are there whole or not at all.
+
+A checkpoint is written beside the others under another name, flushed to the disk, and only then renamed; the file
+`latest` is replaced after that. Whatever dies on the way, the last one named there can be read.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+
+class Checkpoints:
+    """
+    The checkpoints of one run.
+
+    Args:
+        folder: holds `step-00001000` and so on, and `latest`.
+        accelerator: saves and loads model, optimizer, scaler and random states, each process its own.
+        keep_last: how many of the newest are kept.
+        keep_every_steps: those of multiples of it are kept as well; 0 for none.
+    """
+
+    def __init__(self, folder: Path, accelerator: Accelerator, keep_last: int = 2, keep_every_steps: int = 0):
+        self.folder, self.accelerator = folder, accelerator
+        self.keep_last, self.keep_every_steps = keep_last, keep_every_steps
+
+    def save(self, step: int, manifest: dict, loader_state: dict, write_config: Callable[[Path], None]) -> bool:
+        """
+        Saves the run as it is after `step` steps. Called by all processes; returns whether all of them could.
+
+        Args:
+            manifest: what a resumption must agree with; `step` is added.
+            loader_state: of this process's data loader.
+            write_config: writes the model's configuration into a folder, which makes the checkpoint loadable with
+                `from_pretrained`.
+        """
+        accelerator, final = self.accelerator, self.folder / name_of(step)
+        partial = self.folder / f".{final.name}.partial"
+        problem = None
+        try:
+            if accelerator.is_main_process:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+        except OSError as error:
+            problem = error
+        if self._all_well(problem):
+            try:
+                accelerator.save_state(str(partial))
+                torch.save(loader_state, partial / loader_file(accelerator.process_index))
+                if accelerator.is_main_process:
+                    write_config(partial)
+                    (partial / "manifest.json").write_text(json.dumps({"step": step, **manifest}, indent=1) + "\n")
+                _flush(partial)
+            except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+                problem = error
+            if self._all_well(problem):
+                if accelerator.is_main_process:
+                    self._install(partial, final)
+                accelerator.wait_for_everyone()
+                return True
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        if problem is not None:
+            logger.error(f"The checkpoint of step {step} could not be written ({problem}); the run goes on without it.")
+        accelerator.wait_for_everyone()
+        return False
+
+    def _all_well(self, problem: Exception | None) -> bool:
+        flag = torch.tensor(float(problem is not None), device=self.accelerator.device)
+        return self.accelerator.reduce(flag, "sum").item() == 0
+
+    def _install(self, partial: Path, final: Path):
+        if final.exists():  # of an earlier run of the same steps
+            shutil.rmtree(final)
+        os.replace(partial, final)
+        pointer = self.folder / ".latest.partial"
+        pointer.write_text(final.name + "\n")
+        _flush(pointer)
+        os.replace(pointer, self.folder / "latest")
+        _flush_folder(self.folder)
+        for old in self._superfluous():
+            shutil.rmtree(old)
+
+    def _superfluous(self) -> list[Path]:
+        every = self.keep_every_steps
+        return [path for path in self.all()[: -self.keep_last] if not (every and step_of(path) % every == 0)]
+
+    def all(self) -> list[Path]:
+        """The checkpoints, oldest first."""
+        return sorted(path for path in self.folder.glob("step-*") if (path / "manifest.json").is_file())
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint, or None."""
+        pointer = self.folder / "latest"
+        return self.folder / pointer.read_text().strip() if pointer.is_file() else None
+
+    def load(self, path: Path) -> dict:
+        """Loads model, optimizer, scaler and random states; returns the loader's state of this process."""
+        self.accelerator.load_state(str(path))
+        return torch.load(path / loader_file(self.accelerator.process_index), weights_only=True)
+
+
+def name_of(step: int) -> str:
+    """The folder of a checkpoint."""
+    return f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint's folder."""
+    return int(path.name.removeprefix("step-"))
+
+
+def loader_file(rank: int) -> str:
+    """Where a process keeps the state of its data loader."""
+    return f"loader_rank{rank:05d}.pt"
+
+
+def read_manifest(path: Path) -> dict:
+    """
+    What was written about a checkpoint.
+
+    Raises:
+        ValueError: if the folder is no checkpoint.
+    """
+    try:
+        return json.loads((path / "manifest.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is no checkpoint: manifest.json cannot be read ({error}).") from error
+
+
+def _flush(path: Path):
+    """To the disk, not only to the system's cache."""
+    for file in [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]:
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _flush_folder(folder: Path):
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,211 @@
+# Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""A pre-training as numbers: what YAML files hold, what flags change, and what a resumption must agree with."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import yaml
+
+from ..configuration_hivit import ARCHITECTURES, HiViTConfig
+from .stream import Source
+
+
+# What may differ between a run and its resumption: what the recipe says of itself, and where and how often it writes.
+RUNTIME = {"title", "source", "cost", "expected_result", "max_steps", "output_dir", "resume", "checkpoint_every_steps"}
+RUNTIME |= {"keep_last", "keep_every_steps", "log_every_steps", "log_samples", "tracker"}
+
+
+def _field(default, text: str):
+    """A field with its help text."""
+    metadata = {"help": text}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class PretrainRecipe:
+    """A masked pre-training. Every field is a flag of `examples/pretrain_mim.py` and a key of a recipe file."""
+
+    title: str = _field("", "What the recipe is, in a line.")
+    source: str = _field("", "Where its numbers come from.")
+    cost: str = _field("", "What it takes, and on what.")
+    expected_result: str = _field("", "What it should lead to.")
+
+    architecture: str = _field("base-mae", f"The network: {', '.join(ARCHITECTURES)}.")
+    model: str = _field("{}", "Changes to its configuration, as JSON, for example '{\"patch_size\": 8}'.")
+    image_size: int = _field(224, "Side of the pictures that the network sees, in px.")
+    mask_ratio: float = _field(0.75, "Share of the units that are hidden.")
+    drop_path_rate: float = _field(0.0, "Stochastic depth of the last layer.")
+
+    dataset_name: list[str] = _field([], "Datasets of the Hub, or folders of Parquet files, tars or pictures.")
+    dataset_weights: list[float] = _field([], "How often each is read; all alike if not given.")
+    dataset_config: str | None = _field(None, "Configuration of the Hub datasets.")
+    dataset_split: str = _field("train", "Split of the Hub datasets.")
+    dataset_revision: str | None = _field(None, "Commit of the Hub datasets.")
+    image_column: str | None = _field(None, "The column with the pictures, if it cannot be told.")
+    images_per_epoch: int | None = _field(None, "Pictures that count as an epoch; a stream does not know its length.")
+    crop_scale: list[float] = _field([0.2, 1.0], "Smallest and largest share of a picture that a crop covers.")
+    image_mean: list[float] = _field([0.485, 0.456, 0.406], "Mean of each channel, of values in [0, 1].")
+    image_std: list[float] = _field([0.229, 0.224, 0.225], "Standard deviation of each channel.")
+    flip_probability: float = _field(0.5, "Of a horizontal flip.")
+    shuffle_window: int = _field(256, "Pictures that are shuffled among each other, held in memory by each worker.")
+    max_bad_fraction: float = _field(0.01, "Pictures that cannot be read are skipped, up to this share.")
+    num_workers: int = _field(4, "Processes that read and decode, for each training process.")
+
+    epochs: float = _field(1600, "Length of the training.")
+    warmup_epochs: float = _field(40, "Epochs until the highest learning rate is reached.")
+    max_steps: int | None = _field(None, "Stop after so many steps; the schedule stays that of all epochs.")
+    batch_size: int = _field(64, "Pictures per process and forward pass.")
+    effective_batch_size: int = _field(
+        4096, "Pictures per optimizer step, over all processes; reached by accumulation."
+    )
+    base_learning_rate: float = _field(1e-4, "Highest learning rate for 256 pictures per step; it grows with them.")
+    min_learning_rate: float = _field(0.0, "What the cosine ends at.")
+    weight_decay: float = _field(0.05, "Of the matrices; vectors are not decayed.")
+    adam_betas: list[float] = _field([0.9, 0.95], "Both betas of AdamW.")
+    clip_norm: float | None = _field(None, "Largest norm of the gradient; unlimited if not given.")
+    ema_decay: float | None = _field(None, "Decay of a moving average of the weights; none is kept if not given.")
+    mixed_precision: str = _field("bf16", "bf16, fp16 (with a gradient scaler) or no.")
+    compile: bool = _field(False, "Compile the network with torch.compile.")
+    gradient_checkpointing: bool = _field(False, "Compute activations again in the backward pass, to save memory.")
+    seed: int = _field(0, "Of everything random.")
+
+    output_dir: str | None = _field(None, "Where checkpoints, logs, pictures and the model go.")
+    resume: str | None = _field(None, "'latest', or the folder of a checkpoint to go on from.")
+    checkpoint_every_steps: int = _field(1000, "Steps between two checkpoints.")
+    keep_last: int = _field(2, "Newest checkpoints that are kept.")
+    keep_every_steps: int = _field(0, "Checkpoints of multiples of it are kept for good; 0 for none.")
+    log_every_steps: int = _field(20, "Steps between two lines of the log and the trackers.")
+    log_samples: bool = _field(False, "Write what each process read, step by step, to samples_rank*.jsonl.")
+    tracker: str = _field("tensorboard", "tensorboard, wandb or none.")
+
+    def __post_init__(self):
+        if isinstance(self.model, dict):
+            self.model = json.dumps(self.model)
+        for item in fields(self):  # YAML reads 1e-4 as a string
+            value = getattr(self, item.name)
+            if item.type in (float, float | None) and isinstance(value, str):
+                setattr(self, item.name, float(value))
+
+    def check(self):
+        """
+        Everything that can be known before anything is read.
+
+        Raises:
+            ValueError: what does not fit, what was given, and what would do.
+        """
+        if not self.dataset_name:
+            raise ValueError("There is nothing to read: give --dataset_name.")
+        if not self.output_dir:
+            raise ValueError("There is nowhere to write: give --output_dir.")
+        if self.dataset_weights and len(self.dataset_weights) != len(self.dataset_name):
+            raise ValueError(f"{len(self.dataset_name)} datasets need as many weights, got {self.dataset_weights}.")
+        if any(not weight > 0 for weight in self.dataset_weights):
+            raise ValueError(f"dataset_weights must be positive, got {self.dataset_weights}.")
+        if self.mixed_precision not in ("bf16", "fp16", "no"):
+            raise ValueError(f"mixed_precision must be bf16, fp16 or no, got {self.mixed_precision!r}.")
+        if self.tracker not in ("tensorboard", "wandb", "none"):
+            raise ValueError(f"tracker must be tensorboard, wandb or none, got {self.tracker!r}.")
+        positive = ["epochs", "batch_size", "effective_batch_size", "base_learning_rate", "shuffle_window"]
+        positive += ["checkpoint_every_steps", "keep_last", "log_every_steps"]
+        positive += [name for name in ("max_steps", "images_per_epoch", "clip_norm") if getattr(self, name) is not None]
+        for name in positive:
+            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
+                raise ValueError(f"{name} must be a positive number, got {getattr(self, name)}.")
+        for name in ("num_workers", "keep_every_steps", "weight_decay", "min_learning_rate"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        for name in ("flip_probability", "max_bad_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be in (0, 1), got {self.ema_decay}. Try 0.9999.")
+        if not 0 <= self.warmup_epochs < self.epochs:
+            raise ValueError(f"warmup_epochs must be less than epochs {self.epochs}, got {self.warmup_epochs}.")
+        if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(f"crop_scale must be two shares such as 0.2 1.0, got {self.crop_scale}.")
+        if self.images_per_epoch is None:
+            raise ValueError("A stream does not know its length: give --images_per_epoch (ImageNet-1k: 1281167).")
+        config = self.model_config()
+        for name in ("image_mean", "image_std"):
+            if len(getattr(self, name)) != config.num_channels:
+                raise ValueError(f"{name} needs {config.num_channels} numbers, got {getattr(self, name)}.")
+        config.num_visible_units(math.prod(config.grid_size))
+
+    def model_config(self) -> HiViTConfig:
+        """The network. Raises ValueError if its numbers do not fit."""
+        try:
+            changes = json.loads(self.model)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"--model must be a JSON object such as '{{\"patch_size\": 8}}', got {self.model}."
+            ) from error
+        own = {"image_size": self.image_size, "mask_ratio": self.mask_ratio, "drop_path_rate": self.drop_path_rate}
+        twice = sorted(set(changes) & set(own))
+        if twice:
+            raise ValueError(f"--model sets {', '.join(twice)}, which have flags of their own: use those.")
+        relative = {} if "use_relative_position_bias" in changes else {"use_relative_position_bias": False}
+        return HiViTConfig.from_architecture(self.architecture, **relative, **changes, **own)
+
+    def sources(self) -> list[Source]:
+        """What is read."""
+        weights = self.dataset_weights or [1.0] * len(self.dataset_name)
+        where = (self.dataset_config, self.dataset_split, self.dataset_revision, self.image_column)
+        return [Source(name, *where, weight) for name, weight in zip(self.dataset_name, weights)]
+
+    def accumulation_steps(self, num_processes: int) -> int:
+        """Forward passes per optimizer step. Raises ValueError if they do not come out even."""
+        together = self.batch_size * num_processes
+        if self.effective_batch_size % together:
+            raise ValueError(
+                f"effective_batch_size {self.effective_batch_size} is no multiple of {self.batch_size} pictures on "
+                f"{num_processes} processes: choose batch_size so that it is."
+            )
+        return self.effective_batch_size // together
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return self.images_per_epoch / self.effective_batch_size
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole schedule."""
+        return max(1, round(self.epochs * self.steps_per_epoch))
+
+    @property
+    def warmup_steps(self) -> float:
+        return min(self.warmup_epochs * self.steps_per_epoch, self.total_steps - 1)
+
+    @property
+    def learning_rate(self) -> float:
+        """The highest one, by the linear rule of MAE: for 256 pictures, times the pictures per step."""
+        return self.base_learning_rate * self.effective_batch_size / 256
+
+    def identity(self) -> dict:
+        """The numbers that a resumption must share with its run."""
+        return {name: value for name, value in asdict(self).items() if name not in RUNTIME}
+
+
+def read_recipe(path: str | Path) -> dict:
+    """
+    The keys of a recipe file.
+
+    Raises:
+        ValueError: if it cannot be read, or has a key that no recipe has.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"The recipe {path} cannot be read: {error}") from error
+    known = [item.name for item in fields(PretrainRecipe)]
+    unknown = sorted(set(values) - set(known)) if isinstance(values, dict) else None
+    if unknown is None:
+        raise ValueError(f"The recipe {path} must hold keys and values, got a {type(values).__name__}.")
+    if unknown:
+        raise ValueError(
+            f"The recipe {path} has {', '.join(unknown)}, which no recipe has. The keys are {', '.join(known)}."
+        )
+    return values

@@ -1,0 +1,289 @@
+# Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""A pre-training run on streams, which can be killed at any moment and goes on as if it had not been."""
+
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import xxhash
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+from transformers import BitImageProcessor, set_seed
+from transformers.utils import logging
+
+from ..modeling_hivit import HiViTForMaskedImageModeling
+from .augment import RandomCrop, normalize
+from .checkpoint import Checkpoints, read_manifest
+from .pretrain import MaskedTraining, Schedule, StepResult
+from .recipe import PretrainRecipe
+from .stream import SampleStream, check_disjoint, check_shards, make_loader, open_source
+
+
+logger = logging.get_logger(__name__)
+
+MAX_ROLLBACKS = 3
+
+
+class StopSignals:
+    """Notes SIGTERM and SIGUSR1, which schedulers send before they kill."""
+
+    def __init__(self):
+        self.received: str | None = None
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def _note(self, number, _frame):
+        self.received = signal.Signals(number).name
+
+
+class WaitClock:
+    """Seconds spent waiting for data, and all others, since it was last asked."""
+
+    def __init__(self):
+        self.start, self.waited_s = time.perf_counter(), 0.0
+
+    def wait_for(self, iterator: Iterator):
+        start = time.perf_counter()
+        item = next(iterator)
+        self.waited_s += time.perf_counter() - start
+        return item
+
+    def read(self) -> tuple[float, float]:
+        """Seconds passed and the share of them spent waiting; starts anew."""
+        now = time.perf_counter()
+        passed, waited = now - self.start, self.waited_s
+        self.start, self.waited_s = now, 0.0
+        return passed, waited / max(passed, 1e-9)
+
+
+class PretrainRun:
+    """
+    Everything of one run, made from a recipe; `train` does it.
+
+    Raises:
+        ValueError: for a recipe that cannot be done, data that cannot be read so, and resumptions that do not fit.
+    """
+
+    def __init__(self, recipe: PretrainRecipe, accelerator: Accelerator):
+        recipe.check()
+        self.recipe, self.accelerator = recipe, accelerator
+        self.output = Path(recipe.output_dir)
+        self.accumulation = recipe.accumulation_steps(accelerator.num_processes)
+        config = recipe.model_config()
+        if recipe.ema_decay is not None and accelerator.distributed_type in (
+            DistributedType.FSDP,
+            DistributedType.DEEPSPEED,
+        ):
+            raise ValueError("ema_decay needs the whole weights in each process: leave it out with FSDP and DeepSpeed.")
+        sources = [open_source(source) for source in recipe.sources()]
+        check_shards(sources, accelerator.num_processes, recipe.num_workers)
+        crop = RandomCrop(recipe.image_size, tuple(recipe.crop_scale), recipe.flip_probability, config.num_channels)
+        self.stream = SampleStream(
+            sources,
+            crop,
+            math.prod(config.grid_size),
+            recipe.seed,
+            accelerator.process_index,
+            accelerator.num_processes,
+            recipe.shuffle_window,
+            recipe.max_bad_fraction,
+        )
+        if accelerator.num_processes > 1:
+            check_disjoint(self.stream, gather_object)
+        set_seed(recipe.seed)
+        model = HiViTForMaskedImageModeling(config)
+        if recipe.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        schedule = Schedule(recipe.total_steps, recipe.warmup_steps, recipe.learning_rate, recipe.min_learning_rate)
+        self.training = MaskedTraining(
+            model, accelerator, schedule, recipe.weight_decay, recipe.adam_betas, recipe.clip_norm, recipe.ema_decay
+        )
+        self.config = config
+        self.checkpoints = Checkpoints(
+            self.output / "checkpoints", accelerator, recipe.keep_last, recipe.keep_every_steps
+        )
+        self.loader = make_loader(self.stream, recipe.batch_size, recipe.num_workers, accelerator.device.type == "cuda")
+        self.step = 0
+
+    def manifest(self) -> dict:
+        """What a resumption is held against."""
+        packages = ("torch", "transformers", "accelerate", "datasets", "torchdata")
+        return {
+            "recipe": self.recipe.identity(),
+            "processes": self.accelerator.num_processes,
+            "shards": [source.opened.dataset.num_shards for source in self.stream.sources],
+            "versions": {name: version(name) for name in packages},
+        }
+
+    def begin(self):
+        """Saves the first checkpoint, or loads the one to go on from. All processes call it."""
+        recipe, latest = self.recipe, self.checkpoints.latest()
+        if recipe.resume == "latest":
+            path = latest
+        elif recipe.resume:
+            path = Path(recipe.resume)
+        else:
+            path = None
+            if latest is not None:
+                raise ValueError(
+                    f"{self.output} holds a run, at {latest.name}: give --resume latest, or another --output_dir."
+                )
+        if path is None:
+            self.loader_state = None
+            if not self.save():
+                raise ValueError(f"{self.output} cannot be written. Choose another --output_dir.")
+            return
+        manifest = read_manifest(path)
+        self._check_resumption(path, manifest)
+        self.step = manifest["step"]
+        self.loader.load_state_dict(self.checkpoints.load(path))
+        self._say(f"resumed {path.name}")
+
+    def _check_resumption(self, path: Path, manifest: dict):
+        now = self.manifest()
+        for name, value in manifest["recipe"].items():
+            if now["recipe"].get(name) != value:
+                raise ValueError(
+                    f"{path} was made with {name}={value}, now it is {now['recipe'].get(name)}: a resumption must "
+                    "be of the same recipe. Set it back, or begin a new run in another --output_dir."
+                )
+        if manifest["processes"] != now["processes"]:
+            raise ValueError(
+                f"{path} was made by {manifest['processes']} processes, now there are {now['processes']}: each has "
+                f"its own place in the data. Resume with {manifest['processes']}."
+            )
+        if manifest["shards"] != now["shards"]:
+            raise ValueError(f"{path} read {manifest['shards']} shards, now there are {now['shards']}: other data.")
+        changed = {name: v for name, v in now["versions"].items() if manifest["versions"].get(name) != v}
+        if changed:
+            self._say(f"resumed with other versions than before: {changed}; numbers may differ in the last digits")
+
+    def save(self) -> bool:
+        """A checkpoint of the present step; whether it could be written."""
+        return self.checkpoints.save(self.step, self.manifest(), self.loader.state_dict(), self.config.save_pretrained)
+
+    def train(self) -> bool:
+        """
+        Trains to the last step. Returns whether it got there, or was asked to stop.
+
+        Raises:
+            FloatingPointError: if the loss is not finite for the third time.
+        """
+        recipe, accelerator, signals = self.recipe, self.accelerator, StopSignals()
+        self.begin()
+        last_step = min(recipe.total_steps, recipe.max_steps or recipe.total_steps)
+        batches, clock, rollbacks = iter(self.loader), WaitClock(), 0
+        window_loss, window_steps = 0.0, 0
+        with tqdm(
+            total=last_step,
+            initial=self.step,
+            desc="pre-training",
+            unit="step",
+            disable=not accelerator.is_main_process,
+        ) as progress:
+            while self.step < last_step:
+                raw = [clock.wait_for(batches) for _ in range(self.accumulation)]
+                result = self.training.step(self.step, [self._to_device(b) for b in raw], signals.received is not None)
+                if not math.isfinite(result.loss):
+                    rollbacks += 1
+                    self._roll_back(rollbacks, result)
+                    progress.n = self.step
+                    continue
+                self.step += 1
+                self._log_samples(raw, result)
+                window_loss, window_steps = window_loss + result.loss, window_steps + 1
+                progress.update()
+                if self.step % recipe.log_every_steps == 0 or self.step == last_step:
+                    self._log(result, window_loss / window_steps, window_steps, *clock.read(), progress)
+                    window_loss, window_steps = 0.0, 0
+                if result.stop or self.step % recipe.checkpoint_every_steps == 0 or self.step == last_step:
+                    self.save()
+                if result.stop and self.step < last_step:
+                    self._say(f"stopped by {signals.received or 'a signal'} after step {self.step}: --resume latest")
+                    return False
+        self.export()
+        return True
+
+    def _to_device(self, batch: dict) -> dict[str, torch.Tensor]:
+        pixels = batch["pixel_values"].to(self.accelerator.device, non_blocking=True)
+        pixels = normalize(pixels, tuple(self.recipe.image_mean), tuple(self.recipe.image_std))
+        return {"pixel_values": pixels, "noise": batch["noise"].to(self.accelerator.device, non_blocking=True)}
+
+    def _roll_back(self, rollbacks: int, result: StepResult):
+        """The weights of the last checkpoint; the data go on, so what led here is not read again."""
+        latest = self.checkpoints.latest()
+        text = f"the loss is {result.loss} in step {self.step + 1} at learning rate {result.learning_rate:.3g}"
+        if rollbacks >= MAX_ROLLBACKS:
+            raise FloatingPointError(
+                f"{text}, for the {rollbacks}rd time. The last good weights are in {latest}. Lower base_learning_rate, "
+                "lengthen warmup_epochs, set clip_norm, or train in bf16."
+            )
+        self._say(f"{text}: back to {latest.name}, and on with other data")
+        self.checkpoints.load(latest)
+        self.step = read_manifest(latest)["step"]
+
+    def _log_samples(self, raw: list[dict], result: StepResult):
+        if not self.recipe.log_samples:
+            return
+        record = {
+            "step": self.step,
+            "samples": [name for batch in raw for name in batch["sample_id"]],
+            "pixels": xxhash.xxh3_64_hexdigest(torch.cat([batch["pixel_values"] for batch in raw]).numpy().tobytes()),
+            "mask": xxhash.xxh3_64_hexdigest(torch.cat([batch["noise"] for batch in raw]).numpy().tobytes()),
+            "loss": result.loss.hex(),
+        }
+        path = self.output / f"samples_rank{self.accelerator.process_index:05d}.jsonl"
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def _log(self, result: StepResult, loss: float, steps: int, seconds: float, wait_share: float, progress: tqdm):
+        if not self.accelerator.is_main_process:
+            return
+        images_per_second = steps * self.recipe.effective_batch_size / seconds
+        values = {
+            "loss": loss,
+            "learning_rate": result.learning_rate,
+            "images_per_second": images_per_second,
+            "wait_share": wait_share,
+            "epoch": self.step / self.recipe.steps_per_epoch,
+        }
+        if result.gradient_norm is not None:
+            values["gradient_norm"] = result.gradient_norm
+        shown = {"loss": f"{loss:.4f}", "lr": f"{result.learning_rate:.2e}"}
+        shown |= {"img/s": f"{images_per_second:.0f}", "waiting": f"{wait_share:.1%}"}
+        progress.set_postfix(shown, refresh=False)
+        with open(self.output / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": self.step, **values}) + "\n")
+        self.accelerator.log(values, step=self.step)
+
+    def export(self):
+        """The trained model as a folder for `from_pretrained`, and the moving average beside it."""
+        recipe, accelerator = self.recipe, self.accelerator
+        state = accelerator.get_state_dict(self.training.model)
+        if accelerator.is_main_process:
+            size = recipe.image_size
+            processor = BitImageProcessor(
+                size={"shortest_edge": round(size * 256 / 224)},
+                crop_size={"height": size, "width": size},
+                resample=3,
+                image_mean=recipe.image_mean,
+                image_std=recipe.image_std,
+            )
+            folders = {"model": (accelerator.unwrap_model(self.training.model), state)}
+            if self.training.ema is not None:
+                folders["model_ema"] = (self.training.ema.module, None)
+            for name, (model, weights) in folders.items():
+                model.save_pretrained(self.output / name, state_dict=weights)
+                processor.save_pretrained(self.output / name)
+        self._say(f"the model is in {self.output / 'model'}")
+        accelerator.wait_for_everyone()
+
+    def _say(self, text: str):
+        if self.accelerator.is_main_process:
+            tqdm.write(text)

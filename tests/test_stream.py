@@ -1,0 +1,290 @@
+"""Streams: exact after any interruption, the same in every process, and what happens with bad pictures."""
+
+import io
+import itertools
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_image
+from torch.testing import assert_close
+
+from hivit_hf.training.augment import CentreCrop, RandomCrop, UnreadablePictureError, decode, normalize, open_picture
+from hivit_hf.training.stream import SampleStream, Source, check_disjoint, check_shards, make_loader, open_source
+from kill_test import PICTURES, jpeg, write_pictures
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder for each format, with the same 153 pictures in it."""
+    root = tmp_path_factory.mktemp("pictures")
+    folders = {layout: write_pictures(root / layout, layout) for layout in ("parquet", "tar")}
+    folders["pictures"] = root / "pictures" / "class"
+    folders["pictures"].mkdir(parents=True)
+    for number in range(PICTURES - 7):
+        (folders["pictures"] / f"{number}.jpg").write_bytes(jpeg(number))
+    return folders
+
+
+def make_stream(folder, rank=0, world_size=1, window=16, seed=7, **arguments):
+    sources = [open_source(Source(str(path))) for path in (folder if isinstance(folder, list) else [folder])]
+    return SampleStream(sources, RandomCrop(32), 4, seed, rank, world_size, window, **arguments)
+
+
+def read(loader, number):
+    return [(b["sample_id"], b["pixel_values"], b["noise"]) for b in itertools.islice(loader, number)]
+
+
+def assert_equal(found, expected):
+    assert [ids for ids, _, _ in found] == [ids for ids, _, _ in expected]
+    for (_, pixels, noise), (_, expected_pixels, expected_noise) in zip(found, expected):
+        assert_close(pixels, expected_pixels, atol=0, rtol=0)
+        assert_close(noise, expected_noise, atol=0, rtol=0)
+
+
+def contents(ids):
+    """What identifies a picture in any format: its bytes."""
+    return [name.split("#")[1] for name in ids]
+
+
+FORMATS = pytest.mark.parametrize("layout", ["parquet", "tar", "pictures"])
+
+
+@FORMATS
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_stopped_stream_goes_on_with_the_next_sample(layout, num_workers, pictures):
+    def loader():
+        return make_loader(make_stream(pictures[layout], rank=1, world_size=2), 4, num_workers, False)
+
+    expected = read(loader(), 50)  # more than two epochs
+    cuts = [(0, 0), (1, 0), (3, 1), (4, 2), (19, 0), (20, 1), (38, 2)] if num_workers == 0 else [(5, 1), (20, 0)]
+    for first_cut, second_cut in cuts:
+        found, state = [], None
+        for number in (first_cut, second_cut, 50 - first_cut - second_cut):
+            part = loader()
+            if state is not None:
+                part.load_state_dict(state)
+            iterator = iter(part)
+            found += read(iterator, number)
+            state = part.state_dict()
+            del iterator
+        assert_equal(found, expected)
+
+
+@FORMATS
+def test_every_picture_once_per_epoch_and_each_process_its_own(layout, pictures):
+    seen = []
+    for rank in range(3):
+        stream = make_stream(pictures[layout], rank, 3)
+        samples, mine = iter(stream), []
+        while stream.state_dict()["sources"][0]["epoch"] == 0:
+            mine.append(next(samples)["sample_id"])
+        seen += contents(mine[:-1])  # the last belongs to the next epoch
+    assert Counter(seen) == Counter(dict.fromkeys(seen, 1))
+    assert len(seen) == PICTURES - 7
+
+
+@FORMATS
+def test_epochs_differ_in_order_and_crops(layout, pictures):
+    first, second = {}, {}
+    stream = make_stream(pictures[layout])
+    for sample in itertools.islice(stream, 2 * (PICTURES - 7)):
+        epoch = first if len(first) < PICTURES - 7 else second
+        epoch[sample["sample_id"]] = sample["pixel_values"], sample["noise"]
+    assert set(first) == set(second) and list(first) != list(second)
+    assert sum(torch.equal(first[name][0], second[name][0]) for name in first) < 5
+    assert not any(torch.equal(first[name][1], second[name][1]) for name in first)
+
+
+def test_crop_and_mask_of_a_sample_depend_on_nothing_else(pictures):
+    """Neither on the format, nor on processes, workers, windows or batches; only on the seed."""
+
+    def first_epoch(folder, number=51, num_workers=0, **arguments):
+        loader = make_loader(make_stream(folder, **arguments), 3, num_workers, False)
+        crops = {}
+        for ids, pixels, noise in read(loader, number):
+            crops |= {name: crop for name, *crop in zip(contents(ids), pixels, noise)}
+        return crops
+
+    reference = first_epoch(pictures["parquet"])
+    others = [
+        first_epoch(pictures["tar"]),
+        first_epoch(pictures["pictures"], window=40),
+        first_epoch(pictures["parquet"], 20, rank=1, world_size=2),
+        first_epoch(pictures["tar"], 20, num_workers=2),
+    ]
+    for other in others:
+        assert len(other) >= 60 and set(other) <= set(reference)
+        for name, (pixels, noise) in other.items():
+            assert_close(pixels, reference[name][0], atol=0, rtol=0)
+            assert_close(noise, reference[name][1], atol=0, rtol=0)
+    changed = first_epoch(pictures["parquet"], seed=8)
+    assert not any(torch.equal(reference[name][1], changed[name][1]) for name in reference)
+
+
+def test_sources_are_mixed_by_weight(pictures, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    rows = [{"bytes": jpeg(1000 + number), "path": f"other{number}.jpg"} for number in range(40)]
+    pq.write_table(pa.table({"image": rows}), other / "0.parquet")
+    sources = [open_source(Source(str(pictures["tar"]), weight=3.0)), open_source(Source(str(other), weight=1.0))]
+
+    def names(number, state=None):
+        stream = SampleStream(sources, RandomCrop(32), 4, seed=0, window=8)
+        if state:
+            stream.load_state_dict(state)
+        found = [sample["sample_id"] for sample in itertools.islice(stream, number)]
+        return found, stream.state_dict()
+
+    found, _ = names(400)
+    assert 0.18 < sum(name.startswith("other") for name in found) / 400 < 0.32
+    part, state = names(123)
+    rest, _ = names(277, state)
+    assert part + rest == found
+
+
+def test_columns_and_folders(pictures, tmp_path):
+    pq.write_table(pa.table({"photo": [{"bytes": jpeg(0), "path": ""}], "label": [1]}), tmp_path / "0.parquet")
+    with pytest.raises(
+        ValueError, match=r"no single column of pictures; its columns are photo, label. .*--image_column"
+    ):
+        open_source(Source(str(tmp_path)))
+    with pytest.raises(ValueError, match=r"no column 'foto'; its columns are photo, label"):
+        open_source(Source(str(tmp_path), column="foto"))
+    assert open_source(Source(str(tmp_path), column="photo")).column == "photo"
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"holds neither Parquet files nor tars nor pictures"):
+        open_source(Source(str(tmp_path / "empty")))
+    with pytest.raises(ValueError, match=r"must be a folder of Parquet files, tars or pictures, or a dataset"):
+        open_source(Source(str(tmp_path / "nowhere")))
+
+
+def test_too_few_shards_are_refused(pictures):
+    sources = [open_source(Source(str(pictures["tar"])))]
+    check_shards(sources, 4, 2)
+    with pytest.raises(ValueError, match=r"8 shards, but 4 processes with 3 workers each need 12: use --num_workers 2"):
+        check_shards(sources, 4, 3)
+    with pytest.raises(ValueError, match=r"8 shards, but 16 processes .* use 8 processes or fewer, or write the data"):
+        check_shards(sources, 16, 0)
+
+
+def test_processes_that_read_the_same_are_noticed(pictures):
+    streams = [make_stream(pictures["tar"], rank, 2) for rank in range(2)]
+
+    def gather_from(others):
+        def gather(mine):
+            lists = [mine]
+            for other in others:
+                check_disjoint(other, lambda theirs: lists.append(theirs) or theirs)
+            return [name for names in lists for name in names]
+
+        return gather
+
+    check_disjoint(streams[0], gather_from([streams[1]]))
+    with pytest.raises(RuntimeError, match=r"of the first 8 samples are read by more than one process"):
+        check_disjoint(streams[0], gather_from([make_stream(pictures["tar"], 0, 2)]))
+
+
+# -- pictures -------------------------------------------------------------------------------------------------------
+
+
+def encoded(picture, file_format="PNG", **options):
+    file = io.BytesIO()
+    picture.save(file, file_format, **options)
+    return file.getvalue()
+
+
+def test_pictures_of_every_kind_become_rgb():
+    grey = np.tile(np.linspace(0, 255, 40, dtype=np.uint8), (30, 1))
+    rgb = Image.fromarray(np.stack([grey, grey, 255 - grey], axis=2))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    kinds = {
+        "rgb": encoded(rgb),
+        "grey": encoded(Image.fromarray(grey)),
+        "palette": encoded(rgb.quantize(64)),
+        "transparent": encoded(rgb.convert("RGBA")),
+        "cmyk": encoded(rgb.convert("CMYK"), "JPEG", quality=95),
+        "sixteen": encoded(Image.fromarray(grey.astype(np.uint16) * 257)),
+        "animated": encoded(rgb, "GIF", save_all=True, append_images=[rgb.rotate(90)]),
+        "turned": encoded(rgb, "JPEG", exif=exif, quality=95),
+    }
+    for name, data in kinds.items():
+        pixels = decode(open_picture(data, 10**6), 3)
+        assert pixels.dtype == torch.uint8
+        assert pixels.shape == ((3, 40, 30) if name == "turned" else (3, 30, 40)), name
+        expected = torch.from_numpy(np.asarray(rgb).copy()).permute(2, 0, 1).float()
+        if name in ("grey", "sixteen"):
+            expected = torch.from_numpy(grey).expand(3, 30, 40).float()
+        if name == "turned":
+            expected = expected.transpose(1, 2).flip(2)
+        assert (pixels.float() - expected).abs().mean() < 6, name
+        assert RandomCrop(16)(data, 3).shape == (3, 16, 16)
+    assert decode(open_picture(kinds["rgb"], 10**6), 1).shape == (1, 30, 40)
+    assert decode(open_picture(kinds["rgb"], 10**6), 4).shape == (4, 30, 40)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "no bytes"),
+        (b"hello", "no picture"),
+        (jpeg(0)[: len(jpeg(0)) // 2], "damaged"),
+        (encoded(Image.new("L", (4000, 4000))), "decompression bomb: 4000x4000"),
+        (encoded(Image.new("1", (20000, 20000))), "decompression bomb"),
+    ],
+    ids=["empty", "text", "truncated", "large", "bomb"],
+)
+def test_pictures_that_cannot_be_read(data, reason):
+    with pytest.raises(UnreadablePictureError, match=reason):
+        RandomCrop(32, max_pixels=10**6)(data, 0)
+
+
+def test_bad_pictures_are_skipped_counted_and_too_many_stop_it(tmp_path, caplog):
+    data = [jpeg(number) for number in range(200)]
+    for number in (3, 50, 120):
+        data[number] = b"broken"
+    rows = [{"bytes": content, "path": f"{number}.jpg"} for number, content in enumerate(data)]
+    pq.write_table(pa.table({"image": rows}), tmp_path / "0.parquet")
+    stream = make_stream(tmp_path, max_bad_fraction=0.05)
+    found = [sample["sample_id"] for sample in itertools.islice(stream, 197)]
+    assert len(set(found)) == 197
+    next(iter(stream))
+    assert stream.state_dict()["bad"]["bad"] >= 3
+    assert "50.jpg: no picture" in caplog.text
+    with pytest.raises(
+        ValueError, match=r"of \d+ pictures cannot be read, more than max_bad_fraction 0.001. The last:"
+    ):
+        list(itertools.islice(make_stream(tmp_path, max_bad_fraction=0.001), 400))
+
+
+def test_decoding_at_a_smaller_size_changes_little_and_saves_much():
+    photo = Image.fromarray(load_sample_image("china.jpg"))
+    data = encoded(photo.resize((1920, 1280), Image.BICUBIC), "JPEG", quality=90)
+    reduced = 0
+    for seed in range(8):
+        small = RandomCrop(96)(data, seed).float()
+        full = RandomCrop(96, reduce_while_decoding=False)(data, seed).float()
+        reduced += not torch.equal(small, full)
+        assert (small - full).abs().mean() < 3
+    assert reduced >= 6
+
+
+def test_a_crop_leaves_the_random_numbers_of_the_process_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    RandomCrop(32)(jpeg(0), 1)
+    assert_close(torch.rand(3), expected, atol=0, rtol=0)
+
+
+def test_centre_crop_and_normalize():
+    pixels = CentreCrop(32, 40)(jpeg(0))
+    assert pixels.shape == (3, 32, 32)
+    normal = normalize(pixels[None], (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    expected = (pixels[0, 3, 4] / 255 - 0.485) / 0.229
+    assert_close(normal[0, 0, 3, 4], expected)
