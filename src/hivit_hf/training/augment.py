@@ -148,3 +148,9 @@ def normalize(pixels: torch.Tensor, mean: tuple[float, ...], std: tuple[float, .
     """uint8 (B, channels, H, W) to float32 with mean 0 and deviation 1 per channel, on whatever device it is."""
     mean_255, std_255 = (torch.tensor(values, device=pixels.device).view(1, -1, 1, 1) * 255 for values in (mean, std))
     return (pixels.float() - mean_255) / std_255
+
+
+def denormalize(pixels: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
+    """The inverse of `normalize`, with values in [0, 1] where the picture had them."""
+    mean, std = (torch.tensor(values, device=pixels.device).view(1, -1, 1, 1) for values in (mean, std))
+    return pixels * std + mean

@@ -139,6 +139,25 @@ def confusion_matrix_figure(matrix: Sequence[Sequence[int]], class_names: Sequen
     return figure
 
 
+@torch.no_grad()
+def nearest_neighbour_accuracy(features: torch.Tensor, labels: torch.Tensor, neighbours: int = 20) -> float:
+    """
+    Share of the second half of the pictures whose label is that of most of its nearest neighbours in the first half,
+    weighted by cosine similarity.
+
+    Args:
+        features: (B, C), one row per picture.
+        labels: (B,), class numbers.
+        neighbours: how many are asked.
+    """
+    half = len(features) // 2
+    features = torch.nn.functional.normalize(features.float(), dim=1)
+    similarity, index = (features[half:] @ features[:half].t()).topk(min(neighbours, half), dim=1)
+    votes = torch.zeros(len(features) - half, int(labels.max()) + 1, device=features.device)
+    votes.scatter_add_(1, labels[:half].to(features.device)[index], (similarity / 0.07).exp())
+    return (votes.argmax(dim=1).cpu() == labels[half:].cpu()).float().mean().item()
+
+
 def figure_to_png(figure: Figure, dots_per_inch: int = 160) -> bytes:
     """The figure as a PNG file in memory."""
     file = io.BytesIO()

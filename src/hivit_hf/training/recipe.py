@@ -14,7 +14,8 @@ from .stream import Source
 
 # What may differ between a run and its resumption: what the recipe says of itself, and where and how often it writes.
 RUNTIME = {"title", "source", "cost", "expected_result", "max_steps", "output_dir", "resume", "checkpoint_every_steps"}
-RUNTIME |= {"keep_last", "keep_every_steps", "log_every_steps", "log_samples", "tracker"}
+RUNTIME |= {"keep_last", "keep_every_steps", "log_every_steps", "log_samples", "tracker", "monitor_every_steps"}
+RUNTIME |= {"eval_dataset_name", "eval_split", "label_column", "monitor_images"}
 
 
 def _field(default, text: str):
@@ -54,6 +55,12 @@ class PretrainRecipe:
     shuffle_window: int = _field(256, "Pictures that are shuffled among each other, held in memory by each worker.")
     max_bad_fraction: float = _field(0.01, "Pictures that cannot be read are skipped, up to this share.")
     num_workers: int = _field(4, "Processes that read and decode, for each training process.")
+
+    eval_dataset_name: str | None = _field(None, "Held-out pictures, to see whether it is working; else training ones.")
+    eval_split: str = _field("validation", "Split of a Hub dataset with held-out pictures.")
+    label_column: str | None = _field(None, "Labels of the held-out pictures, for a nearest-neighbour probe.")
+    monitor_images: int = _field(256, "Held-out pictures that are looked at.")
+    monitor_every_steps: int = _field(1000, "Steps between two looks at them.")
 
     epochs: float = _field(1600, "Length of the training.")
     warmup_epochs: float = _field(40, "Epochs until the highest learning rate is reached.")
@@ -110,7 +117,7 @@ class PretrainRecipe:
         if self.tracker not in ("tensorboard", "wandb", "none"):
             raise ValueError(f"tracker must be tensorboard, wandb or none, got {self.tracker!r}.")
         positive = ["epochs", "batch_size", "effective_batch_size", "base_learning_rate", "shuffle_window"]
-        positive += ["checkpoint_every_steps", "keep_last", "log_every_steps"]
+        positive += ["checkpoint_every_steps", "keep_last", "log_every_steps", "monitor_every_steps", "monitor_images"]
         positive += [name for name in ("max_steps", "images_per_epoch", "clip_norm") if getattr(self, name) is not None]
         for name in positive:
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
@@ -129,6 +136,8 @@ class PretrainRecipe:
             raise ValueError(f"crop_scale must be two shares such as 0.2 1.0, got {self.crop_scale}.")
         if self.images_per_epoch is None:
             raise ValueError("A stream does not know its length: give --images_per_epoch (ImageNet-1k: 1281167).")
+        if self.label_column and not self.eval_dataset_name:
+            raise ValueError("label_column is of the held-out pictures: give --eval_dataset_name as well.")
         config = self.model_config()
         for name in ("image_mean", "image_std"):
             if len(getattr(self, name)) != config.num_channels:
@@ -155,6 +164,13 @@ class PretrainRecipe:
         weights = self.dataset_weights or [1.0] * len(self.dataset_name)
         where = (self.dataset_config, self.dataset_split, self.dataset_revision, self.image_column)
         return [Source(name, *where, weight) for name, weight in zip(self.dataset_name, weights)]
+
+    def held_out(self) -> Source | None:
+        """What is looked at now and then."""
+        if self.eval_dataset_name is None:
+            return None
+        where = {"split": self.eval_split, "column": self.image_column, "label_column": self.label_column}
+        return Source(self.eval_dataset_name, self.dataset_config, **where)
 
     def accumulation_steps(self, num_processes: int) -> int:
         """Forward passes per optimizer step. Raises ValueError if they do not come out even."""

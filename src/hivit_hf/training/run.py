@@ -18,11 +18,12 @@ from transformers import BitImageProcessor, set_seed
 from transformers.utils import logging
 
 from ..modeling_hivit import HiViTForMaskedImageModeling
-from .augment import RandomCrop, normalize
+from .augment import CentreCrop, RandomCrop, denormalize, normalize
 from .checkpoint import Checkpoints, read_manifest
+from .monitor import figure_to_png, nearest_neighbour_accuracy, reconstruction_grid
 from .pretrain import MaskedTraining, Schedule, StepResult
 from .recipe import PretrainRecipe
-from .stream import SampleStream, check_disjoint, check_shards, make_loader, open_source
+from .stream import SampleStream, check_disjoint, check_shards, make_loader, open_source, read_first
 
 
 logger = logging.get_logger(__name__)
@@ -109,6 +110,10 @@ class PretrainRun:
             self.output / "checkpoints", accelerator, recipe.keep_last, recipe.keep_every_steps
         )
         self.loader = make_loader(self.stream, recipe.batch_size, recipe.num_workers, accelerator.device.type == "cuda")
+        held_out = recipe.held_out()
+        opened = sources[0] if held_out is None else open_source(held_out)
+        look = CentreCrop(recipe.image_size, round(recipe.image_size * 256 / 224), config.num_channels)
+        self.pictures, self.labels = read_first(opened, look, recipe.monitor_images)
         self.step = 0
 
     def manifest(self) -> dict:
@@ -202,6 +207,8 @@ class PretrainRun:
                 if self.step % recipe.log_every_steps == 0 or self.step == last_step:
                     self._log(result, window_loss / window_steps, window_steps, *clock.read(), progress)
                     window_loss, window_steps = 0.0, 0
+                if self.step % recipe.monitor_every_steps == 0 or self.step == last_step:
+                    self._look()
                 if result.stop or self.step % recipe.checkpoint_every_steps == 0 or self.step == last_step:
                     self.save()
                 if result.stop and self.step < last_step:
@@ -261,6 +268,45 @@ class PretrainRun:
         with open(self.output / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": self.step, **values}) + "\n")
         self.accelerator.log(values, step=self.step)
+
+    @torch.no_grad()
+    def _look(self):
+        """Is it working? Loss, reconstructions and a nearest-neighbour probe of the held-out pictures, always alike."""
+        recipe, accelerator = self.recipe, self.accelerator
+        model = accelerator.unwrap_model(self.training.model)
+        noise = torch.rand(len(self.pictures), self.stream.num_units, generator=torch.Generator().manual_seed(0))
+        losses, features = [], []
+        model.eval()
+        for pictures, numbers in zip(self.pictures.split(recipe.batch_size), noise.split(recipe.batch_size)):
+            batch = self._to_device({"pixel_values": pictures, "noise": numbers})
+            with accelerator.autocast():
+                losses.append(model(**batch).loss.item() * len(pictures))
+                features.append(model.hivit(batch["pixel_values"]).last_hidden_state.mean(dim=1))
+        few = self._to_device({"pixel_values": self.pictures[:8], "noise": noise[:8]})
+        with accelerator.autocast():
+            mask = model.draw_mask(few["pixel_values"], few["noise"])
+            restored = model.reconstruct(few["pixel_values"], mask).float().cpu()
+        model.train()
+        values = {"held_out_loss": sum(losses) / len(self.pictures)}
+        if self.labels is not None:
+            values["nearest_neighbour_accuracy"] = nearest_neighbour_accuracy(torch.cat(features), self.labels)
+        if accelerator.is_main_process:
+            accelerator.log(values, step=self.step)
+            with open(self.output / "log.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": self.step, **values}) + "\n")
+            restored = denormalize(restored, recipe.image_mean, recipe.image_std)
+            self._draw(self.pictures[:8].float() / 255, mask.cpu(), restored)
+
+    def _draw(self, originals: torch.Tensor, mask: torch.BoolTensor, restored: torch.Tensor):
+        originals, restored = (p.expand(-1, 3, -1, -1) if p.shape[1] == 1 else p[:, :3] for p in (originals, restored))
+        figure = reconstruction_grid(originals, mask, restored, self.config.patch_size)
+        folder = self.output / "pictures"
+        folder.mkdir(exist_ok=True)
+        (folder / f"reconstructions-{self.step:08d}.png").write_bytes(figure_to_png(figure))
+        for tracker in self.accelerator.trackers:
+            options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            rows = torch.cat([originals, restored]).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+            tracker.log_images({"reconstructions": rows}, self.step, **options)
 
     def export(self):
         """The trained model as a folder for `from_pretrained`, and the moving average beside it."""

@@ -43,6 +43,7 @@ class Source:
         revision: commit of a Hub dataset; the newest if not given.
         column: the column with the pictures; the only one of its kind if not given.
         weight: how often it is read, relative to the other sources.
+        label_column: a column with labels, which is kept if it is given.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Source:
     revision: str | None = None
     column: str | None = None
     weight: float = 1.0
+    label_column: str | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,9 @@ def open_source(source: Source) -> OpenSource:
         raise ValueError(f"{source.name} has {what}; its columns are {found}. Name one with --image_column.")
     if column in pictures:
         dataset = dataset.cast_column(column, Image(decode=False))
-    keep = [name for name in features if name == column or name in ("__key__", "__url__")]
+    if source.label_column is not None and source.label_column not in features:
+        raise ValueError(f"{source.name} has no column {source.label_column!r}; its columns are {', '.join(features)}.")
+    keep = [name for name in features if name in (column, source.label_column, "__key__", "__url__")]
     return OpenSource(source, dataset.select_columns(keep).reshard(), column)
 
 
@@ -235,6 +239,29 @@ class SampleStream(TorchIterableDataset):
         for source, source_state in zip(self.sources, state["sources"], strict=True):
             source.state = dict(source_state)
         self.draws, self.bad = state["draws"], Counter(state["bad"])
+
+
+def read_first(opened: OpenSource, transform: Callable[[bytes, int], torch.Tensor], number: int):
+    """
+    The first readable pictures of a source, and their labels: (number or fewer, channels, H, W) uint8, and (number,) or
+    None.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    pictures, labels = [], []
+    for example in opened.dataset:
+        if len(pictures) == number:
+            break
+        try:
+            pictures.append(transform(picture_of(example, opened.column)[0], 0))
+        except UnreadablePictureError as error:
+            logger.warning(f"skipped {opened.source.name}: {error}")
+            continue
+        labels.append(example.get(opened.source.label_column))
+    if not pictures:
+        raise ValueError(f"{opened.source.name} holds no picture that can be read.")
+    return torch.stack(pictures), None if opened.source.label_column is None else torch.tensor(labels)
 
 
 def check_shards(sources: Sequence[OpenSource], world_size: int, num_workers: int):

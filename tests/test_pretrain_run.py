@@ -1,0 +1,373 @@
+"""Pre-training runs on streams: killed, stopped, rolled back, refused; recipes; what they leave behind."""
+
+import itertools
+import json
+import math
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from PIL import Image
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+import kill_test
+from accelerate import Accelerator
+from hivit_hf import HiViTForMaskedImageModeling
+from hivit_hf.training.checkpoint import read_manifest
+from hivit_hf.training.monitor import nearest_neighbour_accuracy
+from hivit_hf.training.pretrain import MaskedTraining, StepResult
+from hivit_hf.training.recipe import PretrainRecipe, read_recipe
+from hivit_hf.training.run import PretrainRun
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+RECIPES = sorted((EXAMPLES / "recipes").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return kill_test.write_pictures(tmp_path_factory.mktemp("data") / "parquet", "parquet")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    PartialState._reset_state()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+
+
+@pytest.fixture
+def make_run(data, tmp_path):
+    """A function that makes a run of the smoke recipe: 24 steps, a checkpoint every 5."""
+
+    def make(**changes):
+        numbers = {"images_per_epoch": 48, "epochs": 8, "checkpoint_every_steps": 5, "log_samples": True}
+        numbers |= {"dataset_name": [str(data)], "output_dir": str(tmp_path / "run"), "monitor_images": 16}
+        recipe = PretrainRecipe(**{**read_recipe(EXAMPLES / "recipes" / "smoke_cpu.yaml"), **numbers, **changes})
+        return PretrainRun(recipe, Accelerator(cpu=True))
+
+    return make
+
+
+def losses(output, rank=0):
+    records = kill_test.records(Path(output))[rank]
+    return {step: float.fromhex(done[-1]["loss"]) for step, done in sorted(records.items())}
+
+
+def test_a_run_leaves_a_model_a_log_and_pictures(make_run, tmp_path):
+    assert make_run(ema_decay=0.9, monitor_every_steps=10).train()
+    output = tmp_path / "run"
+    loaded = {name: HiViTForMaskedImageModeling.from_pretrained(output / name) for name in ("model", "model_ema")}
+    assert not torch.equal(*(model.decoder.head.weight for model in loaded.values()))
+    from_checkpoint = HiViTForMaskedImageModeling.from_pretrained(output / "checkpoints" / "step-00000024")
+    for name, tensor in loaded["model"].state_dict().items():
+        assert_close(from_checkpoint.state_dict()[name], tensor, atol=0, rtol=0)
+    log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    training = [line for line in log if "loss" in line]
+    assert [line["step"] for line in training] == [5, 10, 15, 20, 24]
+    assert training[-1]["loss"] < training[0]["loss"]
+    assert [line["step"] for line in log if "held_out_loss" in line] == [10, 20, 24]
+    with Image.open(output / "pictures" / "reconstructions-00000024.png") as picture:
+        assert picture.width > 500
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == [
+        "latest",
+        "step-00000020",
+        "step-00000024",
+    ]
+
+
+def test_learning_rates_follow_the_papers_rule(make_run, tmp_path):
+    run = make_run(epochs=8, warmup_epochs=2)
+    seen = []
+    step = run.training.step
+
+    def note(number, batches, stop=False):
+        result = step(number, batches, stop)
+        seen.append((result.learning_rate, run.training.optimizer.param_groups[0]["lr"]))
+        return result
+
+    run.training.step = note
+    run.train()
+    peak = 0.01 * 16 / 256
+    expected = [peak * (n / 3) / 2 for n in range(6)]
+    expected += [peak * 0.5 * (1 + math.cos(math.pi * (n / 3 - 2) / 6)) for n in range(6, 24)]
+    assert [told for told, _ in seen] == [used for _, used in seen] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_stops_and_the_rest_is_exact(signal_number, make_run, tmp_path, capsys):
+    assert make_run(output_dir=str(tmp_path / "reference")).train()
+    run = make_run()
+    step = run.training.step
+
+    def interrupted(number, batches, stop=False):
+        if number == 12:
+            os.kill(os.getpid(), signal_number)
+        return step(number, batches, stop)
+
+    run.training.step = interrupted
+    assert not run.train()
+    assert "--resume latest" in capsys.readouterr().out
+    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() in ("step-00000013\n", "step-00000014\n")
+    assert make_run(resume="latest").train()
+    kill_test.compare(tmp_path / "reference", tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "processes", "workers"), [("parquet", 1, 2), ("tar", 2, 0)])
+def test_killed_runs_are_exact(layout, processes, workers, tmp_path):
+    result = kill_test.kill_test(tmp_path, layout, processes, workers, kills=2)
+    assert result["kills"] == 2
+
+
+def test_a_killed_checkpoint_is_not_read(make_run, tmp_path):
+    """What was half written when the power went is neither loaded nor in the way."""
+    assert make_run(max_steps=7).train()
+    partial = tmp_path / "run" / "checkpoints" / ".step-00000010.partial"
+    partial.mkdir()
+    (partial / "model.safetensors").write_bytes(b"half")
+    assert make_run(resume="latest").train()
+    assert not partial.exists()
+
+
+def nan_at(run, numbers):
+    step, seen = run.training.step, []
+
+    def broken(number, batches, stop=False):
+        result = step(number, batches, stop)
+        seen.append(number)
+        if number in numbers:
+            numbers.remove(number)
+            for parameter in run.training.model.parameters():
+                parameter.data.fill_(float("nan"))
+            return replace(result, loss=float("nan"))
+        return result
+
+    run.training.step = broken
+    return seen
+
+
+def test_a_loss_that_is_not_finite_rolls_back_and_reads_on(make_run, tmp_path, capsys):
+    run = make_run()
+    seen = nan_at(run, [12])
+    assert run.train()
+    assert seen == [*range(13), *range(10, 24)]
+    assert "the loss is nan in step 13" in capsys.readouterr().out
+    records = kill_test.records(tmp_path / "run")[0]
+    once, again = (record["samples"] for record in records[11])
+    assert once != again  # the data went on
+    assert all(
+        tensor.isfinite().all() for tensor in load_file(tmp_path / "run" / "model" / "model.safetensors").values()
+    )
+
+
+def test_the_third_loss_that_is_not_finite_stops_the_run(make_run):
+    run = make_run()
+    nan_at(run, [6, 7, 8])
+    with pytest.raises(
+        FloatingPointError, match=r"the loss is nan in step 9 .* for the 3rd time. The last good weights"
+    ):
+        run.train()
+
+
+def test_a_full_disk_does_not_end_the_run(make_run, tmp_path, caplog):
+    run = make_run()
+    save_state = run.accelerator.save_state
+
+    def full(folder):
+        if run.step in (5, 10):
+            raise OSError(28, "No space left on device")
+        save_state(folder)
+
+    run.accelerator.save_state = full
+    assert run.train()
+    assert "The checkpoint of step 5 could not be written" in caplog.text
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").glob("*step*")} == {
+        "step-00000020",
+        "step-00000024",
+    }
+
+
+def test_checkpoints_that_are_kept(make_run, tmp_path):
+    assert make_run(checkpoint_every_steps=2, keep_every_steps=8, keep_last=1).train()
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert names == ["step-00000000", "step-00000008", "step-00000016", "step-00000024"]
+    manifest = read_manifest(tmp_path / "run" / "checkpoints" / "step-00000016")
+    assert manifest["step"] == 16 and manifest["processes"] == 1 and "torch" in manifest["versions"]
+
+
+def test_resumptions_that_do_not_fit(make_run, tmp_path):
+    assert make_run(max_steps=6).train()
+    with pytest.raises(
+        ValueError, match=r"holds a run, at step-00000006: give --resume latest, or another --output_dir"
+    ):
+        make_run().train()
+    with pytest.raises(
+        ValueError, match=r"was made with base_learning_rate=0.01, now it is 0.02: a resumption must be"
+    ):
+        make_run(resume="latest", base_learning_rate=0.02).train()
+    with pytest.raises(ValueError, match=r"was made with num_workers=0, now it is 1"):
+        make_run(resume="latest", num_workers=1).train()
+    with pytest.raises(ValueError, match=r"is no checkpoint: manifest.json cannot be read"):
+        make_run(resume=str(tmp_path)).train()
+    manifest = tmp_path / "run" / "checkpoints" / "step-00000006" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"processes": 1', '"processes": 4'))
+    with pytest.raises(ValueError, match=r"was made by 4 processes, now there are 1: .* Resume with 4"):
+        make_run(resume="latest").train()
+
+
+@pytest.mark.parametrize("batch_size", [2, 4, 16])
+def test_accumulation_changes_nothing_but_the_last_digits(batch_size, make_run, tmp_path):
+    assert make_run(batch_size=8, output_dir=str(tmp_path / "reference")).train()
+    assert make_run(batch_size=batch_size).train()
+    reference, found = losses(tmp_path / "reference"), losses(tmp_path / "run")
+    assert list(found.values()) == pytest.approx(list(reference.values()), rel=2e-5)
+    samples = [kill_test.records(tmp_path / name)[0][24][0]["samples"] for name in ("reference", "run")]
+    assert samples[0] == samples[1]
+
+
+def test_gradients_are_clipped_and_the_average_follows(make_run):
+    run = make_run(clip_norm=1e-3, ema_decay=0.5)
+    run.begin()
+    batches = iter(run.loader)
+    run.step = 12
+    before = {name: p.clone() for name, p in run.training.ema.module.named_parameters()}
+    result = run.training.step(12, [run._to_device(next(batches)) for _ in range(2)])
+    assert isinstance(run.training, MaskedTraining) and isinstance(result, StepResult)
+    assert result.gradient_norm > 1e-3
+    clipped = math.sqrt(
+        sum(p.grad.square().sum().item() for p in run.training.model.parameters() if p.grad is not None)
+    )
+    assert clipped == pytest.approx(1e-3, rel=1e-3)
+    for name, parameter in run.training.model.named_parameters():
+        average = run.training.ema.module.get_parameter(name)
+        if parameter.requires_grad:
+            assert_close(average.data, parameter.data if run.training.ema.n_averaged == 1 else before[name])
+
+
+# -- recipes and flags ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_takes_two_steps(path, data, tmp_path):
+    values = read_recipe(path)
+    for key in ("title", "source", "cost", "expected_result"):
+        assert values[key]
+    recipe = PretrainRecipe(**values)
+    rate = recipe.learning_rate
+    assert path.stem == "smoke_cpu" or rate == pytest.approx(1e-4 * 4096 / 256)
+    small = {"batch_size": 1, "effective_batch_size": 2, "num_workers": 0, "max_steps": 2, "compile": False}
+    small |= {"dataset_name": [str(data)], "output_dir": str(tmp_path), "monitor_images": 2, "tracker": "none"}
+    accelerator = Accelerator(cpu=True, mixed_precision=recipe.mixed_precision)
+    run = PretrainRun(replace(recipe, **small), accelerator)
+    run.checkpoints.save = lambda *arguments: True  # gigabytes, and tested elsewhere
+    assert run.train()
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert math.isfinite(log[0]["loss"])
+    for file in itertools.chain(tmp_path.rglob("*.safetensors")):
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dataset_name": []}, "nothing to read: give --dataset_name"),
+        ({"output_dir": None}, "nowhere to write: give --output_dir"),
+        ({"dataset_weights": [1.0, 2.0]}, "1 datasets need as many weights"),
+        ({"dataset_weights": [0.0]}, "dataset_weights must be positive"),
+        ({"mixed_precision": "bf61"}, "mixed_precision must be bf16, fp16 or no, got 'bf61'"),
+        ({"tracker": "wandbb"}, "tracker must be tensorboard, wandb or none"),
+        ({"batch_size": 0}, "batch_size must be a positive number, got 0"),
+        ({"base_learning_rate": float("nan")}, "base_learning_rate must be a positive number"),
+        ({"num_workers": -1}, "num_workers must not be negative"),
+        ({"flip_probability": 2.0}, r"flip_probability must be in \[0, 1\]"),
+        ({"ema_decay": 1.0}, r"ema_decay must be in \(0, 1\), got 1.0. Try 0.9999"),
+        ({"warmup_epochs": 8}, "warmup_epochs must be less than epochs 8, got 8"),
+        ({"crop_scale": [0.5]}, "crop_scale must be two shares"),
+        ({"images_per_epoch": None}, r"give --images_per_epoch \(ImageNet-1k: 1281167\)"),
+        ({"image_mean": [0.5]}, "image_mean needs 3 numbers"),
+        ({"label_column": "label"}, "give --eval_dataset_name as well"),
+        ({"model": "{"}, "--model must be a JSON object"),
+        ({"model": '{"mask_ratio": 0.5}'}, "--model sets mask_ratio, which have flags of their own"),
+        ({"model": '{"hiden_size": 64}'}, "no keyword 'hiden_size'"),
+        ({"architecture": "huge"}, "no HiViT architecture named 'huge'"),
+        ({"mask_ratio": 0.99}, "leaves none"),
+        ({"effective_batch_size": 12}, "effective_batch_size 12 is no multiple of 8 pictures on 1 processes"),
+        ({"num_workers": 40}, "16 shards, but 1 processes with 40 workers each need 40: use --num_workers 16"),
+        ({"image_column": "photo"}, "no column 'photo'"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_done_is_refused_before_anything_is_read(changes, message, make_run, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        make_run(**changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_output_folder_that_cannot_be_written(make_run, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"cannot be written. Choose another --output_dir"):
+        make_run(output_dir=str(tmp_path / "file" / "run")).train()
+
+
+def test_recipe_files_that_cannot_be_read(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    for text, message in [
+        ("epochs: [", "cannot be read"),
+        ("just text", "must hold keys and values, got a str"),
+        ("epoch: 3", "has epoch, which no recipe has. The keys are .*epochs"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_recipe(path)
+    path.write_text("base_learning_rate: 1e-4\nmodel: {patch_size: 8}\n")
+    recipe = PretrainRecipe(**read_recipe(path))
+    assert recipe.base_learning_rate == 1e-4 and recipe.model_config().patch_size == 8
+
+
+def test_the_command_line(data, tmp_path, capsys, monkeypatch):
+    import pretrain_mim
+
+    recipe = ["--config", str(EXAMPLES / "recipes" / "smoke_cpu.yaml"), "--dataset_name", str(data)]
+    arguments = [*recipe, "--output_dir", str(tmp_path / "run"), "--max_steps", "3", "--monitor_images", "4"]
+    assert pretrain_mim.main([*arguments, "--epochs", "5"]) == 0
+    assert read_manifest(tmp_path / "run" / "checkpoints" / "step-00000003")["recipe"]["epochs"] == 5
+    capsys.readouterr()
+    assert pretrain_mim.main(arguments) == 2
+    assert "error: " in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        pretrain_mim.main([*recipe, "--output_dir", str(tmp_path / "other"), "--warmup_epochs", "50"])
+    assert stopped.value.code == 2
+    assert "warmup_epochs must be less than epochs" in capsys.readouterr().err
+    assert sys.modules["pretrain_mim"].__doc__.count("--resume latest") == 1
+
+
+def test_accelerate_files():
+    kinds = {path.stem: load_config_from_file(str(path)) for path in (EXAMPLES / "accelerate").glob("*.yaml")}
+    assert {name: config.num_processes for name, config in kinds.items()} == {
+        "one_gpu": 1,
+        "eight_gpus": 8,
+        "two_nodes": 16,
+        "fsdp2": 8,
+        "deepspeed": 8,
+    }
+    assert kinds["fsdp2"].fsdp_config["fsdp_version"] == 2
+    assert kinds["two_nodes"].num_machines == 2
+
+
+def test_nearest_neighbours_find_what_is_alike():
+    labels = torch.arange(60) % 3
+    features = torch.nn.functional.one_hot(labels, 8).float() + 0.1 * torch.randn(60, 8)
+    assert nearest_neighbour_accuracy(features, labels) > 0.95
+    assert nearest_neighbour_accuracy(torch.randn(60, 8), labels) < 0.7
