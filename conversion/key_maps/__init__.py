@@ -100,7 +100,7 @@ class KeyMap:
             target = rule.name if isinstance(rule, OnlyIf) else rule
             if not isinstance(target, str):
                 continue
-            found = compile_pattern(target, block=r"stages\.\d+\.(?:layers\.\d+|merge)").fullmatch(name)
+            found = compile_pattern(target, block=r"stages\.[0-2]\.(?:layers\.[0-9]+|merge)").fullmatch(name)
             if found:
                 groups = found.groupdict()
                 source = source.replace("*", groups.get("leaf") or "").replace("{layer}", groups.get("layer") or "")
@@ -122,8 +122,13 @@ class KeyMap:
         return [(compile_pattern(source), rule) for source, rule in self.rules.items()]
 
 
-def compile_pattern(pattern: str, block: str = r"\d+") -> re.Pattern:
-    parts = {"{block}": f"(?P<block>{block})", "{layer}": r"(?P<layer>\d+)", "**": ".*", "*": "(?P<leaf>weight|bias)"}
+_NUMBER = "0|[1-9][0-9]{0,3}"  # one way to write each
+
+
+def compile_pattern(pattern: str, block: str = _NUMBER) -> re.Pattern:
+    """The regular expression of a name in a table."""
+    parts = {"{block}": f"(?P<block>{block})", "{layer}": f"(?P<layer>{_NUMBER})"}
+    parts |= {"**": ".*", "*": "(?P<leaf>weight|bias)"}
     pieces = re.split(r"(\{block\}|\{layer\}|\*\*|\*)", pattern)
     return re.compile("".join(parts.get(piece, re.escape(piece)) for piece in pieces))
 
