@@ -129,6 +129,7 @@ _ADMITTED = {
 # How ordinary objects are pickled; that they are not made is no sign of anything.
 _ORDINARY_CALLS = {
     "_codecs.encode",
+    "copy_reg._reconstructor",  # its name in protocol 2
     "copyreg._reconstructor",
     "datetime.datetime",
     "numpy._core.multiarray._reconstruct",
@@ -350,8 +351,8 @@ def _read(path: Path, notes: Checkpoint) -> object:
     if start[8:] == b"{" or path.suffix.lower() == ".safetensors":
         return _read_safetensors(path)
     raise ConversionError(
-        f"{path} is neither a PyTorch checkpoint (1.6 or newer) nor a safetensors file: it begins with {start!r}. If it "
-        "should be one, it is damaged; if an older PyTorch wrote it, save it again with a newer one."
+        f"{path} is neither a PyTorch checkpoint (1.6 or newer) nor a safetensors file: it begins with {start!r}. If "
+        "it should be one, it is damaged; if an older PyTorch wrote it, save it again with a newer one."
     )
 
 

@@ -9,17 +9,16 @@ Reading a checkpoint never runs code from it. Exits with 2 and a sentence if som
 import argparse
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
-import torch
 import transformers
 
-from checkpoint import ConversionError, read_checkpoint
-from engine import KEY_MAPS, convert, plan_conversion, refuse_output, to_original
+from checkpoint import ConversionError, read_checkpoint, shown
+from engine import DTYPES, KEY_MAPS, convert, plan_conversion
+from folders import refuse_output
 from report import summary
-
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+from to_original import to_original
 
 
 def read_labels(which: str, num_labels: int) -> dict[int, str]:
@@ -30,27 +29,50 @@ def read_labels(which: str, num_labels: int) -> dict[int, str]:
         which: `imagenet-1k`, or a file: JSON (a list, or an object from number to name) or text, a name per line.
 
     Raises:
-        ConversionError: if they cannot be read, or are not as many as the classifier has.
+        ConversionError: if they cannot be read, are no distinct names, or are not as many as the classifier has.
     """
     if which == "imagenet-1k":
         try:
             from torchvision.models import ResNet50_Weights
         except ImportError as error:
             raise ConversionError("--id2label imagenet-1k takes the names from torchvision: install it.") from error
-        labels = ResNet50_Weights.DEFAULT.meta["categories"]
+        labels = disambiguate(ResNet50_Weights.DEFAULT.meta["categories"])
     else:
         try:
-            text = Path(which).read_text(encoding="utf-8")
-            labels = json.loads(text) if which.endswith(".json") else text.splitlines()
+            text = Path(which).read_text(encoding="utf-8-sig")
+            labels = json.loads(text) if which.lower().endswith(".json") else text.rstrip("\n").split("\n")
             if isinstance(labels, dict):
                 labels = [labels[str(number)] for number in range(len(labels))]
         except OSError as error:
             raise ConversionError(f"--id2label {which}: {error.strerror}.") from error
-        except (ValueError, KeyError) as error:
-            raise ConversionError(f"--id2label {which} names no classes 0, 1, ...: {error!r}.") from error
+        except (ValueError, KeyError, RecursionError) as error:
+            raise ConversionError(f"--id2label {which} names no classes 0, 1, ... ({type(error).__name__}).") from error
+    if not isinstance(labels, list) or not all(isinstance(label, str) and label.strip() for label in labels):
+        raise ConversionError(f"--id2label {which} must hold names: a list, an object from number to name, or lines.")
+    labels = [label.strip() for label in labels]
     if len(labels) != num_labels:
         raise ConversionError(f"--id2label names {len(labels)} classes, but the classifier has {num_labels}.")
-    return {number: str(label) for number, label in enumerate(labels)}
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if twice:
+        raise ConversionError(f"--id2label {which} names several classes {shown(twice[0])!r}: each needs its own name.")
+    return dict(enumerate(labels))
+
+
+def disambiguate(labels: list[str]) -> list[str]:
+    """ImageNet has two cranes and two maillots: the second of a name gets a number."""
+    seen: Counter = Counter()
+    unique = []
+    for label in labels:
+        seen[label] += 1
+        unique.append(label if seen[label] == 1 else f"{label} ({seen[label]})")
+    return unique
+
+
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return number
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -61,10 +83,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--source", default="auto", choices=["auto", *KEY_MAPS], help="Layout; told by the keys if auto."
     )
     parser.add_argument("--encoder-only", action="store_true", help="Leave decoder or classifier behind: a HiViTModel.")
-    parser.add_argument("--num-heads", type=int, metavar="H", help="Attention heads, where no tensor tells them.")
-    parser.add_argument("--decoder-num-heads", type=int, metavar="H", help="Attention heads of the decoder.")
+    parser.add_argument("--num-heads", type=positive, metavar="H", help="Attention heads, where no tensor tells them.")
+    parser.add_argument("--decoder-num-heads", type=positive, metavar="H", help="Attention heads of the decoder.")
     parser.add_argument("--model-ema", action="store_true", help="Take the moving average of the weights.")
-    parser.add_argument("--image-size", type=int, metavar="S", help="Interpolate positions to images of S px, once.")
+    parser.add_argument(
+        "--image-size", type=positive, metavar="S", help="Interpolate positions to images of S px, once."
+    )
     parser.add_argument(
         "--dtype", choices=DTYPES, help="Type of the written numbers. As in the checkpoint if not given."
     )
@@ -77,10 +101,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(arguments: argparse.Namespace) -> dict:
-    refuse_output(arguments.out_dir, arguments.overwrite, keep=arguments.checkpoint)
+    keep = [arguments.checkpoint]
+    if arguments.id2label is not None and arguments.id2label != "imagenet-1k":
+        keep.append(Path(arguments.id2label))
+    refuse_output(arguments.out_dir, arguments.overwrite, keep)
     if arguments.to_original:
         for name in ("encoder_only", "num_heads", "decoder_num_heads", "model_ema", "image_size", "dtype", "id2label"):
-            if getattr(arguments, name):
+            if getattr(arguments, name) not in (None, False):
                 raise ConversionError(f"--{name.replace('_', '-')} has no meaning with --to-original. Leave it out.")
         return to_original(arguments.checkpoint, arguments.out_dir, arguments.source, arguments.overwrite)
     checkpoint = read_checkpoint(arguments.checkpoint, arguments.model_ema)
@@ -94,13 +121,13 @@ def run(arguments: argparse.Namespace) -> dict:
         DTYPES.get(arguments.dtype),
     )
     labels = None
-    if arguments.id2label:
+    if arguments.id2label is not None:
         if plan.model_class.__name__ != "HiViTForImageClassification":
             raise ConversionError(
                 f"--id2label names classes, but this makes a {plan.model_class.__name__}. Leave it out."
             )
         labels = read_labels(arguments.id2label, plan.config.num_labels)
-    return convert(checkpoint, plan, arguments.out_dir, labels, arguments.overwrite)
+    return convert(checkpoint, plan, arguments.out_dir, labels, arguments.overwrite, keep)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -111,6 +138,12 @@ def main(argv: list[str] | None = None) -> int:
         report = run(arguments)
     except ConversionError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {error.filename or arguments.checkpoint}: {error.strerror}.", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:  # shapes that no machine can hold
+        print(f"error: {arguments.checkpoint} cannot be converted: {shown(str(error), 200)}.", file=sys.stderr)
         return 2
     print(summary(report))
     print(f"written: {arguments.out_dir}")

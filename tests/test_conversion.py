@@ -3,6 +3,7 @@ The converter, through its command line: every layout, the proof, the way back, 
 converted models compute is held against the original's recorded outputs in test_golden.py.
 """
 
+import hashlib
 import json
 import os
 import pickle
@@ -25,7 +26,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassif
 import convert
 import engine
 from hivit_hf import HiViTBackbone, HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling, HiViTModel
-from hivit_hf.modeling_hivit import resize_table
+from hivit_hf.modeling_hivit import resize_table, sin_cos_position_embeddings
 from original_layouts import (
     FULL_SIZE,
     classifier,
@@ -34,7 +35,6 @@ from original_layouts import (
     fill,
     index_buffer,
     itpn_pyramid,
-    mmpretrain,
     norm,
     prefixed,
 )
@@ -55,6 +55,9 @@ SMALL = {
 }
 HEADS = {"mae": ["--num-heads", "4", "--decoder-num-heads", "4"], "mae_last_stage": ["--decoder-num-heads", "4"]}
 CONTAINER = {"mmpretrain": "state_dict", "dense": "state_dict"}
+
+
+TABLE, TABLE_2 = (f"blocks.{block}.attn.relative_position_bias_table" for block in (6, 7))
 
 
 def save(path, tensors, container="model", **entries):
@@ -269,11 +272,41 @@ def test_class_names(run, small, tmp_path):
     assert convert.read_labels("imagenet-1k", 1000)[207] == "golden retriever"
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("n.json", "5", "must hold names"),
+        ("n.json", '"abcde"', "must hold names"),
+        ("n.json", '["a", null, "c", "d", "e"]', "must hold names"),
+        ("n.json", '{"1": "a"}', "names no classes 0, 1, ... (KeyError)"),
+        ("n.json", "[" * 10**5, "names no classes 0, 1, ... (RecursionError)"),
+        ("n.txt", "a\n\n\nb\nc\nd\ne", "must hold names"),
+        ("n.txt", "a\nb\nc\nd\na", "names several classes 'a'"),
+        ("n.txt", b"\xff\xfe\x00", "names no classes 0, 1, ... (UnicodeDecodeError)"),
+    ],
+)
+def test_labels_that_are_no_names(name, content, sentence, run, small, tmp_path):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert sentence in run.refused(small("classifier")[0], tmp_path / "out", "--id2label", tmp_path / name)
+
+
+def test_numbers_and_layouts_that_have_no_meaning(run, small, tmp_path, capsys):
+    path, _, _ = small("classifier")
+    for option in ("--num-heads", "--image-size"):
+        with pytest.raises(SystemExit) as stopped:
+            run(path, tmp_path / "out", option, 0)
+        assert stopped.value.code == 2 and "must be at least 1, got 0" in capsys.readouterr().err
+    assert "there is no decoder to convert" in run.refused(path, tmp_path / "out", "--decoder-num-heads", 4)
+    assert "are those of --source self-supervised" in run.refused(path, tmp_path / "out", "--source", "dense")
+    assert "cannot be converted" in run.refused(path, tmp_path / "out", "--image-size", 16 * 10**5)
+
+
 def test_safetensors_and_data_parallel_prefixes(run, small, tmp_path):
     _, tensors, _ = small("classifier")
-    save_file({f"module.{key}": tensor for key, tensor in tensors.items()}, tmp_path / "original.safetensors")
-    code, _, err = run(tmp_path / "original.safetensors", tmp_path / "out")
-    assert code == 0, err
+    for prefix, name in [("module.", "a.safetensors"), ("_orig_mod.module.", "b.bin"), ("module._orig_mod.", "c.bin")]:
+        save_file({f"{prefix}{key}": tensor for key, tensor in tensors.items()}, tmp_path / name)
+        code, _, err = run(tmp_path / name, tmp_path / "out", "--overwrite")
+        assert code == 0, err
 
 
 # -- every tensor is accounted for ------------------------------------------------------------------------------------
@@ -296,9 +329,29 @@ def test_safetensors_and_data_parallel_prefixes(run, small, tmp_path):
         ),
         (lambda t: t["head.weight"][0].fill_(float("inf")), r"not finite +head.weight"),
         (lambda t: t["relative_position_index"].add_(1), r"index +relative_position_index"),
+        (lambda t: t.update({"blocks.00.norm2.weight": torch.ones(16)}), r"unknown +blocks.00.norm2.weight"),
+        (lambda t: t.update({"blocks.\u0660.norm2.weight": torch.ones(16)}), r"unknown +blocks.\\u0660.norm2.weight"),
+        (lambda t: t.update({"head.\x1b[31m" + "x" * 10**5: torch.ones(1)}), r"unknown +head.\\x1b\[31mx+\.\.\. "),
+        (lambda t: t.update({"blocks.9999.norm2.weight": torch.ones(16)}), r"blocks.8 is missing"),
+        (lambda t: t.update({f"blocks.{10**9}.norm2.weight": torch.ones(16)}), r"unknown +blocks.1000000000.norm2"),
+        (lambda t: t.update({TABLE: torch.zeros(25, 4)}), r"relative tables have several shapes"),
+        (
+            lambda t: t.update({TABLE: torch.zeros(36, 4), TABLE_2: torch.zeros(36, 4)}),
+            r"6x6 offsets, which must",
+        ),
+        (lambda t: t.update({"absolute_pos_embed": torch.zeros(1, 25, 64)}), r"is for 5x5 units, the relative tables"),
+        (lambda t: t.update({"head.weight": torch.zeros(0, 64)}), r"head.weight must have 2 dimensions, none empty"),
+        (
+            lambda t: t.update({"head.weight": torch.ones(1, 64).expand(10**9, 64)}),
+            r"larger than its storage",
+        ),
+        (lambda t: t.update({"epoch": 3}), r"model: its 'epoch' is a int, which is no tensor"),
         (lambda t: t.pop("absolute_pos_embed"), None),
         (lambda t: t.pop("patch_embed.proj.bias"), r"missing +patch_embed.proj.bias"),
-        (lambda t: [t.pop(key) for key in list(t) if key.startswith("blocks.1.")], r"blocks.1 is missing: blocks are numbered from 0 without gaps"),
+        (
+            lambda t: [t.pop(key) for key in list(t) if key.startswith("blocks.1.")],
+            r"blocks.1 is missing: blocks are numbered from 0 without gaps",
+        ),
     ],
     ids=str,
 )
@@ -328,6 +381,83 @@ def test_other_networks_are_recognised(keys, sentence, run, tmp_path):
     path = save(tmp_path / "other.pth", {key: torch.zeros(4, 4) for key in keys})
     err = run.refused(path, tmp_path / "out")
     assert sentence in err
+
+
+def test_a_trained_position_embedding_of_the_decoder_is_not_thrown_away(run, small, tmp_path):
+    path, _, heads = small("mae")
+    assert (
+        "decoder.position_embeddings`: 4x4 -> 6x6 units, bicubic"
+        in run(path, tmp_path / "a", "--image-size", 96, *heads)[1]
+    )
+    fixed = sin_cos_position_embeddings((4, 4), 32).float()
+    path, _, _ = small("mae", lambda t: t.update({"decoder_pos_embed": fixed}))
+    out = run(path, tmp_path / "b", "--image-size", 96, *heads)[1]
+    assert "dropped: `decoder_pos_embed`: fixed sines and cosines, computed anew for the other grid" in out
+    model = HiViTForMaskedImageModeling.from_pretrained(tmp_path / "b")
+    assert_close(model.decoder.position_embeddings.data, sin_cos_position_embeddings((6, 6), 32).float())
+    for shape in ((1, 9, 32), (1, 17, 32)):
+        path, _, _ = small("mae", lambda t, shape=shape: t.update({"decoder_pos_embed": torch.ones(shape)}))
+        assert re.search(r"shape +decoder_pos_embed", run.refused(path, tmp_path / "c", "--image-size", 96, *heads))
+
+
+def test_numbers_that_do_not_fit_the_type(run, small, tmp_path):
+    path, _, _ = small("classifier", lambda t: t["head.bias"].fill_(1e6))
+    assert "classifier.bias has numbers too large for torch.float16" in run.refused(
+        path, tmp_path / "o", "--dtype", "float16"
+    )
+    code, out, _ = run(path, tmp_path / "out", "--dtype", "bfloat16")
+    assert code == 0 and "cast: float32 to bfloat16; largest change 5.8e+02" in out
+    doubles = {key: t.double() if t.is_floating_point() else t for key, t in fill(SMALL["classifier"]).items()}
+    assert "of type float64: choose another with --dtype" in run.refused(save(path, doubles), tmp_path / "double")
+
+
+def test_the_report_holds_what_was_measured(run, small, tmp_path):
+    path, tensors, _ = small("classifier", args=Namespace(model="x"))
+    _, out, _ = run(path, tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "conversion_report.json").read_text())
+    assert report["source"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert report["source"]["size_bytes"] == path.stat().st_size
+    assert report["proof"]["qkv_bias_k_thirds_equal"] == 2
+    assert report["proof"]["numbers_compared"] == sum(t.numel() for t in tensors.values()) - 256
+    assert "Never imported: `argparse.Namespace`" in out
+    assert report["source"]["entries_left_out"] == ["args"]
+    with pytest.raises(engine.ConversionError, match=r"differ in the numbers of \['a'\]"):
+        engine.compare({"a": torch.zeros(3)}, {"a": torch.tensor([0.0, 1e-9, 0.0])})
+
+
+def test_folders_that_do_not_go_back(run, small, tmp_path):
+    path, _, _ = small("classifier")
+    out = tmp_path / "out"
+
+    def changed(change_tensors=lambda t: None, **config):
+        shutil.rmtree(out, ignore_errors=True)
+        assert run(path, out)[0] == 0
+        tensors = load_file(out / "model.safetensors")
+        change_tensors(tensors)
+        save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+        content = json.loads((out / "config.json").read_text())
+        (out / "config.json").write_text(json.dumps({**content, **config}))
+        return run.refused(out, tmp_path / "back", "--to-original")
+
+    bias, extra = "hivit.stages.2.layers.0.attention.qkv.bias", "hivit.stages.2.layers.7.norm1.weight"
+    assert re.search(rf"missing +{bias}", changed(lambda t: t.pop(bias)))
+    assert re.search(rf"shape +{extra} +\[64\] +nothing", changed(lambda t: t.update({extra: torch.ones(64)})))
+    assert re.search(
+        r"shape +classifier.bias +\[3\] +\[5\]", changed(lambda t: t.update({"classifier.bias": torch.ones(3)}))
+    )
+    assert re.search(r"not finite +classifier.bias", changed(lambda t: t["classifier.bias"].fill_(float("nan"))))
+    assert "do not belong together" in changed(depths=[1, 1, 1])
+    assert "do not belong together" in changed(image_size=[96, 64])
+    assert "implies hidden_act=gelu, but the model has relu" in changed(hidden_act="relu")
+    assert "implies layer_norm_eps=1e-06, but the model has 1e-05" in changed(layer_norm_eps=1e-5)
+    assert "holds a vit, not a hivit" in changed(model_type="vit")
+    assert "holds no HiViT that can be read" in changed(architectures=[["a"]])
+    assert run(path, tmp_path / "sound")[0] == 0
+    (tmp_path / "sound" / "conversion_report.json").write_text("{")
+    assert run(tmp_path / "sound", tmp_path / "back", "--to-original")[0] == 0
+    assert "has no place for these" in run.refused(
+        tmp_path / "sound", tmp_path / "other", "--to-original", "--source", "itpn-pretraining"
+    )
 
 
 # -- a checkpoint is data ---------------------------------------------------------------------------------------------
@@ -363,6 +493,74 @@ def test_a_hostile_call_in_place_of_a_tensor(run, small, tmp_path):
     err = run.refused(path, tmp_path / "out")
     assert "no state dict" in err
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("function", [eval, shutil.rmtree, torch.hub.load], ids=lambda f: f.__name__)
+def test_every_call_that_is_not_made_is_reported(function, run, small, tmp_path):
+    class Calls:
+        def __reduce__(self):
+            return function, ("1",)
+
+    path, _, _ = small("classifier", extra=Calls())
+    assert run(path, tmp_path / "out")[0] == 0
+    report = json.loads((tmp_path / "out" / "conversion_report.json").read_text())
+    assert report["source"]["calls_not_made"] == [f"{function.__module__}.{function.__name__}"]
+
+
+def repacked(path, change, **options):
+    """The same archive with records changed by a function of name and content, all with sound checksums."""
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", **options) as archive:
+        for name, record in records.items():
+            archive.writestr(name, change(name, record))
+
+
+def test_records_that_are_not_what_they_claim(run, small, tmp_path):
+    path, _, _ = small("classifier")
+    repacked(path, lambda name, record: record, compression=zipfile.ZIP_DEFLATED)
+    assert "was compressed. Unpack it" in run.refused(path, tmp_path / "out")
+    path, _, _ = small("classifier")
+    repacked(path, lambda name, record: record[:-4] if name.endswith("data/3") else record)
+    assert "bytes for" in run.refused(path, tmp_path / "out")
+    path, _, _ = small("classifier")
+    repacked(path, lambda name, record: record + b"1234" if name.endswith("data/3") else record)
+    assert "bytes for" in run.refused(path, tmp_path / "out")
+    path, _, _ = small("classifier")
+    repacked(path, lambda name, record: b"big" if name.endswith("byteorder") else record)
+    assert "big-endian" in run.refused(path, tmp_path / "out")
+    path, tensors, _ = small("classifier")
+    repacked(path, lambda name, record: record)  # as another packer would write it
+    assert run(path, tmp_path / "out")[0] == 0
+    assert_close(load_file(tmp_path / "out" / "model.safetensors")["classifier.weight"], tensors["head.weight"])
+
+
+def nested_key():
+    """A key that takes longer to be hashed than there is time: t = (t, t), sixty times."""
+    return (
+        b"\x80\x02}("
+        + b"(t"
+        + b"q\x00h\x00\x86" * 1
+        + b"".join(b"q" + bytes([n]) + b"h" + bytes([n]) + b"\x86" for n in range(1, 60))
+        + b"K\x01u."
+    )
+
+
+def test_pickles_that_would_take_for_ever(run, small, tmp_path):
+    path, _, _ = small("classifier")
+    repacked(path, lambda name, record: nested_key() if name.endswith("/data.pkl") else record)
+    assert "as a key" in run.refused(path, tmp_path / "out")
+    repacked(path, lambda name, record: bytes(65 * 2**20) if name.endswith("/data.pkl") else record)
+    assert "data.pkl has more than" in run.refused(path, tmp_path / "out")
+
+
+def test_the_functions_of_torch_cannot_be_changed(run, small, tmp_path):
+    path, _, _ = small("classifier")
+    before = torch._utils._rebuild_tensor_v2.__defaults__
+    attack = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nN}X\x0c\x00\x00\x00__defaults__)s\x86b."
+    repacked(path, lambda name, record: attack if name.endswith("/data.pkl") else record)
+    assert "holds no state dict" in run.refused(path, tmp_path / "out")
+    assert torch._utils._rebuild_tensor_v2.__defaults__ == before
 
 
 def test_classes_that_are_not_installed(run, small, tmp_path):
@@ -484,7 +682,7 @@ def test_output_folders(run, small, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     err = run.refused(path, tmp_path / "mine", "--overwrite")
-    assert "was not written by this command" in err
+    assert "holds thesis.txt, which this command did not write" in err
     err = run.refused(path, tmp_path, "--overwrite")
     assert "which --overwrite would delete" in err
     err = run.refused(path, path, "--overwrite")
@@ -494,6 +692,37 @@ def test_output_folders(run, small, tmp_path):
     err = run.refused(path, tmp_path / "back", "--to-original")
     assert "must be a folder with config.json and model.safetensors" in err
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["classifier.pth", "mine", "out"]
+
+
+def test_overwrite_deletes_only_what_the_command_wrote(run, small, tmp_path, monkeypatch):
+    path, _, _ = small("classifier")
+    out = tmp_path / "out"
+    assert run(path, out)[0] == 0
+    (out / "checkpoint-9000").mkdir()
+    assert "holds checkpoint-9000, which this command did not write" in run.refused(path, out, "--overwrite")
+    (out / "checkpoint-9000").rmdir()
+    (tmp_path / "names.txt").write_text("a\nb\nc\nd\ne")
+    assert run(path, out, "--overwrite", "--id2label", tmp_path / "names.txt")[0] == 0
+    (tmp_path / "link").symlink_to(out)
+    assert run(path, tmp_path / "link", "--overwrite")[0] == 0
+    assert (tmp_path / "link").is_symlink() and (out / "model.safetensors").is_file()
+    (tmp_path / "nowhere").symlink_to(tmp_path / "missing")
+    assert "is a link to nowhere" in run.refused(path, tmp_path / "nowhere")
+    monkeypatch.chdir(out)
+    assert "is where this command runs" in run.refused(path, ".", "--overwrite")
+    monkeypatch.chdir(tmp_path)
+
+    real = engine.save_file
+
+    def slow(*arguments, **keywords):
+        (tmp_path / "late").mkdir()
+        (tmp_path / "late" / "thesis.txt").write_text("years of work")
+        real(*arguments, **keywords)
+
+    monkeypatch.setattr(engine, "save_file", slow)
+    assert "exists" in run.refused(path, tmp_path / "late")
+    assert (tmp_path / "late" / "thesis.txt").read_text() == "years of work"
+    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize("step", ["save_file", "write_report"])
@@ -533,5 +762,14 @@ def test_the_index_is_that_of_the_original():
     assert index_buffer(2).tolist() == [[4, 3, 1, 0], [5, 4, 2, 1], [7, 6, 4, 3], [8, 7, 5, 4]]
 
 
-def test_mmpretrain_shapes_are_used():
-    assert FULL_SIZE["mmpretrain_small"][0] == mmpretrain(384, 4, 4, 20, 6)
+def test_what_a_layout_and_a_shape_imply(run, small, tmp_path):
+    for name, eps, pooler in [("mmpretrain", 1e-5, False), ("classifier", 1e-6, True)]:
+        assert run(small(name)[0], tmp_path / name)[0] == 0
+        config = HiViTConfig.from_pretrained(tmp_path / name)
+        assert (config.layer_norm_eps, config.pooler_layernorm) == (eps, pooler)
+        assert (config.depths, config.stem_blocks_per_depth) == ([1, 1, 2], 2)
+    assert run(small("odd")[0], tmp_path / "odd")[0] == 0
+    config = HiViTConfig.from_pretrained(tmp_path / "odd")
+    assert (config.depths, config.stem_blocks_per_depth) == ([3, 3, 2], 1)
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "odd")
+    assert processor.size["shortest_edge"] == 73 and processor.resample == 3

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import torch
 import xxhash
-from accelerate import Accelerator, DistributedType
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
-from transformers import BitImageProcessor, set_seed
+from transformers import set_seed
 from transformers.utils import logging
 
+from accelerate import Accelerator, DistributedType
+
+from ..hub import evaluation_processor
 from ..modeling_hivit import HiViTForMaskedImageModeling
 from .augment import CentreCrop, RandomCrop, denormalize, normalize
 from .checkpoint import Checkpoints, read_manifest
@@ -112,7 +114,7 @@ class PretrainRun:
         self.loader = make_loader(self.stream, recipe.batch_size, recipe.num_workers, accelerator.device.type == "cuda")
         held_out = recipe.held_out()
         opened = sources[0] if held_out is None else open_source(held_out)
-        look = CentreCrop(recipe.image_size, round(recipe.image_size * 256 / 224), config.num_channels)
+        look = CentreCrop(recipe.image_size, int(recipe.image_size / 0.875), config.num_channels)
         self.pictures, self.labels = read_first(opened, look, recipe.monitor_images)
         self.step = 0
 
@@ -313,14 +315,7 @@ class PretrainRun:
         recipe, accelerator = self.recipe, self.accelerator
         state = accelerator.get_state_dict(self.training.model)
         if accelerator.is_main_process:
-            size = recipe.image_size
-            processor = BitImageProcessor(
-                size={"shortest_edge": round(size * 256 / 224)},
-                crop_size={"height": size, "width": size},
-                resample=3,
-                image_mean=recipe.image_mean,
-                image_std=recipe.image_std,
-            )
+            processor = evaluation_processor(recipe.image_size, recipe.image_mean, recipe.image_std)
             folders = {"model": (accelerator.unwrap_model(self.training.model), state)}
             if self.training.ema is not None:
                 folders["model_ema"] = (self.training.ema.module, None)

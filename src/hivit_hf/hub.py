@@ -1,0 +1,29 @@
+# Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""What a model's folder needs besides its weights."""
+
+from collections.abc import Sequence
+
+from transformers import BitImageProcessor
+
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def evaluation_processor(
+    image_size: int, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+) -> BitImageProcessor:
+    """
+    The published evaluation transform: bicubic to size / 0.875 and the middle of it; above 224 px the whole picture, as
+    in MAE's fine-tuning.
+
+    Args:
+        image_size: side in px of what the model sees.
+        mean, std: of each channel, of values in [0, 1].
+    """
+    return BitImageProcessor(
+        size={"shortest_edge": image_size if image_size > 224 else int(image_size / 0.875)},
+        crop_size={"height": image_size, "width": image_size},
+        resample=3,  # bicubic
+        image_mean=list(mean),
+        image_std=list(std),
+    )
