@@ -52,7 +52,7 @@ def make_checkpoint(folder: Path, optimizer_gib: float) -> tuple[Path, int]:
     command = [sys.executable, CONVERSION / "convert.py", folder / "model", folder / "original", "--to-original"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     content = torch.load(folder / "original" / "checkpoint.pth", mmap=True)
-    size = int(optimizer_gib * 2**30)
+    size = int(optimizer_gib * 2**28) * 4
     with open(folder / "state", "wb") as file:
         file.truncate(size)
     state = torch.UntypedStorage.from_file(str(folder / "state"), shared=True, nbytes=size)

@@ -4,7 +4,9 @@
 import io
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 
+import simplejpeg
 import torch
 import xxhash
 from PIL import Image, ImageOps
@@ -12,6 +14,7 @@ from torchvision.transforms import v2
 
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # of PIL, by the number of channels
+_BICUBIC = v2.InterpolationMode.BICUBIC
 _EXIF_ORIENTATION, _SWAPPED_SIDES = 0x0112, (5, 6, 7, 8)
 
 
@@ -48,6 +51,12 @@ def open_picture(data: bytes, max_pixels: int) -> Image.Image:
     return picture
 
 
+def upright_size(picture: Image.Image) -> tuple[int, int]:
+    """Height and width of a picture once it is turned as its EXIF orientation says."""
+    turned = picture.getexif().get(_EXIF_ORIENTATION) in _SWAPPED_SIDES
+    return (picture.width, picture.height) if turned else (picture.height, picture.width)
+
+
 def decode(picture: Image.Image, num_channels: int) -> torch.Tensor:
     """
     An opened picture upright, as (num_channels, height, width), uint8. Palette, CMYK and animated pictures are
@@ -64,6 +73,24 @@ def decode(picture: Image.Image, num_channels: int) -> torch.Tensor:
     except Exception as error:
         raise UnreadablePictureError(f"damaged: {error}") from error
     return v2.functional.pil_to_tensor(picture)
+
+
+def decode_jpeg(data: bytes, picture: Image.Image, num_channels: int, factor: int) -> torch.Tensor:
+    """
+    As `decode`, smaller by `factor` (1, 2, 4 or 8): by libjpeg-turbo for an ordinary upright JPEG, which is faster and
+    within a level of PIL's result on average, otherwise by PIL.
+    """
+    colors = {"RGB": "RGB", "L": "GRAY"}.get(MODES[num_channels])
+    if colors and picture.mode in ("RGB", "L") and picture.getexif().get(_EXIF_ORIENTATION, 1) == 1:
+        smallest = {"min_height": -(-picture.height // factor), "min_width": -(-picture.width // factor)}
+        try:
+            pixels = simplejpeg.decode_jpeg(data, colors, **smallest)
+            return torch.from_numpy(pixels).permute(2, 0, 1)
+        except ValueError:
+            pass  # PIL says what is wrong, or can read it nevertheless
+    if factor > 1:
+        picture.draft(None, (picture.width // factor, picture.height // factor))
+    return decode(picture, num_channels)
 
 
 @dataclass(frozen=True)
@@ -95,29 +122,37 @@ class RandomCrop:
             UnreadablePictureError: if no picture can be made of the bytes.
         """
         picture = open_picture(data, self.max_pixels)
-        width, height = picture.size
-        if picture.getexif().get(_EXIF_ORIENTATION) in _SWAPPED_SIDES:
-            width, height = height, width
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            crop = v2.RandomResizedCrop(self.image_size, self.crop_scale)
-            box = crop.make_params([torch.empty(1, height, width, device="meta")])
-            flip = torch.rand(()).item() < self.flip_probability
-        factor = 1
+        box, flip, factor = self.draw(picture, seed)
+        full = upright_size(picture)
         if picture.format == "JPEG":
-            reduction = min(box["height"], box["width"]) / self.image_size
-            factor = next((f for f in (8, 4, 2) if reduction >= f), 1)
-            box = {name: length // factor * factor for name, length in box.items()}  # whole pixels at either size
-        if factor > 1 and self.reduce_while_decoding:
-            picture.draft(None, (picture.width // factor, picture.height // factor))
-        pixels = decode(picture, self.num_channels)
-        if pixels.shape[1:] != (height, width):
+            pixels = decode_jpeg(data, picture, self.num_channels, factor if self.reduce_while_decoding else 1)
+        else:
+            pixels = decode(picture, self.num_channels)
+        if tuple(pixels.shape[1:]) != full:
             box = _reduced(box, factor, pixels.shape[1:])
         size = [self.image_size, self.image_size]
-        pixels = v2.functional.resized_crop(
-            pixels, **box, size=size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True
-        )
+        pixels = v2.functional.resized_crop(pixels, **box, size=size, interpolation=_BICUBIC, antialias=True)
         return v2.functional.horizontal_flip(pixels) if flip else pixels
+
+    def draw(self, picture: Image.Image, seed: int) -> tuple[dict[str, int], bool, int]:
+        """The box of the crop in the upright picture, whether it is flipped, and by what JPEG may be reduced."""
+        before = torch.default_generator.get_state()
+        try:
+            torch.default_generator.manual_seed(seed)
+            box = self._crop.make_params([torch.empty(1, *upright_size(picture), device="meta")])
+            flip = torch.rand(()).item() < self.flip_probability
+        finally:
+            torch.default_generator.set_state(before)
+        if picture.format != "JPEG":
+            return box, flip, 1
+        reduction = min(box["height"], box["width"]) / self.image_size
+        factor = next((f for f in (8, 4, 2) if reduction >= f), 1)
+        # a box of whole pixels at either size
+        return {name: length // factor * factor for name, length in box.items()}, flip, factor
+
+    @cached_property
+    def _crop(self) -> v2.RandomResizedCrop:
+        return v2.RandomResizedCrop(self.image_size, self.crop_scale)
 
 
 @dataclass(frozen=True)
@@ -132,8 +167,7 @@ class CentreCrop:
     def __call__(self, data: bytes, seed: int = 0) -> torch.Tensor:
         """(num_channels, image_size, image_size), uint8. Raises as `RandomCrop` does; the seed has no meaning."""
         pixels = decode(open_picture(data, self.max_pixels), self.num_channels)
-        bicubic = v2.InterpolationMode.BICUBIC
-        pixels = v2.functional.resize(pixels, [self.resize], interpolation=bicubic, antialias=True)
+        pixels = v2.functional.resize(pixels, [self.resize], interpolation=_BICUBIC, antialias=True)
         return v2.functional.center_crop(pixels, [self.image_size, self.image_size])
 
 
@@ -147,7 +181,7 @@ def _reduced(box: dict[str, int], factor: int, size: tuple[int, int]) -> dict[st
 def normalize(pixels: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
     """uint8 (B, channels, H, W) to float32 with mean 0 and deviation 1 per channel, on whatever device it is."""
     mean_255, std_255 = (torch.tensor(values, device=pixels.device).view(1, -1, 1, 1) * 255 for values in (mean, std))
-    return (pixels.float() - mean_255) / std_255
+    return torch.sub(pixels, mean_255).div_(std_255)
 
 
 def denormalize(pixels: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
