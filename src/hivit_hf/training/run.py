@@ -79,11 +79,10 @@ class PretrainRun:
         self.output = Path(recipe.output_dir)
         self.accumulation = recipe.accumulation_steps(accelerator.num_processes)
         config = recipe.model_config()
-        if recipe.ema_decay is not None and accelerator.distributed_type in (
-            DistributedType.FSDP,
-            DistributedType.DEEPSPEED,
-        ):
-            raise ValueError("ema_decay needs the whole weights in each process: leave it out with FSDP and DeepSpeed.")
+        if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            for name in ("ema_decay", "label_column"):  # both use weights outside of a training step
+                if getattr(recipe, name) is not None:
+                    raise ValueError(f"{name} needs the whole weights in each process: leave it out with sharded ones.")
         sources = [open_source(source) for source in recipe.sources()]
         check_shards(sources, accelerator.num_processes, recipe.num_workers)
         crop = RandomCrop(recipe.image_size, tuple(recipe.crop_scale), recipe.flip_probability, config.num_channels)
@@ -283,7 +282,8 @@ class PretrainRun:
             batch = self._to_device({"pixel_values": pictures, "noise": numbers})
             with accelerator.autocast():
                 losses.append(model(**batch).loss.item() * len(pictures))
-                features.append(model.hivit(batch["pixel_values"]).last_hidden_state.mean(dim=1))
+                if self.labels is not None:
+                    features.append(model.hivit(batch["pixel_values"]).last_hidden_state.mean(dim=1))
         few = self._to_device({"pixel_values": self.pictures[:8], "noise": noise[:8]})
         with accelerator.autocast():
             mask = model.draw_mask(few["pixel_values"], few["noise"])

@@ -1,0 +1,71 @@
+"""
+torchrun --nproc_per_node 2 tests/parallel_steps.py OUTPUT [--fsdp]
+
+Takes a few steps of masked training on fixed batches, each process on its share, and writes losses and final weights.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin
+from safetensors.torch import save_file
+
+from accelerate import Accelerator, DistributedType
+from hivit_hf import HiViTConfig, HiViTForMaskedImageModeling
+from hivit_hf.training.pretrain import MaskedTraining, Schedule
+
+
+NETWORK = {"image_size": 64, "hidden_size": 64, "depths": [1, 1, 2], "num_attention_heads": 2}
+NETWORK |= {"decoder_hidden_size": 32, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+
+
+def use_fsdp2():
+    """Accelerate refuses FSDP on CPUs; its own FSDP2 path runs there once it is told so."""
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["HiViTAttentionLayer"],
+        reshard_after_forward=True,
+    )
+    for state in (PartialState, AcceleratorState):
+        state._shared_state["distributed_type"] = DistributedType.FSDP
+    AcceleratorState._shared_state["fsdp_plugin"] = plugin
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--fsdp", action="store_true", help="Shard with FSDP2 instead of copying with DDP.")
+    arguments = parser.parse_args()
+    accelerator = Accelerator(cpu=True)
+    if arguments.fsdp:
+        use_fsdp2()
+        assert accelerator.is_fsdp2
+    torch.manual_seed(0)
+    model = HiViTForMaskedImageModeling(HiViTConfig(**NETWORK))
+    training = MaskedTraining(model, accelerator, Schedule(8, 2, 1e-3), clip_norm=1.0)
+    kinds = {type(module).__name__ for module in training.model.modules()}
+    assert any(kind.startswith("FSDP") for kind in kinds) == arguments.fsdp
+    generator, losses = torch.Generator().manual_seed(1), []
+    for step in range(8):
+        pixels, noise = (torch.randn(shape, generator=generator) for shape in ((16, 3, 64, 64), (16, 16)))
+        rank, world = accelerator.process_index, accelerator.num_processes
+        batches = [
+            {"pixel_values": p[rank::world], "noise": n[rank::world]} for p, n in zip(pixels.split(8), noise.split(8))
+        ]
+        losses.append(training.step(step, batches, stop=step == 5 and rank == world - 1))
+    assert [result.stop for result in losses] == [step == 5 for step in range(8)]
+    weights = accelerator.get_state_dict(training.model)
+    if accelerator.is_main_process:
+        arguments.output.mkdir()
+        save_file({name: w.contiguous().clone() for name, w in weights.items()}, arguments.output / "model.safetensors")
+        (arguments.output / "losses.json").write_text(json.dumps([result.loss for result in losses]))
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
