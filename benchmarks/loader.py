@@ -33,7 +33,7 @@ from hivit_hf.training.stream import SampleStream, Source, make_loader, open_sou
 from measure import interleave, write
 
 
-SETS = {"500x375": (500, 375, 64, 0), "4000x3000": (4000, 3000, 12, 4)}  # width, height, pictures, noise
+SETS = {"500x375": (500, 375, 512, 0), "4000x3000": (4000, 3000, 40, 4)}  # width, height, pictures, noise
 BICUBIC = v2.InterpolationMode.BICUBIC
 
 
@@ -54,7 +54,7 @@ def make_pictures(folder: Path, width: int, height: int, number: int, noise: int
         (folder / "pictures" / "photos" / f"{index}.jpg").write_bytes(file.getvalue())
     table = pa.table({"image": rows})
     features = datasets.Features({"image": datasets.Image()}).arrow_schema
-    pq.write_table(table.cast(features), folder / "parquet" / "0.parquet")
+    pq.write_table(table.cast(features), folder / "parquet" / "0.parquet", row_group_size=10)
     return sum(len(row["bytes"]) for row in rows) / number / 1e6
 
 
@@ -130,7 +130,7 @@ def main():
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             megabytes = make_pictures(folder, width, height, number, noise)
-            batches = 16 if number > 20 else 3
+            batches = 16 if width < 1000 else 4
             makers = {"ours": ours, "ImageFolder": image_folder, "plain datasets stream": plain_stream}
             contenders = {who: reader(make(folder), batches) for who, make in makers.items()}
             seconds = interleave(contenders, rounds, name)

@@ -6,6 +6,7 @@ Each folder of tests/golden holds a checkpoint in the original layout, inputs, o
 the network and the commit of the original repository.
 """
 
+import json
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 import prove
+from checkpoint import read_checkpoint
 from hivit_hf import HiViTBackbone
 
 
@@ -118,3 +120,18 @@ def test_the_dense_pyramid_of_the_original_in_our_terms(converted):
     for stage, feature_map in enumerate(backbone(fused["in.images"]).feature_maps):
         expected = backbone._units_to_map(fused[f"out.hifeat_{stage}"], (4, 4))
         assert_close(feature_map, expected, atol=IO_TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: f"{folder.parent.parent.name}-{folder.name}")
+def test_the_way_back(folder, converted, tmp_path):
+    """Every tensor that was mapped comes back as it was; index buffers are computed again and equal."""
+    source = read_checkpoint(next(iter(sorted(folder.glob("checkpoint.*"))))).tensors
+    path = converted(folder)
+    assert prove.convert.main([str(path), str(tmp_path / "back"), "--to-original"]) == 0
+    back = read_checkpoint(tmp_path / "back" / "checkpoint.pth").tensors
+    dropped = json.loads((path / "conversion_report.json").read_text())["dropped"]
+    lost = {key for reason, keys in dropped.items() if "recomputed" not in reason for key in keys}
+    assert set(back) | lost == set(source)
+    for name, tensor in source.items():
+        if name not in lost:
+            assert_close(back[name], tensor, atol=0, rtol=0)

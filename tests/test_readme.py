@@ -1,5 +1,6 @@
 """The README says what is so: its code runs, its figures are those of the result files and of the network."""
 
+import json
 import re
 import subprocess
 import sys
@@ -18,6 +19,15 @@ def test_benchmark_tables_are_those_of_the_result_files():
     command = [sys.executable, str(ROOT / "benchmarks" / "table.py"), "--check"]
     finished = subprocess.run(command, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
+
+
+def test_reading_is_as_fast_as_the_result_file_says():
+    sets = json.loads((ROOT / "benchmarks" / "results" / "loader_cpu.json").read_text())["sets"]
+    told = re.search(
+        r"reduction .*?: ([\d.]+) times .*? 500x375 px, ([\d.]+) times on 12", README, flags=re.DOTALL
+    ).groups()
+    measured = [sets[name]["ours_is_faster_by"]["ImageFolder"] for name in ("500x375", "4000x3000")]
+    assert list(told) == [f"{factor:.1f}" for factor in measured]
 
 
 def test_architecture_table_is_that_of_the_network():
