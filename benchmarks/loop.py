@@ -18,11 +18,11 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from tqdm.auto import tqdm
 
-from accelerate import Accelerator
 from hivit_hf.training.recipe import PretrainRecipe
 from hivit_hf.training.run import PretrainRun, WaitClock
 from measure import write

@@ -9,11 +9,11 @@ import json
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from safetensors.torch import save_file
 
-from accelerate import Accelerator, DistributedType
 from hivit_hf import HiViTConfig, HiViTForMaskedImageModeling
 from hivit_hf.training.pretrain import MaskedTraining, Schedule
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
@@ -18,7 +19,6 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import kill_test
-from accelerate import Accelerator
 from hivit_hf import HiViTForMaskedImageModeling
 from hivit_hf.training.checkpoint import read_manifest
 from hivit_hf.training.monitor import nearest_neighbour_accuracy

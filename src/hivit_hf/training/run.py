@@ -11,12 +11,11 @@ from pathlib import Path
 
 import torch
 import xxhash
+from accelerate import Accelerator, DistributedType
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import set_seed
 from transformers.utils import logging
-
-from accelerate import Accelerator, DistributedType
 
 from ..hub import evaluation_processor
 from ..modeling_hivit import HiViTForMaskedImageModeling
