@@ -7,6 +7,7 @@ moment; the same command with --resume latest goes on with the next sample. A re
 change them. Several CPU processes: torchrun --nproc_per_node 2 examples/pretrain_mim.py ...
 """
 
+import os
 import sys
 
 import datasets
@@ -47,13 +48,15 @@ def main(argv: list[str] | None = None) -> int:
         run = PretrainRun(recipe, accelerator)
         accelerator.init_trackers("hivit")
         run.train()
-    except (ValueError, FloatingPointError) as error:
-        if accelerator.is_main_process:
+    except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
+        if accelerator.num_processes == 1:
             print(f"error: {error}", file=sys.stderr)
-        return 2
-    finally:
-        accelerator.wait_for_everyone()
-        accelerator.end_training()
+            return 2
+        # The others may wait for this process in a collective: leave at once, and the launcher stops them.
+        print(f"error in process {accelerator.process_index}: {error}", file=sys.stderr, flush=True)
+        os._exit(2)
+    accelerator.wait_for_everyone()  # a process that leaves first may take the others with it
+    accelerator.end_training()
     return 0
 
 

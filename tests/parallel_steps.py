@@ -58,6 +58,7 @@ def main():
         ]
         losses.append(training.step(step, batches, stop=step == 5 and rank == world - 1))
     assert [result.stop for result in losses] == [step == 5 for step in range(8)]
+    assert training.is_finite()
     weights = accelerator.get_state_dict(training.model)
     if accelerator.is_main_process:
         arguments.output.mkdir()

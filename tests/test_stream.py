@@ -13,7 +13,15 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 from torch.testing import assert_close
 
-from hivit_hf.training.augment import CentreCrop, RandomCrop, UnreadablePictureError, decode, normalize, open_picture
+from hivit_hf.training.augment import (
+    CentreCrop,
+    RandomCrop,
+    UnreadablePictureError,
+    decode,
+    normalize,
+    open_picture,
+    seed_of,
+)
 from hivit_hf.training.stream import SampleStream, Source, check_disjoint, check_shards, make_loader, open_source
 from kill_test import PICTURES, jpeg, write_pictures
 
@@ -126,6 +134,17 @@ def test_crop_and_mask_of_a_sample_depend_on_nothing_else(pictures):
     assert not any(torch.equal(reference[name][1], changed[name][1]) for name in reference)
 
 
+def test_masks_do_not_go_with_the_crops(pictures):
+    crops = [RandomCrop(32).draw(open_picture(jpeg(0), 10**6), seed_of(7, epoch, "x")) for epoch in range(300)]
+    noise = [torch.rand(1, generator=torch.Generator().manual_seed(seed_of(7, e, "x", "mask"))) for e in range(300)]
+    sample = next(iter(make_stream(pictures["tar"])))
+    content = sample["sample_id"].split("#")[1]
+    expected = torch.rand(4, generator=torch.Generator().manual_seed(seed_of(7, 0, content, "mask")))
+    assert_close(sample["noise"], expected, atol=0, rtol=0)
+    area = torch.tensor([float(box["height"] * box["width"]) for box, _, _ in crops])
+    assert abs(torch.corrcoef(torch.stack([area, torch.cat(noise)]))[0, 1]) < 0.15
+
+
 def test_sources_are_mixed_by_weight(pictures, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
@@ -234,10 +253,13 @@ def test_pictures_of_every_kind_become_rgb():
         (b"", "no bytes"),
         (b"hello", "no picture"),
         (jpeg(0)[: len(jpeg(0)) // 2], "damaged"),
+        (encoded(Image.effect_noise((90, 90), 50))[:3000], "damaged"),
+        (encoded(Image.effect_noise((90, 90), 50), "WEBP")[:2000], "damaged|no picture"),
+        (encoded(Image.effect_noise((90, 90), 50), "TIFF")[:4000], "damaged|no picture"),
         (encoded(Image.new("L", (4000, 4000))), "decompression bomb: 4000x4000"),
         (encoded(Image.new("1", (20000, 20000))), "decompression bomb"),
     ],
-    ids=["empty", "text", "truncated", "large", "bomb"],
+    ids=["empty", "text", "truncated-jpeg", "truncated-png", "truncated-webp", "truncated-tiff", "large", "bomb"],
 )
 def test_pictures_that_cannot_be_read(data, reason):
     with pytest.raises(UnreadablePictureError, match=reason):

@@ -52,8 +52,11 @@ def open_picture(data: bytes, max_pixels: int) -> Image.Image:
 
 
 def upright_size(picture: Image.Image) -> tuple[int, int]:
-    """Height and width of a picture once it is turned as its EXIF orientation says."""
-    turned = picture.getexif().get(_EXIF_ORIENTATION) in _SWAPPED_SIDES
+    """Height and width of a picture once it is turned as its EXIF orientation says. Raises as `decode` does."""
+    try:
+        turned = picture.getexif().get(_EXIF_ORIENTATION) in _SWAPPED_SIDES
+    except Exception as error:  # of some formats it lies behind the pixels, which are decoded then
+        raise UnreadablePictureError(f"damaged: {error}") from error
     return (picture.width, picture.height) if turned else (picture.height, picture.width)
 
 
@@ -122,8 +125,8 @@ class RandomCrop:
             UnreadablePictureError: if no picture can be made of the bytes.
         """
         picture = open_picture(data, self.max_pixels)
-        box, flip, factor = self.draw(picture, seed)
         full = upright_size(picture)
+        box, flip, factor = self.draw(picture, seed)
         if picture.format == "JPEG":
             pixels = decode_jpeg(data, picture, self.num_channels, factor if self.reduce_while_decoding else 1)
         else:

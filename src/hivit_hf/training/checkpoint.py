@@ -62,13 +62,16 @@ class Checkpoints:
                     write_config(partial)
                     (partial / "manifest.json").write_text(json.dumps({"step": step, **manifest}, indent=1) + "\n")
                 _flush(partial)
-            except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            except Exception as error:  # each library reports a full disk in its own way
                 problem = error
             if self._all_well(problem):
-                if accelerator.is_main_process:
-                    self._install(partial, final)
-                accelerator.wait_for_everyone()
-                return True
+                try:
+                    if accelerator.is_main_process:
+                        self._install(partial, final)
+                except OSError as error:
+                    problem = error
+                if self._all_well(problem):
+                    return True
         if accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
         if problem is not None:
@@ -81,20 +84,24 @@ class Checkpoints:
         return self.accelerator.reduce(flag, "sum").item() == 0
 
     def _install(self, partial: Path, final: Path):
+        aside = self.folder / f".{final.name}.old"
+        shutil.rmtree(aside, ignore_errors=True)
         if final.exists():  # of an earlier run of the same steps
-            shutil.rmtree(final)
+            os.replace(final, aside)
         os.replace(partial, final)
         pointer = self.folder / ".latest.partial"
         pointer.write_text(final.name + "\n")
         _flush(pointer)
         os.replace(pointer, self.folder / "latest")
         _flush_folder(self.folder)
-        for old in self._superfluous():
-            shutil.rmtree(old)
+        for old in [aside, *self._superfluous(final)]:
+            shutil.rmtree(old, ignore_errors=True)
 
-    def _superfluous(self) -> list[Path]:
-        every = self.keep_every_steps
-        return [path for path in self.all()[: -self.keep_last] if not (every and step_of(path) % every == 0)]
+    def _superfluous(self, newest: Path) -> list[Path]:
+        """Older ones beyond what is kept, and later ones, which an earlier attempt has left on another path."""
+        every, earlier = self.keep_every_steps, [path for path in self.all() if path.name <= newest.name]
+        later = [path for path in self.all() if path.name > newest.name]
+        return later + [path for path in earlier[: -self.keep_last] if not (every and step_of(path) % every == 0)]
 
     def all(self) -> list[Path]:
         """The checkpoints, oldest first."""

@@ -76,6 +76,7 @@ class MaskedTraining:
         ema_decay: float | None = None,
     ):
         self.accelerator, self.schedule, self.clip_norm = accelerator, schedule, clip_norm
+        self.bare = model  # shares its weights with the prepared one, which may be wrapped or compiled
         groups = parameter_groups(model, weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=schedule.learning_rate, betas=tuple(betas))
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
@@ -83,7 +84,7 @@ class MaskedTraining:
         self.ema = None
         if ema_decay is not None:
             average = get_ema_multi_avg_fn(ema_decay)
-            self.ema = AveragedModel(accelerator.unwrap_model(self.model), multi_avg_fn=average)
+            self.ema = AveragedModel(self.bare, multi_avg_fn=average)
             accelerator.register_for_checkpointing(self.ema)
 
     def step(self, number: int, batches: Sequence[dict[str, torch.Tensor]], stop: bool = False) -> StepResult:
@@ -109,13 +110,21 @@ class MaskedTraining:
         told = self.accelerator.reduce(torch.stack([total, torch.full_like(total, float(stop))]), "sum").tolist()
         mean_loss, stop = told[0] / self.accelerator.num_processes, told[1] > 0
         norm = None
+        if self.clip_norm is not None:
+            norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_norm))
+            if not math.isfinite(norm) and self.accelerator.scaler is None:  # a scaler skips such steps by itself
+                mean_loss = math.nan
         if math.isfinite(mean_loss):
-            if self.clip_norm is not None:
-                norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_norm))
             self.optimizer.step()
             if self.ema is not None:
-                self.ema.update_parameters(self.accelerator.unwrap_model(self.model))
+                self.ema.update_parameters(self.bare)
         return StepResult(mean_loss, rate, norm, stop)
+
+    def is_finite(self) -> bool:
+        """Whether all weights of all processes are numbers: a gradient can be NaN where the loss is not."""
+        bad = sum((~torch.isfinite(parameter)).any().float() for parameter in self.model.parameters())
+        bad = bad.full_tensor() if hasattr(bad, "full_tensor") else bad
+        return self.accelerator.reduce(bad, "sum").item() == 0
 
 
 @dataclass

@@ -4,8 +4,10 @@
 import json
 import math
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 
@@ -64,6 +66,16 @@ class WaitClock:
         return passed, waited / max(passed, 1e-9)
 
 
+def check_writable(folder: Path):
+    """ValueError if nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written ({error.strerror}). Choose another --output_dir.") from error
+
+
 class PretrainRun:
     """
     Everything of one run, made from a recipe; `train` does it.
@@ -78,10 +90,12 @@ class PretrainRun:
         self.output = Path(recipe.output_dir)
         self.accumulation = recipe.accumulation_steps(accelerator.num_processes)
         config = recipe.model_config()
-        if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            raise ValueError("DeepSpeed takes optimizer steps by itself, which cannot be resumed exactly: use FSDP2.")
+        if accelerator.distributed_type == DistributedType.FSDP:
             for name in ("ema_decay", "label_column"):  # both use weights outside of a training step
                 if getattr(recipe, name) is not None:
-                    raise ValueError(f"{name} needs the whole weights in each process: leave it out with sharded ones.")
+                    raise ValueError(f"{name} needs the whole weights in each process: leave it out with FSDP.")
         sources = [open_source(source) for source in recipe.sources()]
         check_shards(sources, accelerator.num_processes, recipe.num_workers)
         crop = RandomCrop(recipe.image_size, tuple(recipe.crop_scale), recipe.flip_probability, config.num_channels)
@@ -105,6 +119,7 @@ class PretrainRun:
         self.training = MaskedTraining(
             model, accelerator, schedule, recipe.weight_decay, recipe.adam_betas, recipe.clip_norm, recipe.ema_decay
         )
+        set_seed(recipe.seed + accelerator.process_index)  # the same weights, but not the same dropped paths
         self.config = config
         self.checkpoints = Checkpoints(
             self.output / "checkpoints", accelerator, recipe.keep_last, recipe.keep_every_steps
@@ -114,6 +129,8 @@ class PretrainRun:
         opened = sources[0] if held_out is None else open_source(held_out)
         look = CentreCrop(recipe.image_size, int(recipe.image_size / 0.875), config.num_channels)
         self.pictures, self.labels = read_first(opened, look, recipe.monitor_images)
+        if accelerator.is_main_process:
+            check_writable(self.output)
         self.step = 0
 
     def manifest(self) -> dict:
@@ -140,7 +157,6 @@ class PretrainRun:
                     f"{self.output} holds a run, at {latest.name}: give --resume latest, or another --output_dir."
                 )
         if path is None:
-            self.loader_state = None
             if not self.save():
                 raise ValueError(f"{self.output} cannot be written. Choose another --output_dir.")
             return
@@ -148,6 +164,7 @@ class PretrainRun:
         self._check_resumption(path, manifest)
         self.step = manifest["step"]
         self.loader.load_state_dict(self.checkpoints.load(path))
+        self._forget_later_records()
         self._say(f"resumed {path.name}")
 
     def _check_resumption(self, path: Path, manifest: dict):
@@ -168,6 +185,16 @@ class PretrainRun:
         changed = {name: v for name, v in now["versions"].items() if manifest["versions"].get(name) != v}
         if changed:
             self._say(f"resumed with other versions than before: {changed}; numbers may differ in the last digits")
+
+    def _forget_later_records(self):
+        """What was logged after the checkpoint is done again. The record of samples keeps all, to be compared."""
+        path = self.output / "log.jsonl"
+        if self.accelerator.is_main_process and path.exists():
+            kept = []
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with suppress(json.JSONDecodeError):  # a line that was cut off
+                    kept += [line] if json.loads(line)["step"] <= self.step else []
+            path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
     def save(self) -> bool:
         """A checkpoint of the present step; whether it could be written."""
@@ -195,7 +222,8 @@ class PretrainRun:
             while self.step < last_step:
                 raw = [clock.wait_for(batches) for _ in range(self.accumulation)]
                 result = self.training.step(self.step, [self._to_device(b) for b in raw], signals.received is not None)
-                if not math.isfinite(result.loss):
+                to_save = result.stop or self.step + 1 in (last_step, self._next_checkpoint())
+                if not math.isfinite(result.loss) or (to_save and not self.training.is_finite()):
                     rollbacks += 1
                     self._roll_back(rollbacks, result)
                     progress.n = self.step
@@ -209,13 +237,17 @@ class PretrainRun:
                     window_loss, window_steps = 0.0, 0
                 if self.step % recipe.monitor_every_steps == 0 or self.step == last_step:
                     self._look()
-                if result.stop or self.step % recipe.checkpoint_every_steps == 0 or self.step == last_step:
+                if to_save:
                     self.save()
                 if result.stop and self.step < last_step:
                     self._say(f"stopped by {signals.received or 'a signal'} after step {self.step}: --resume latest")
                     return False
         self.export()
         return True
+
+    def _next_checkpoint(self) -> int:
+        every = self.recipe.checkpoint_every_steps
+        return (self.step // every + 1) * every
 
     def _to_device(self, batch: dict) -> dict[str, torch.Tensor]:
         pixels = batch["pixel_values"].to(self.accelerator.device, non_blocking=True)
@@ -225,7 +257,8 @@ class PretrainRun:
     def _roll_back(self, rollbacks: int, result: StepResult):
         """The weights of the last checkpoint; the data go on, so what led here is not read again."""
         latest = self.checkpoints.latest()
-        text = f"the loss is {result.loss} in step {self.step + 1} at learning rate {result.learning_rate:.3g}"
+        text = f"loss {result.loss:.4g} in step {self.step + 1} at learning rate {result.learning_rate:.3g}"
+        text += "" if not math.isfinite(result.loss) else ", and weights that are not finite"
         if rollbacks >= MAX_ROLLBACKS:
             raise FloatingPointError(
                 f"{text}, for the {rollbacks}rd time. The last good weights are in {latest}. Lower base_learning_rate, "
@@ -234,6 +267,7 @@ class PretrainRun:
         self._say(f"{text}: back to {latest.name}, and on with other data")
         self.checkpoints.load(latest)
         self.step = read_manifest(latest)["step"]
+        self.save()  # with the place in the data, so that a restart does not read the same again
 
     def _log_samples(self, raw: list[dict], result: StepResult):
         if not self.recipe.log_samples:
@@ -245,9 +279,15 @@ class PretrainRun:
             "mask": xxhash.xxh3_64_hexdigest(torch.cat([batch["noise"] for batch in raw]).numpy().tobytes()),
             "loss": result.loss.hex(),
         }
-        path = self.output / f"samples_rank{self.accelerator.process_index:05d}.jsonl"
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        self._append(f"samples_rank{self.accelerator.process_index:05d}.jsonl", record)
+
+    def _append(self, name: str, record: dict):
+        """A line of a log. A full disk costs the line, not the run."""
+        try:
+            with open(self.output / name, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            logger.error(f"{name} could not be written in step {self.step} ({error.strerror}); the run goes on.")
 
     def _log(self, result: StepResult, loss: float, steps: int, seconds: float, wait_share: float, progress: tqdm):
         if not self.accelerator.is_main_process:
@@ -265,15 +305,14 @@ class PretrainRun:
         shown = {"loss": f"{loss:.4f}", "lr": f"{result.learning_rate:.2e}"}
         shown |= {"img/s": f"{images_per_second:.0f}", "waiting": f"{wait_share:.1%}"}
         progress.set_postfix(shown, refresh=False)
-        with open(self.output / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": self.step, **values}) + "\n")
+        self._append("log.jsonl", {"step": self.step, **values})
         self.accelerator.log(values, step=self.step)
 
     @torch.no_grad()
     def _look(self):
         """Is it working? Loss, reconstructions and a nearest-neighbour probe of the held-out pictures, always alike."""
         recipe, accelerator = self.recipe, self.accelerator
-        model = accelerator.unwrap_model(self.training.model)
+        model = self.training.bare
         noise = torch.rand(len(self.pictures), self.stream.num_units, generator=torch.Generator().manual_seed(0))
         losses, features = [], []
         model.eval()
@@ -293,10 +332,12 @@ class PretrainRun:
             values["nearest_neighbour_accuracy"] = nearest_neighbour_accuracy(torch.cat(features), self.labels)
         if accelerator.is_main_process:
             accelerator.log(values, step=self.step)
-            with open(self.output / "log.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": self.step, **values}) + "\n")
+            self._append("log.jsonl", {"step": self.step, **values})
             restored = denormalize(restored, recipe.image_mean, recipe.image_std)
-            self._draw(self.pictures[:8].float() / 255, mask.cpu(), restored)
+            try:
+                self._draw(self.pictures[:8].float() / 255, mask.cpu(), restored)
+            except OSError as error:
+                logger.error(f"no picture of step {self.step} ({error.strerror}); the run goes on.")
 
     def _draw(self, originals: torch.Tensor, mask: torch.BoolTensor, restored: torch.Tensor):
         originals, restored = (p.expand(-1, 3, -1, -1) if p.shape[1] == 1 else p[:, :3] for p in (originals, restored))
@@ -313,9 +354,10 @@ class PretrainRun:
         """The trained model as a folder for `from_pretrained`, and the moving average beside it."""
         recipe, accelerator = self.recipe, self.accelerator
         state = accelerator.get_state_dict(self.training.model)
+        state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}  # of torch.compile
         if accelerator.is_main_process:
             processor = evaluation_processor(recipe.image_size, recipe.image_mean, recipe.image_std)
-            folders = {"model": (accelerator.unwrap_model(self.training.model), state)}
+            folders = {"model": (self.training.bare, state)}
             if self.training.ema is not None:
                 folders["model_ema"] = (self.training.ema.module, None)
             for name, (model, weights) in folders.items():

@@ -8,8 +8,10 @@ shares neither wait for each other nor leave anything out.
 """
 
 import random
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -219,7 +221,8 @@ class SampleStream(TorchIterableDataset):
         except UnreadablePictureError as error:
             self._count_bad(f"{opened.source.name}: {name}: {error}")
             return None
-        noise = torch.rand(self.num_units, generator=torch.Generator().manual_seed(seed))
+        mask_seed = seed_of(self.seed, epoch, content, "mask")  # not the crop's: they would go together
+        noise = torch.rand(self.num_units, generator=torch.Generator().manual_seed(mask_seed))
         return {"pixel_values": pixels, "noise": noise, "sample_id": f"{name}#{content}"}
 
     def _count_bad(self, message: str):
@@ -285,15 +288,23 @@ def check_disjoint(stream: SampleStream, gather: Callable[[list], list], num_sam
         gather: gives every process the lists of all of them, one after the other.
     """
     for source in stream.sources:
-        examples = [example for _, example in zip(range(num_samples), source.epoch_stream(0))]
-        mine = [xxhash.xxh3_64_hexdigest(picture_of(example, source.opened.column)[0]) for example in examples]
-        counts = Counter(gather(sorted(set(mine))))
+        mine = set()
+        for _, example in zip(range(num_samples), source.epoch_stream(0)):
+            with suppress(UnreadablePictureError):
+                mine.add(xxhash.xxh3_64_hexdigest(picture_of(example, source.opened.column)[0]))
+        counts = Counter(gather(sorted(mine)))
         shared = sum(count > 1 for count in counts.values())
         if shared > len(counts) // 2:  # the same picture may lie in a dataset twice
             raise RuntimeError(
                 f"{source.opened.source.name}: {shared} of the first {len(counts)} samples are read by more than one "
                 "process. The data are not split between them."
             )
+
+
+def _leave_signals_to_the_trainer(_worker_id: int):
+    """Launchers signal the whole group of processes: a worker that died of it would take the last save with it."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def make_loader(stream: SampleStream, batch_size: int, num_workers: int, pin_memory: bool) -> StatefulDataLoader:
@@ -304,5 +315,6 @@ def make_loader(stream: SampleStream, batch_size: int, num_workers: int, pin_mem
         num_workers=num_workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,
+        worker_init_fn=_leave_signals_to_the_trainer,
         generator=torch.Generator(),  # iterating draws a number, which must not come from the training's own
     )
