@@ -47,37 +47,39 @@ class Checkpoints:
         """
         accelerator, final = self.accelerator, self.folder / name_of(step)
         partial = self.folder / f".{final.name}.partial"
-        problem = None
-        try:
+
+        def make_room():
             if accelerator.is_main_process:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
-        except OSError as error:
-            problem = error
-        if self._all_well(problem):
+
+        def write():
+            accelerator.save_state(str(partial))
+            torch.save(loader_state, partial / loader_file(accelerator.process_index))
+            if accelerator.is_main_process:
+                write_config(partial)
+                (partial / "manifest.json").write_text(json.dumps({"step": step, **manifest}, indent=1) + "\n")
+
+        def install():
+            if accelerator.is_main_process:
+                self._install(partial, final)
+
+        # each is done by all processes before any begins the next: nobody flushes what another still writes
+        for do in (make_room, write, lambda: _flush(partial), install):
+            problem = None
             try:
-                accelerator.save_state(str(partial))
-                torch.save(loader_state, partial / loader_file(accelerator.process_index))
-                if accelerator.is_main_process:
-                    write_config(partial)
-                    (partial / "manifest.json").write_text(json.dumps({"step": step, **manifest}, indent=1) + "\n")
-                _flush(partial)
+                do()
             except Exception as error:  # each library reports a full disk in its own way
                 problem = error
-            if self._all_well(problem):
-                try:
-                    if accelerator.is_main_process:
-                        self._install(partial, final)
-                except OSError as error:
-                    problem = error
-                if self._all_well(problem):
-                    return True
-        if accelerator.is_main_process:
-            shutil.rmtree(partial, ignore_errors=True)
-        if problem is not None:
-            logger.error(f"The checkpoint of step {step} could not be written ({problem}); the run goes on without it.")
-        accelerator.wait_for_everyone()
-        return False
+            if problem is not None:
+                logger.error(
+                    f"The checkpoint of step {step} could not be written ({problem}); the run goes on without it."
+                )
+            if not self._all_well(problem):
+                if accelerator.is_main_process:
+                    shutil.rmtree(partial, ignore_errors=True)
+                return False
+        return True
 
     def _all_well(self, problem: Exception | None) -> bool:
         flag = torch.tensor(float(problem is not None), device=self.accelerator.device)
