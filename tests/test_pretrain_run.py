@@ -374,12 +374,20 @@ def test_every_recipe_takes_two_steps(path, data, tmp_path):
         ({"num_workers": -1}, "num_workers must not be negative"),
         ({"flip_probability": 2.0}, r"flip_probability must be in \[0, 1\]"),
         ({"ema_decay": 1.0}, r"ema_decay must be in \(0, 1\), got 1.0. Try 0.9999"),
-        ({"warmup_epochs": 8}, "warmup_epochs must be less than epochs 8, got 8"),
+        ({"warmup_epochs": 8}, "warmup_epochs must be less than epochs 8.0, got 8.0"),
         ({"crop_scale": [0.5]}, "crop_scale must be two shares"),
         ({"images_per_epoch": None}, r"give --images_per_epoch \(ImageNet-1k: 1281167\)"),
         ({"image_mean": [0.5]}, "image_mean needs 3 numbers"),
         ({"label_column": "label"}, "give --eval_dataset_name as well"),
         ({"model": "{"}, "--model must be a JSON object"),
+        ({"model": "[1]"}, "--model must be a JSON object"),
+        ({"batch_size": "8"}, "batch_size must be a int, got '8'"),
+        ({"num_workers": True}, "num_workers must be a int, got True"),
+        ({"base_learning_rate": "fast"}, "base_learning_rate must be a float, got 'fast'"),
+        ({"adam_betas": [0.9]}, "adam_betas must be two numbers"),
+        ({"image_std": [0, 1, 1]}, "image_std must be positive"),
+        ({"weight_decay": float("nan")}, "weight_decay must not be negative, got nan"),
+        ({"min_learning_rate": 1}, "min_learning_rate must not exceed the highest rate, 0.000625"),
         ({"model": '{"mask_ratio": 0.5}'}, "--model sets mask_ratio, which have flags of their own"),
         ({"model": '{"hiden_size": 64}'}, "no keyword 'hiden_size'"),
         ({"architecture": "huge"}, "no HiViT architecture named 'huge'"),
@@ -412,8 +420,9 @@ def test_recipe_files_that_cannot_be_read(tmp_path):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             read_recipe(path)
-    path.write_text("base_learning_rate: 1e-4\nmodel: {patch_size: 8}\n")
+    path.write_text("base_learning_rate: 1e-4\nmodel: {patch_size: 8}\ndataset_name: one/name\nepochs: 3\n")
     recipe = PretrainRecipe(**read_recipe(path))
+    assert recipe.dataset_name == ["one/name"] and recipe.epochs == 3.0
     assert recipe.base_learning_rate == 1e-4 and recipe.model_config().patch_size == 8
 
 

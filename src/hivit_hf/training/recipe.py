@@ -3,8 +3,11 @@
 
 import json
 import math
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -24,6 +27,23 @@ def _field(default, text: str):
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def _as(kind, value, name: str):
+    """A value of a recipe file as its field wants it; YAML reads 1e-4 as a string, and one item is no list."""
+    options = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    if value is None and NoneType in options:
+        return None
+    wanted = options[0]
+    if get_origin(wanted) is list:
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return [_as(get_args(wanted)[0], item, name) for item in items]
+    if wanted is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        with suppress(ValueError):
+            return float(value)
+    elif type(value) is wanted:
+        return value
+    raise ValueError(f"{name} must be a {wanted.__name__}, got {value!r}.")
 
 
 @dataclass
@@ -92,10 +112,8 @@ class PretrainRecipe:
     def __post_init__(self):
         if isinstance(self.model, dict):
             self.model = json.dumps(self.model)
-        for item in fields(self):  # YAML reads 1e-4 as a string
-            value = getattr(self, item.name)
-            if item.type in (float, float | None) and isinstance(value, str):
-                setattr(self, item.name, float(value))
+        for name, kind in get_type_hints(type(self)).items():  # HfArgumentParser changes the types in `fields`
+            setattr(self, name, _as(kind, getattr(self, name), name))
 
     def check(self):
         """
@@ -123,11 +141,17 @@ class PretrainRecipe:
             if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"{name} must be a positive number, got {getattr(self, name)}.")
         for name in ("num_workers", "keep_every_steps", "weight_decay", "min_learning_rate"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         for name in ("flip_probability", "max_bad_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
+        if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
+            raise ValueError(f"adam_betas must be two numbers in [0, 1), got {self.adam_betas}. Published: 0.9 0.95.")
+        if not all(value > 0 for value in self.image_std):
+            raise ValueError(f"image_std must be positive, got {self.image_std}.")
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(f"min_learning_rate must not exceed the highest rate, {self.learning_rate:.3g}.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in (0, 1), got {self.ema_decay}. Try 0.9999.")
         if not 0 <= self.warmup_epochs < self.epochs:
@@ -152,6 +176,8 @@ class PretrainRecipe:
             raise ValueError(
                 f"--model must be a JSON object such as '{{\"patch_size\": 8}}', got {self.model}."
             ) from error
+        if not isinstance(changes, dict):
+            raise ValueError(f"--model must be a JSON object, got {self.model}.")
         own = {"image_size": self.image_size, "mask_ratio": self.mask_ratio, "drop_path_rate": self.drop_path_rate}
         twice = sorted(set(changes) & set(own))
         if twice:
