@@ -121,10 +121,9 @@ def plan_conversion(
     for name, (key, tensor) in found.items():
         plan.tensors[name] = _resized(plan, name, key, tensor, grid)
     problems += _compare_with_the_model(plan, found)
-    if not problems:
-        _settle_dtype(plan, dtype)
     if problems:
         raise ConversionError(f"The tensors do not make a {model_class.__name__}:\n{table(problems)}")
+    _settle_dtype(plan, dtype)
     return plan
 
 
@@ -182,10 +181,15 @@ def _resized(plan: Plan, name: str, key: str, tensor: torch.Tensor, made_for: tu
     return tensor
 
 
-def _compare_with_the_model(plan: Plan, found: Mapping) -> list[tuple[str, str, str, str]]:
+def expected_shapes(model_class: type[PreTrainedModel], config: HiViTConfig, arguments: dict) -> dict[str, list[int]]:
+    """The names and shapes of a model's tensors, without making them."""
     with torch.device("meta"), no_init_weights():
-        model = plan.model_class(plan.config, **plan.model_arguments)
-    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+        model = model_class(config, **arguments)
+    return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _compare_with_the_model(plan: Plan, found: Mapping) -> list[tuple[str, str, str, str]]:
+    expected = expected_shapes(plan.model_class, plan.config, plan.model_arguments)
     numbers = {name: number for number, name in enumerate(block_names(plan.config.stage_layers))}
     problems = []
     for name, (key, tensor) in found.items():

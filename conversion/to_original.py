@@ -6,11 +6,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers.initialization import no_init_weights
 
 from architecture import block_names
 from checkpoint import ConversionError, read_checkpoint, shown
-from engine import KEY_MAPS, by_reason, compare, table
+from engine import KEY_MAPS, by_reason, compare, expected_shapes, table
 from folders import written_whole
 from hivit_hf import HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling, HiViTModel
 from hivit_hf.modeling_hivit import relative_position_index
@@ -109,8 +108,7 @@ def _read_folder(folder: Path) -> tuple[HiViTConfig, str, dict[str, torch.Tensor
     if content.get("model_type") != "hivit":
         raise ConversionError(f"{folder} holds a {shown(content.get('model_type'))}, not a hivit.")
     arguments = {} if model_class is not HiViTModel else {"add_pooling_layer": "layernorm.weight" in tensors}
-    with torch.device("meta"), no_init_weights():
-        expected = {name: list(t.shape) for name, t in model_class(config, **arguments).state_dict().items()}
+    expected = expected_shapes(model_class, config, arguments)
     problems = [("missing", name, "nothing", f"{shape}") for name, shape in expected.items() if name not in tensors]
     for name, tensor in tensors.items():
         if list(tensor.shape) != expected.get(name):

@@ -276,7 +276,7 @@ def test_bad_pictures_are_skipped_counted_and_too_many_stop_it(tmp_path, caplog)
     found = [sample["sample_id"] for sample in itertools.islice(stream, 197)]
     assert len(set(found)) == 197
     next(iter(stream))
-    assert stream.state_dict()["bad"]["bad"] >= 3
+    assert stream.state_dict()["num_bad"] >= 3
     assert "50.jpg: no picture" in caplog.text
     with pytest.raises(
         ValueError, match=r"of \d+ pictures cannot be read, more than max_bad_fraction 0.001. The last:"

@@ -9,6 +9,11 @@ from transformers import BitImageProcessor
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+def evaluation_resize(image_size: int) -> int:
+    """The shorter side in px that a picture is resized to before its middle is cut out."""
+    return image_size if image_size > 224 else int(image_size / 0.875)
+
+
 def evaluation_processor(
     image_size: int, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
 ) -> BitImageProcessor:
@@ -21,7 +26,7 @@ def evaluation_processor(
         mean, std: of each channel, of values in [0, 1].
     """
     return BitImageProcessor(
-        size={"shortest_edge": image_size if image_size > 224 else int(image_size / 0.875)},
+        size={"shortest_edge": evaluation_resize(image_size)},
         crop_size={"height": image_size, "width": image_size},
         resample=3,  # bicubic
         image_mean=list(mean),

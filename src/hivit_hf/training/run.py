@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import set_seed
 from transformers.utils import logging
 
-from ..hub import evaluation_processor
+from ..hub import evaluation_processor, evaluation_resize
 from ..modeling_hivit import HiViTForMaskedImageModeling
 from .augment import CentreCrop, RandomCrop, denormalize, normalize
 from .checkpoint import Checkpoints, read_manifest
@@ -127,7 +127,7 @@ class PretrainRun:
         self.loader = make_loader(self.stream, recipe.batch_size, recipe.num_workers, accelerator.device.type == "cuda")
         held_out = recipe.held_out()
         opened = sources[0] if held_out is None else open_source(held_out)
-        look = CentreCrop(recipe.image_size, int(recipe.image_size / 0.875), config.num_channels)
+        look = CentreCrop(recipe.image_size, evaluation_resize(recipe.image_size), config.num_channels)
         self.pictures, self.labels = read_first(opened, look, recipe.monitor_images)
         if accelerator.is_main_process:
             check_writable(self.output)

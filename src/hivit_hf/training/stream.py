@@ -196,7 +196,7 @@ class SampleStream(TorchIterableDataset):
         self.weights = [opened.source.weight for opened in sources]
         self.transform, self.num_units, self.seed, self.rank = transform, num_units, seed, rank
         self.max_bad_fraction = max_bad_fraction
-        self.draws, self.bad = 0, Counter()
+        self.draws = self.num_bad = 0
 
     def __iter__(self) -> Iterator[dict]:
         worker = get_worker_info()
@@ -226,22 +226,22 @@ class SampleStream(TorchIterableDataset):
         return {"pixel_values": pixels, "noise": noise, "sample_id": f"{name}#{content}"}
 
     def _count_bad(self, message: str):
-        self.bad["bad"] += 1
+        self.num_bad += 1
         logger.warning(f"skipped {message}")
-        if self.draws >= 100 and self.bad["bad"] > self.max_bad_fraction * self.draws:
+        if self.draws >= 100 and self.num_bad > self.max_bad_fraction * self.draws:
             raise ValueError(
-                f"{self.bad['bad']} of {self.draws} pictures cannot be read, more than max_bad_fraction "
+                f"{self.num_bad} of {self.draws} pictures cannot be read, more than max_bad_fraction "
                 f"{self.max_bad_fraction}. The last: {message}. Repair the data, or raise --max_bad_fraction."
             )
 
     def state_dict(self) -> dict:
         states = [dict(source.state) for source in self.sources]
-        return {"sources": states, "draws": self.draws, "bad": dict(self.bad)}
+        return {"sources": states, "draws": self.draws, "num_bad": self.num_bad}
 
     def load_state_dict(self, state: dict):
         for source, source_state in zip(self.sources, state["sources"], strict=True):
             source.state = dict(source_state)
-        self.draws, self.bad = state["draws"], Counter(state["bad"])
+        self.draws, self.num_bad = state["draws"], state["num_bad"]
 
 
 def read_first(opened: OpenSource, transform: Callable[[bytes, int], torch.Tensor], number: int):
