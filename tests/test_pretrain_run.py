@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -284,7 +285,7 @@ def test_checkpoints_that_are_kept(make_run, tmp_path):
     names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*"))
     assert names == ["step-00000000", "step-00000008", "step-00000016", "step-00000024"]
     manifest = read_manifest(tmp_path / "run" / "checkpoints" / "step-00000016")
-    assert manifest["step"] == 16 and manifest["processes"] == 1 and "torch" in manifest["versions"]
+    assert manifest["step"] == 16 and manifest["topology"]["processes"] == 1 and "torch" in manifest["versions"]
 
 
 def test_resumptions_that_do_not_fit(make_run, tmp_path):
@@ -297,14 +298,45 @@ def test_resumptions_that_do_not_fit(make_run, tmp_path):
         ValueError, match=r"was made with base_learning_rate=0.01, now it is 0.02: a resumption must be"
     ):
         make_run(resume="latest", base_learning_rate=0.02).train()
-    with pytest.raises(ValueError, match=r"was made with num_workers=0, now it is 1"):
+    with pytest.raises(ValueError, match=r"was made with num_workers=0, now it is num_workers=1: each reader has"):
         make_run(resume="latest", num_workers=1).train()
     with pytest.raises(ValueError, match=r"is no checkpoint: manifest.json cannot be read"):
         make_run(resume=str(tmp_path)).train()
     manifest = tmp_path / "run" / "checkpoints" / "step-00000006" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"processes": 1', '"processes": 4'))
-    with pytest.raises(ValueError, match=r"was made by 4 processes, now there are 1: .* Resume with 4"):
+    with pytest.raises(
+        ValueError, match=r"made with processes=4, now it is processes=1: .* or give --allow_topology_change true"
+    ):
         make_run(resume="latest").train()
+    manifest.write_text(manifest.read_text().replace('"sharded": false', '"sharded": true'))
+    with pytest.raises(ValueError, match=r"was made with FSDP: resume it with FSDP"):
+        make_run(resume="latest", allow_topology_change=True).train()
+
+
+def test_other_workers_and_batches_go_on_at_shard_boundaries(make_run, tmp_path, capsys):
+    assert make_run(max_steps=7).train()
+    run = make_run(resume="latest", batch_size=16, num_workers=2, allow_topology_change=True, max_steps=13)
+    assert run.train()
+    repeated = int(re.search(r"but (\d+) pictures are, whose shards were not finished", capsys.readouterr().out)[1])
+    samples = [record["samples"] for _, (record,) in sorted(kill_test.records(tmp_path / "run")[0].items())]
+    assert len({name for step in samples for name in step}) == 153  # 112 before the change, and the others after it
+    assert 0 < repeated < 64  # a window, and what came before it of its first shard
+    again = make_run(resume="latest", batch_size=16, num_workers=2, allow_topology_change=True)
+    assert not again.changed_topology and again.train()
+
+
+@pytest.mark.slow
+def test_other_processes_go_on_at_shard_boundaries(tmp_path):
+    data, output = kill_test.write_pictures(tmp_path / "data", "parquet"), tmp_path / "run"
+    two = kill_test.command(data, output, 2, 0, 30)
+    kill_test.finish(kill_test.start([*two, "--max_steps=8"]))
+    one = kill_test.command(data, output, 1, 2, 30)
+    kill_test.finish(kill_test.start([*one, "--allow_topology_change=true"]))
+    first, second = kill_test.records(output)
+    assert sorted(first) == list(range(1, 31)) and sorted(second) == list(range(1, 9))
+    assert read_manifest(output / "checkpoints" / "step-00000030")["topology"]["processes"] == 1
+    read = [name for steps in (first, second) for (record,) in steps.values() for name in record["samples"]]
+    assert len(set(read)) == kill_test.PICTURES - 7
 
 
 @pytest.mark.parametrize("batch_size", [2, 4, 16])

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import random
 from collections import Counter
 
 import numpy as np
@@ -22,7 +23,16 @@ from hivit_hf.training.augment import (
     open_picture,
     seed_of,
 )
-from hivit_hf.training.stream import SampleStream, Source, check_disjoint, check_shards, make_loader, open_source
+from hivit_hf.training.stream import (
+    START_OF_EPOCH,
+    EndlessSource,
+    SampleStream,
+    Source,
+    check_disjoint,
+    check_shards,
+    make_loader,
+    open_source,
+)
 from kill_test import PICTURES, jpeg, write_pictures
 
 
@@ -180,6 +190,34 @@ def test_columns_and_folders(pictures, tmp_path):
         open_source(Source(str(tmp_path / "empty")))
     with pytest.raises(ValueError, match=r"must be a folder of Parquet files, tars or pictures, or a dataset"):
         open_source(Source(str(tmp_path / "nowhere")))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_readers_of_another_number_finish_the_epoch(seed, pictures):
+    """Twice another number: nothing of an epoch is left out, and as much is read again as is said."""
+    draw = random.Random(seed)
+    opened, numbers = open_source(Source(str(pictures["parquet"]))), draw.sample([1, 2, 3, 4, 5, 8], 3)
+    counts, repeated, begin = Counter(), 0, None
+    for turn, num_readers in enumerate(numbers):
+        sources = [EndlessSource(opened, 7, window=16) for _ in range(num_readers)]
+        if begin is not None:
+            for source in sources:
+                source.state = {**begin, "done": dict(begin["done"])}
+        last = turn == len(numbers) - 1
+        for reader, source in enumerate(sources):
+            samples = source.read(reader, num_readers)
+            if last:
+                samples = itertools.takewhile(lambda sample: sample[1] <= 2, samples)
+            else:
+                samples = itertools.islice(samples, draw.randrange(120 // num_readers))
+            counts.update((epoch, example["image"]["path"]) for example, epoch in samples)
+        if not last:
+            epoch, done, again = sources[0].done_by([source.state for source in sources])
+            begin, repeated = {**sources[0].state, **START_OF_EPOCH, "epoch": epoch, "done": done}, repeated + again
+    for epoch in range(3):
+        assert len([key for key in counts if key[0] == epoch]) == PICTURES - 7
+    excess = sum(count - 1 for count in counts.values())
+    assert excess == repeated > 0
 
 
 def test_too_few_shards_are_refused(pictures):

@@ -34,6 +34,7 @@ class Checkpoints:
     def __init__(self, folder: Path, accelerator: Accelerator, keep_last: int = 2, keep_every_steps: int = 0):
         self.folder, self.accelerator = folder, accelerator
         self.keep_last, self.keep_every_steps = keep_last, keep_every_steps
+        self.in_use: Path | None = None  # being uploaded, so not to be deleted
 
     def save(self, step: int, manifest: dict, loader_state: dict, write_config: Callable[[Path], None]) -> bool:
         """
@@ -55,7 +56,7 @@ class Checkpoints:
 
         def write():
             accelerator.save_state(str(partial))
-            torch.save(loader_state, partial / loader_file(accelerator.process_index))
+            torch.save(loader_state, partial / f"loader_rank{accelerator.process_index:05d}.pt")
             if accelerator.is_main_process:
                 write_config(partial)
                 (partial / "manifest.json").write_text(json.dumps({"step": step, **manifest}, indent=1) + "\n")
@@ -103,7 +104,8 @@ class Checkpoints:
         """Older ones beyond what is kept, and later ones, which an earlier attempt has left on another path."""
         every, earlier = self.keep_every_steps, [path for path in self.all() if path.name <= newest.name]
         later = [path for path in self.all() if path.name > newest.name]
-        return later + [path for path in earlier[: -self.keep_last] if not (every and step_of(path) % every == 0)]
+        old = [path for path in earlier[: -self.keep_last] if not (every and step_of(path) % every == 0)]
+        return [path for path in later + old if path != self.in_use]
 
     def all(self) -> list[Path]:
         """The checkpoints, oldest first."""
@@ -114,10 +116,9 @@ class Checkpoints:
         pointer = self.folder / "latest"
         return self.folder / pointer.read_text().strip() if pointer.is_file() else None
 
-    def load(self, path: Path) -> dict:
-        """Loads model, optimizer, scaler and random states; returns the loader's state of this process."""
+    def load(self, path: Path):
+        """Loads model, optimizer and scaler, and the random state that this process saved, if it did."""
         self.accelerator.load_state(str(path))
-        return torch.load(path / loader_file(self.accelerator.process_index), weights_only=True)
 
 
 def name_of(step: int) -> str:
@@ -130,9 +131,9 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def loader_file(rank: int) -> str:
-    """Where a process keeps the state of its data loader."""
-    return f"loader_rank{rank:05d}.pt"
+def loader_states(path: Path) -> list[dict]:
+    """What the data loaders of all processes saved in a checkpoint, by rank."""
+    return [torch.load(file, weights_only=True) for file in sorted(path.glob("loader_rank*.pt"))]
 
 
 def read_manifest(path: Path) -> dict:
@@ -146,6 +147,41 @@ def read_manifest(path: Path) -> dict:
         return json.loads((path / "manifest.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no checkpoint: manifest.json cannot be read ({error}).") from error
+
+
+def check_resumption(path: Path, manifest: dict, now: dict, allow_topology_change: bool) -> bool:
+    """
+    Holds a run against the manifest of the checkpoint that it shall go on from.
+
+    Args:
+        manifest: of the checkpoint.
+        now: what the run would write; entries that it does not know yet are left out.
+        allow_topology_change: whether other processes, workers and batches may go on.
+
+    Returns:
+        Whether the topology is another one.
+
+    Raises:
+        ValueError: what does not fit, and what would.
+    """
+    for name, value in manifest["recipe"].items():
+        if now["recipe"].get(name) != value:
+            raise ValueError(
+                f"{path} was made with {name}={value}, now it is {now['recipe'].get(name)}: a resumption must be of "
+                "the same recipe. Set it back, or begin a new run in another --output_dir."
+            )
+    if manifest["sharded"] != now["sharded"]:
+        with_or_without = "with" if manifest["sharded"] else "without"
+        raise ValueError(f"{path} was made {with_or_without} FSDP: resume it {with_or_without} FSDP.")
+    changed = {name: value for name, value in manifest["topology"].items() if now["topology"][name] != value}
+    if changed and not allow_topology_change:
+        there = ", ".join(f"{name}={value}" for name, value in changed.items())
+        here = ", ".join(f"{name}={now['topology'][name]}" for name in changed)
+        raise ValueError(
+            f"{path} was made with {there}, now it is {here}: each reader has its own place in the data. Resume with "
+            "the same, or give --allow_topology_change true, which reads the unfinished shards again."
+        )
+    return bool(changed)
 
 
 def _flush(path: Path):

@@ -18,7 +18,9 @@ from .stream import Source
 # What may differ between a run and its resumption: what the recipe says of itself, and where and how often it writes.
 RUNTIME = {"title", "source", "cost", "expected_result", "max_steps", "output_dir", "resume", "checkpoint_every_steps"}
 RUNTIME |= {"keep_last", "keep_every_steps", "log_every_steps", "log_samples", "tracker", "monitor_every_steps"}
-RUNTIME |= {"eval_dataset_name", "eval_split", "label_column", "monitor_images"}
+RUNTIME |= {"eval_dataset_name", "eval_split", "label_column", "monitor_images", "hub_model_id", "hub_private"}
+RUNTIME |= {"allow_topology_change"}
+TOPOLOGY = {"num_workers", "batch_size"}  # may differ if that is asked for
 
 
 def _field(default, text: str):
@@ -102,12 +104,17 @@ class PretrainRecipe:
 
     output_dir: str | None = _field(None, "Where checkpoints, logs, pictures and the model go.")
     resume: str | None = _field(None, "'latest', or the folder of a checkpoint to go on from.")
+    allow_topology_change: bool = _field(
+        False, "Resume with other processes, workers or batch_size; shards that were not finished are read again."
+    )
     checkpoint_every_steps: int = _field(1000, "Steps between two checkpoints.")
     keep_last: int = _field(2, "Newest checkpoints that are kept.")
     keep_every_steps: int = _field(0, "Checkpoints of multiples of it are kept for good; 0 for none.")
     log_every_steps: int = _field(20, "Steps between two lines of the log and the trackers.")
     log_samples: bool = _field(False, "Write what each process read, step by step, to samples_rank*.jsonl.")
     tracker: str = _field("tensorboard", "tensorboard, wandb or none.")
+    hub_model_id: str | None = _field(None, "Repository of the Hub that checkpoints go to, in the background.")
+    hub_private: bool = _field(True, "Whether that repository is private, if it has to be made.")
 
     def __post_init__(self):
         if isinstance(self.model, dict):
@@ -162,6 +169,8 @@ class PretrainRecipe:
             raise ValueError("A stream does not know its length: give --images_per_epoch (ImageNet-1k: 1281167).")
         if self.label_column and not self.eval_dataset_name:
             raise ValueError("label_column is of the held-out pictures: give --eval_dataset_name as well.")
+        if self.allow_topology_change and not self.resume:
+            raise ValueError("allow_topology_change is about resumptions: give --resume as well.")
         config = self.model_config()
         for name in ("image_mean", "image_std"):
             if len(getattr(self, name)) != config.num_channels:
@@ -196,6 +205,8 @@ class PretrainRecipe:
         if self.eval_dataset_name is None:
             return None
         where = {"split": self.eval_split, "column": self.image_column, "label_column": self.label_column}
+        if self.eval_dataset_name in self.dataset_name:
+            where["revision"] = self.dataset_revision
         return Source(self.eval_dataset_name, self.dataset_config, **where)
 
     def accumulation_steps(self, num_processes: int) -> int:
@@ -228,7 +239,7 @@ class PretrainRecipe:
 
     def identity(self) -> dict:
         """The numbers that a resumption must share with its run."""
-        return {name: value for name, value in asdict(self).items() if name not in RUNTIME}
+        return {name: value for name, value in asdict(self).items() if name not in RUNTIME | TOPOLOGY}
 
 
 def read_recipe(path: str | Path) -> dict:

@@ -8,8 +8,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Self
 
 import torch
 import xxhash
@@ -21,12 +23,22 @@ from transformers.utils import logging
 
 from ..hub import evaluation_processor, evaluation_resize
 from ..modeling_hivit import HiViTForMaskedImageModeling
-from .augment import CentreCrop, RandomCrop, denormalize, normalize
-from .checkpoint import Checkpoints, read_manifest
+from .augment import CentreCrop, RandomCrop, denormalize, normalize, seed_of
+from .checkpoint import Checkpoints, check_resumption, loader_states, read_manifest
 from .monitor import figure_to_png, nearest_neighbour_accuracy, reconstruction_grid
 from .pretrain import MaskedTraining, Schedule, StepResult
-from .recipe import PretrainRecipe
-from .stream import SampleStream, check_disjoint, check_shards, make_loader, open_source, read_first
+from .recipe import TOPOLOGY, PretrainRecipe
+from .stream import (
+    SampleStream,
+    Source,
+    check_disjoint,
+    check_shards,
+    make_loader,
+    open_source,
+    read_some,
+    stream_states,
+)
+from .upload import HubUpload
 
 
 logger = logging.get_logger(__name__)
@@ -35,12 +47,16 @@ MAX_ROLLBACKS = 3
 
 
 class StopSignals:
-    """Notes SIGTERM and SIGUSR1, which schedulers send before they kill."""
+    """Notes SIGTERM and SIGUSR1, which schedulers send before they kill, as long as its context lasts."""
 
-    def __init__(self):
+    def __enter__(self) -> Self:
         self.received: str | None = None
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._note)
+        self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        return self
+
+    def __exit__(self, *_error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _note(self, number, _frame):
         self.received = signal.Signals(number).name
@@ -96,7 +112,12 @@ class PretrainRun:
             for name in ("ema_decay", "label_column"):  # both use weights outside of a training step
                 if getattr(recipe, name) is not None:
                     raise ValueError(f"{name} needs the whole weights in each process: leave it out with FSDP.")
-        sources = [open_source(source) for source in recipe.sources()]
+        self.checkpoints = Checkpoints(
+            self.output / "checkpoints", accelerator, recipe.keep_last, recipe.keep_every_steps
+        )
+        self.step = self.rollbacks = self.bad_pictures = self.newly_bad = 0
+        self.resumed = self._find_checkpoint()
+        sources = [open_source(source) for source in self._pinned(recipe.sources())]
         check_shards(sources, accelerator.num_processes, recipe.num_workers)
         crop = RandomCrop(recipe.image_size, tuple(recipe.crop_scale), recipe.flip_probability, config.num_channels)
         self.stream = SampleStream(
@@ -121,70 +142,88 @@ class PretrainRun:
         )
         set_seed(recipe.seed + accelerator.process_index)  # the same weights, but not the same dropped paths
         self.config = config
-        self.checkpoints = Checkpoints(
-            self.output / "checkpoints", accelerator, recipe.keep_last, recipe.keep_every_steps
-        )
         self.loader = make_loader(self.stream, recipe.batch_size, recipe.num_workers, accelerator.device.type == "cuda")
         held_out = recipe.held_out()
         opened = sources[0] if held_out is None else open_source(held_out)
         look = CentreCrop(recipe.image_size, evaluation_resize(recipe.image_size), config.num_channels)
-        self.pictures, self.labels = read_first(opened, look, recipe.monitor_images)
+        self.pictures, self.labels = read_some(opened, look, recipe.monitor_images)
+        self.upload = None
         if accelerator.is_main_process:
             check_writable(self.output)
-        self.step = 0
+            if recipe.hub_model_id is not None:
+                self.upload = HubUpload(recipe.hub_model_id, recipe.hub_private, self.checkpoints)
+
+    def _topology(self) -> dict:
+        """What is known of a run before its data are opened, as its manifest has it."""
+        recipe, accelerator = self.recipe, self.accelerator
+        topology = {
+            "processes": accelerator.num_processes,
+            **{name: getattr(recipe, name) for name in sorted(TOPOLOGY)},
+        }
+        sharded = accelerator.distributed_type == DistributedType.FSDP
+        return {"recipe": recipe.identity(), "topology": topology, "sharded": sharded}
 
     def manifest(self) -> dict:
-        """What a resumption is held against."""
+        """What a resumption is held against, and what it goes on counting from."""
         packages = ("torch", "transformers", "accelerate", "datasets", "torchdata")
+        opened = [source.opened for source in self.stream.sources]
         return {
-            "recipe": self.recipe.identity(),
-            "processes": self.accelerator.num_processes,
-            "shards": [source.opened.dataset.num_shards for source in self.stream.sources],
+            **self._topology(),
+            "shards": [source.dataset.num_shards for source in opened],
+            "revisions": [source.revision for source in opened],
             "versions": {name: version(name) for name in packages},
+            "rollbacks": self.rollbacks,
+            "bad_pictures": self.bad_pictures,
         }
+
+    def _find_checkpoint(self) -> tuple[Path, dict] | None:
+        """What is gone on from, and its manifest."""
+        recipe, latest = self.recipe, self.checkpoints.latest()
+        if not recipe.resume and latest is not None:
+            raise ValueError(
+                f"{self.output} holds a run, at {latest.name}: give --resume latest, or another --output_dir."
+            )
+        path = latest if recipe.resume == "latest" else Path(recipe.resume) if recipe.resume else None
+        if path is None:
+            return None
+        manifest = read_manifest(path)
+        self.changed_topology = check_resumption(path, manifest, self._topology(), recipe.allow_topology_change)
+        return path, manifest
+
+    def _pinned(self, sources: list[Source]) -> list[Source]:
+        """The commits of Hub datasets that the run began with."""
+        if self.resumed is None:
+            return sources
+        return [replace(source, revision=commit) for source, commit in zip(sources, self.resumed[1]["revisions"])]
 
     def begin(self):
         """Saves the first checkpoint, or loads the one to go on from. All processes call it."""
-        recipe, latest = self.recipe, self.checkpoints.latest()
-        if recipe.resume == "latest":
-            path = latest
-        elif recipe.resume:
-            path = Path(recipe.resume)
-        else:
-            path = None
-            if latest is not None:
-                raise ValueError(
-                    f"{self.output} holds a run, at {latest.name}: give --resume latest, or another --output_dir."
-                )
-        if path is None:
+        if self.resumed is None:
             if not self.save():
                 raise ValueError(f"{self.output} cannot be written. Choose another --output_dir.")
             return
-        manifest = read_manifest(path)
-        self._check_resumption(path, manifest)
-        self.step = manifest["step"]
-        self.loader.load_state_dict(self.checkpoints.load(path))
-        self._forget_later_records()
-        self._say(f"resumed {path.name}")
-
-    def _check_resumption(self, path: Path, manifest: dict):
+        path, manifest = self.resumed
         now = self.manifest()
-        for name, value in manifest["recipe"].items():
-            if now["recipe"].get(name) != value:
-                raise ValueError(
-                    f"{path} was made with {name}={value}, now it is {now['recipe'].get(name)}: a resumption must "
-                    "be of the same recipe. Set it back, or begin a new run in another --output_dir."
-                )
-        if manifest["processes"] != now["processes"]:
-            raise ValueError(
-                f"{path} was made by {manifest['processes']} processes, now there are {now['processes']}: each has "
-                f"its own place in the data. Resume with {manifest['processes']}."
-            )
         if manifest["shards"] != now["shards"]:
             raise ValueError(f"{path} read {manifest['shards']} shards, now there are {now['shards']}: other data.")
         changed = {name: v for name, v in now["versions"].items() if manifest["versions"].get(name) != v}
         if changed:
             self._say(f"resumed with other versions than before: {changed}; numbers may differ in the last digits")
+        self.step, self.rollbacks, self.bad_pictures = (manifest[n] for n in ("step", "rollbacks", "bad_pictures"))
+        self.checkpoints.load(path)
+        self._forget_later_records()
+        states = loader_states(path)
+        if not self.changed_topology:
+            self.loader.load_state_dict(states[self.accelerator.process_index])
+            self._say(f"resumed {path.name}")
+            return
+        set_seed(seed_of(self.recipe.seed, self.step, self.accelerator.process_index) % 2**32)
+        repeated = self.stream.begin_after([state for saved in states for state in stream_states(saved)])
+        self._say(
+            f"resumed {path.name} with other processes, workers or batches: whole shards are not read again in their "
+            f"epoch, but {repeated} pictures are, whose shards were not finished"
+        )
+        self.save()  # the place in the data is a new one now
 
     def _forget_later_records(self):
         """What was logged after the checkpoint is done again. The record of samples keeps all, to be compared."""
@@ -198,7 +237,11 @@ class PretrainRun:
 
     def save(self) -> bool:
         """A checkpoint of the present step; whether it could be written."""
-        return self.checkpoints.save(self.step, self.manifest(), self.loader.state_dict(), self.config.save_pretrained)
+        self._count_bad_pictures()
+        saved = self.checkpoints.save(self.step, self.manifest(), self.loader.state_dict(), self.config.save_pretrained)
+        if saved and self.upload is not None and self.step > 0:
+            self.upload.begin(self.checkpoints.latest())
+        return saved
 
     def train(self) -> bool:
         """
@@ -207,10 +250,19 @@ class PretrainRun:
         Raises:
             FloatingPointError: if the loss is not finite for the third time.
         """
-        recipe, accelerator, signals = self.recipe, self.accelerator, StopSignals()
+        with StopSignals() as signals:
+            finished = self._train(signals)
+        if finished:
+            self.export()
+            if self.upload is not None:
+                self.upload.finish(self.checkpoints.latest())
+        return finished
+
+    def _train(self, signals: StopSignals) -> bool:
+        recipe, accelerator = self.recipe, self.accelerator
         self.begin()
         last_step = min(recipe.total_steps, recipe.max_steps or recipe.total_steps)
-        batches, clock, rollbacks = iter(self.loader), WaitClock(), 0
+        batches, clock = iter(self.loader), WaitClock()
         window_loss, window_steps = 0.0, 0
         with tqdm(
             total=last_step,
@@ -221,11 +273,11 @@ class PretrainRun:
         ) as progress:
             while self.step < last_step:
                 raw = [clock.wait_for(batches) for _ in range(self.accumulation)]
+                self.newly_bad += sum(int(batch["skipped"].sum()) for batch in raw)
                 result = self.training.step(self.step, [self._to_device(b) for b in raw], signals.received is not None)
                 to_save = result.stop or self.step + 1 in (last_step, self._next_checkpoint())
                 if not math.isfinite(result.loss) or (to_save and not self.training.is_finite()):
-                    rollbacks += 1
-                    self._roll_back(rollbacks, result)
+                    self._roll_back(result)
                     progress.n = self.step
                     continue
                 self.step += 1
@@ -242,7 +294,6 @@ class PretrainRun:
                 if result.stop and self.step < last_step:
                     self._say(f"stopped by {signals.received or 'a signal'} after step {self.step}: --resume latest")
                     return False
-        self.export()
         return True
 
     def _next_checkpoint(self) -> int:
@@ -254,15 +305,16 @@ class PretrainRun:
         pixels = normalize(pixels, tuple(self.recipe.image_mean), tuple(self.recipe.image_std))
         return {"pixel_values": pixels, "noise": batch["noise"].to(self.accelerator.device, non_blocking=True)}
 
-    def _roll_back(self, rollbacks: int, result: StepResult):
+    def _roll_back(self, result: StepResult):
         """The weights of the last checkpoint; the data go on, so what led here is not read again."""
+        self.rollbacks += 1
         latest = self.checkpoints.latest()
         text = f"loss {result.loss:.4g} in step {self.step + 1} at learning rate {result.learning_rate:.3g}"
         text += "" if not math.isfinite(result.loss) else ", and weights that are not finite"
-        if rollbacks >= MAX_ROLLBACKS:
+        if self.rollbacks >= MAX_ROLLBACKS:
             raise FloatingPointError(
-                f"{text}, for the {rollbacks}rd time. The last good weights are in {latest}. Lower base_learning_rate, "
-                "lengthen warmup_epochs, set clip_norm, or train in bf16."
+                f"{text}, for the {self.rollbacks}rd time. The last good weights are in {latest}. Lower "
+                "base_learning_rate, lengthen warmup_epochs, set clip_norm, or train in bf16."
             )
         self._say(f"{text}: back to {latest.name}, and on with other data")
         self.checkpoints.load(latest)
@@ -289,7 +341,14 @@ class PretrainRun:
         except OSError as error:
             logger.error(f"{name} could not be written in step {self.step} ({error.strerror}); the run goes on.")
 
+    def _count_bad_pictures(self):
+        """Those of all processes, as all processes know them."""
+        newly = torch.tensor(float(self.newly_bad), device=self.accelerator.device)
+        self.bad_pictures += int(self.accelerator.reduce(newly, "sum"))
+        self.newly_bad = 0
+
     def _log(self, result: StepResult, loss: float, steps: int, seconds: float, wait_share: float, progress: tqdm):
+        self._count_bad_pictures()
         if not self.accelerator.is_main_process:
             return
         images_per_second = steps * self.recipe.effective_batch_size / seconds
@@ -299,6 +358,7 @@ class PretrainRun:
             "images_per_second": images_per_second,
             "wait_share": wait_share,
             "epoch": self.step / self.recipe.steps_per_epoch,
+            "bad_pictures": self.bad_pictures,
         }
         if result.gradient_norm is not None:
             values["gradient_norm"] = result.gradient_norm

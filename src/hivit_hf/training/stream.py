@@ -2,23 +2,27 @@
 """
 Pictures as streams that can be stopped after any sample and go on with the next one.
 
-What a process reads depends on (seed, epoch, rank, worker) alone, and what it makes of a sample on (seed, epoch, the
-sample's bytes) alone. A stream never ends: each source begins its next epoch by itself, so processes with unequal
-shares neither wait for each other nor leave anything out.
+What a process reads depends on (seed, epoch, rank, worker, and their numbers) alone, and what it makes of a sample on
+(seed, epoch, the sample's bytes) alone. A stream never ends: each source begins its next epoch by itself, so processes
+with unequal shares neither wait for each other nor leave anything out.
 """
 
+import atexit
+import multiprocessing
 import random
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
+import fsspec.asyn
 import torch
 import xxhash
 from datasets import Dataset, Image, IterableDataset, load_dataset
-from datasets.distributed import split_dataset_by_node
+from huggingface_hub import HfApi
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from torch.utils.data import get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -59,11 +63,12 @@ class Source:
 
 @dataclass(frozen=True)
 class OpenSource:
-    """A source as a `datasets` stream, and the column of it that holds the pictures."""
+    """A source as a `datasets` stream, the column with the pictures, and the commit that is read of a Hub dataset."""
 
     source: Source
     dataset: IterableDataset
     column: str
+    revision: str | None = None
 
 
 def open_source(source: Source) -> OpenSource:
@@ -73,13 +78,14 @@ def open_source(source: Source) -> OpenSource:
     Raises:
         ValueError: if the folder holds no pictures, or the column does not exist or cannot be told.
     """
-    folder = Path(source.name)
+    folder, revision = Path(source.name), None
     if folder.is_dir():
         dataset = _open_folder(folder)
     elif folder.exists() or source.name.startswith((".", "/")):
         raise ValueError(f"{source.name} must be a folder of Parquet files, tars or pictures, or a dataset of the Hub.")
     else:
-        dataset = load_dataset(source.name, source.config, split=source.split, revision=source.revision, streaming=True)
+        revision = _commit_of(source)
+        dataset = load_dataset(source.name, source.config, split=source.split, revision=revision, streaming=True)
     features = dataset.features or {}
     pictures = [name for name, feature in features.items() if isinstance(feature, Image)]
     column = source.column or (pictures[0] if len(pictures) == 1 else "image" if "image" in features else None)
@@ -92,7 +98,16 @@ def open_source(source: Source) -> OpenSource:
     if source.label_column is not None and source.label_column not in features:
         raise ValueError(f"{source.name} has no column {source.label_column!r}; its columns are {', '.join(features)}.")
     keep = [name for name in features if name in (column, source.label_column, "__key__", "__url__")]
-    return OpenSource(source, dataset.select_columns(keep).reshard(), column)
+    return OpenSource(source, dataset.select_columns(keep).reshard(), column, revision)
+
+
+def _commit_of(source: Source) -> str | None:
+    """The commit that a revision means now, so that all processes and resumptions read the same."""
+    try:
+        return HfApi().dataset_info(source.name, revision=source.revision).sha
+    except Exception as error:  # load_dataset has its own ways, and says better what is wrong
+        logger.warning(f"{source.name}: its commit cannot be found out ({type(error).__name__}), so it is not pinned.")
+        return source.revision
 
 
 def _open_folder(folder: Path) -> IterableDataset:
@@ -121,55 +136,102 @@ def picture_of(example: dict, column: str) -> tuple[bytes, str]:
     return data or b"", str(path or "")
 
 
+class ShardReader:
+    """The samples of some shards one after the other, from a place on, and the place after the sample last given."""
+
+    def __init__(self, dataset: IterableDataset, shards: Sequence[int], place: dict):
+        self.dataset, self.shards = dataset, shards
+        self.position, self.num_read, self.current = place["position"], place["num_read"], None
+        self.within = place["within"]
+
+    def __iter__(self) -> Iterator[dict]:
+        for position in range(self.position, len(self.shards)):
+            self.position = position
+            self.current = self.dataset.shard(self.dataset.num_shards, self.shards[self.position])
+            if self.within is not None:
+                self.current.load_state_dict(self.within)
+            for batch in self.current.iter(batch_size=1):  # unlike iter(dataset), never splits among workers by itself
+                self.num_read += 1
+                yield {name: values[0] for name, values in batch.items()}
+            self.within, self.num_read = None, 0
+
+    def place(self) -> dict:
+        """Which of the shards, how many of its samples have been read, and the state that `datasets` has for it."""
+        return {"position": self.position, "num_read": self.num_read, "within": self.current.state_dict()}
+
+
+START_OF_EPOCH = {"window": 0, "given": 0, "position": 0, "num_read": 0, "within": None}
+
+
 class EndlessSource:
     """
     One source, epoch after epoch: shards in another order each time, samples shuffled within windows.
 
-    Its state is where the current window began, and how many of its samples have been given out: on resumption the
-    window is read again and shuffled alike. So nothing depends on a buffer that would have to be saved.
+    A reader is a worker of a process, and reads every so-manieth shard. Its state is where the current window began,
+    and how many of the window's samples have been given out: on resumption the window is read again and shuffled alike.
+    So nothing depends on a buffer that would have to be saved. `done` holds, for an epoch, shards that need no reading
+    any more, because other readers have done so before their number changed.
     """
 
-    def __init__(self, opened: OpenSource, seed: int, rank: int, world_size: int, window: int):
-        self.opened, self.seed, self.rank, self.world_size, self.window = opened, seed, rank, world_size, window
-        self.state = {"epoch": 0, "window": 0, "given": 0, "dataset": None}
+    def __init__(self, opened: OpenSource, seed: int, window: int):
+        self.opened, self.seed, self.window = opened, seed, window
+        self.state = {"epoch": 0, "done": {}, **START_OF_EPOCH}
 
-    def epoch_stream(self, epoch: int) -> IterableDataset:
-        """This process's part of an epoch, shard after shard."""
-        dataset = self.opened.dataset.shuffle(
-            seed=seed_of(self.seed, self.opened.source.name, epoch) % 2**32, buffer_size=1, max_buffer_input_shards=1
-        )
-        if self.world_size == 1:
-            return dataset
-        return split_dataset_by_node(dataset, self.rank, self.world_size, strategy="shards")
+    def shards_of(self, reader: int, num_readers: int, epoch: int, done: dict[int, list[int]]) -> list[int]:
+        """What a reader reads of an epoch, in order."""
+        order = list(range(self.opened.dataset.num_shards))
+        random.Random(seed_of(self.seed, self.opened.source.name, epoch)).shuffle(order)
+        finished = set(done.get(epoch, ()))
+        return [shard for shard in order if shard not in finished][reader::num_readers]
 
-    def __iter__(self) -> Iterator[tuple[dict, int]]:
-        """Examples and their epoch, without end. Raises ValueError if an epoch of this process is empty."""
-        worker = get_worker_info()
+    def read(self, reader: int, num_readers: int) -> Iterator[tuple[dict, int]]:
+        """Examples and their epoch, without end. Raises ValueError if a whole epoch of this reader is empty."""
         while True:
-            epoch, anything = self.state["epoch"], self.state["window"] > 0
-            dataset = self.epoch_stream(epoch)
-            if self.state["dataset"] is not None:
-                dataset.load_state_dict(self.state["dataset"])
-            iterator = iter(dataset)
-            while examples := [example for _, example in zip(range(self.window), iterator)]:
+            epoch, state = self.state["epoch"], self.state
+            shards = self.shards_of(reader, num_readers, epoch, state["done"])
+            anything = state["window"] > 0 or epoch in state["done"]
+            samples = ShardReader(self.opened.dataset, shards, state)
+            iterator = iter(samples)
+            while examples := list(islice(iterator, self.window)):
                 anything = True
-                key = (self.seed, epoch, self.rank, worker.id if worker else 0, self.state["window"])
-                random.Random(seed_of(*key)).shuffle(examples)
-                for example in examples[self.state["given"] :]:
-                    self.state["given"] += 1
+                random.Random(seed_of(self.seed, epoch, reader, num_readers, state["window"])).shuffle(examples)
+                for example in examples[state["given"] :]:
+                    state["given"] += 1
                     yield example, epoch
-                self.state.update(window=self.state["window"] + 1, given=0, dataset=dataset.state_dict())
+                state.update(window=state["window"] + 1, given=0, **samples.place())
             if not anything:
-                raise ValueError(
-                    f"{self.opened.source.name} gives no sample to rank {self.rank}. It has too few shards."
-                )
-            self.state = {"epoch": epoch + 1, "window": 0, "given": 0, "dataset": None}
+                raise ValueError(f"{self.opened.source.name} gives no sample to reader {reader} of {num_readers}.")
+            later = {number: shards for number, shards in state["done"].items() if number > epoch}
+            state.update(START_OF_EPOCH, epoch=epoch + 1, done=later)
+
+    def done_by(self, states: Sequence[dict]) -> tuple[int, dict[int, list[int]], int]:
+        """
+        What all readers together have read, by shards.
+
+        Args:
+            states: of all readers, in order.
+
+        Returns:
+            The first epoch that has something left; for each epoch from there on the shards that are done; and how many
+            samples of the others were read already.
+        """
+        first = min(state["epoch"] for state in states)
+        before = {epoch: shards for state in states for epoch, shards in state["done"].items()}  # all began with them
+        done = {
+            epoch: set(before.get(epoch, ())) for epoch in range(first, max(state["epoch"] for state in states) + 1)
+        }
+        for reader, state in enumerate(states):
+            for epoch in range(first, state["epoch"] + 1):
+                shards = self.shards_of(reader, len(states), epoch, before)
+                done[epoch].update(shards if epoch < state["epoch"] else shards[: state["position"]])
+        repeated = sum(state["num_read"] + state["given"] for state in states)
+        return first, {epoch: sorted(shards) for epoch, shards in done.items()}, repeated
 
 
 class SampleStream(TorchIterableDataset):
     """
     Samples of several sources, mixed by weight: dictionaries with `pixel_values` (uint8), `noise` (N,) that the mask is
-    drawn from, and `sample_id`.
+    drawn from, `sample_id`, and `skipped`: bad pictures that came before it.
 
     Args:
         sources: what is read.
@@ -192,24 +254,30 @@ class SampleStream(TorchIterableDataset):
         window: int = 256,
         max_bad_fraction: float = 0.01,
     ):
-        self.sources = [EndlessSource(opened, seed, rank, world_size, window) for opened in sources]
+        self.sources = [EndlessSource(opened, seed, window) for opened in sources]
         self.weights = [opened.source.weight for opened in sources]
-        self.transform, self.num_units, self.seed, self.rank = transform, num_units, seed, rank
+        self.transform, self.num_units, self.seed = transform, num_units, seed
+        self.rank, self.world_size = rank, world_size
         self.max_bad_fraction = max_bad_fraction
         self.draws = self.num_bad = 0
 
     def __iter__(self) -> Iterator[dict]:
         worker = get_worker_info()
-        worker_id = worker.id if worker else 0
-        iterators = [iter(source) for source in self.sources]
+        worker_id, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        reader, num_readers = self.rank * num_workers + worker_id, self.world_size * num_workers
+        iterators = [source.read(reader, num_readers) for source in self.sources]
+        skipped = 0
         while True:
-            choice = random.Random(seed_of(self.seed, "mixture", self.rank, worker_id, self.draws))
+            choice = random.Random(seed_of(self.seed, "mixture", reader, num_readers, self.draws))
             index = choice.choices(range(len(iterators)), self.weights)[0]
             example, epoch = next(iterators[index])
             self.draws += 1
             sample = self._prepare(example, self.sources[index].opened, epoch)
-            if sample is not None:
-                yield sample
+            if sample is None:
+                skipped += 1
+                continue
+            yield {**sample, "skipped": skipped}
+            skipped = 0
 
     def _prepare(self, example: dict, opened: OpenSource, epoch: int) -> dict | None:
         name = "?"
@@ -243,28 +311,68 @@ class SampleStream(TorchIterableDataset):
             source.state = dict(source_state)
         self.draws, self.num_bad = state["draws"], state["num_bad"]
 
+    def begin_after(self, states: Sequence[dict]) -> int:
+        """
+        Goes on where readers of another number stopped: no shard that they finished is read again in its epoch.
 
-def read_first(opened: OpenSource, transform: Callable[[bytes, int], torch.Tensor], number: int):
+        Args:
+            states: of all those readers, by rank and worker.
+
+        Returns:
+            Samples that will be read a second time, as their shards were not finished.
+        """
+        repeated = 0
+        for index, source in enumerate(self.sources):
+            epoch, done, again = source.done_by([state["sources"][index] for state in states])
+            source.state = {"epoch": epoch, "done": done, **START_OF_EPOCH}
+            repeated += again
+        return repeated
+
+
+def stream_states(loader_state) -> Iterator[dict]:
+    """The states of the streams in what a StatefulDataLoader saved, by worker."""
+    if isinstance(loader_state, dict):
+        if {"sources", "draws"} <= set(loader_state):
+            yield loader_state
+        else:
+            for value in loader_state.values():
+                yield from stream_states(value)
+
+
+def read_some(opened: OpenSource, transform: Callable[[bytes, int], torch.Tensor], number: int):
     """
-    The first readable pictures of a source, and their labels: (number or fewer, channels, H, W) uint8, and (number,) or
-    None.
+    Readable pictures from all over a source, always the same, and their labels: (number or fewer, channels, H, W)
+    uint8, and (number,) or None. They are the first ones of evenly spread shards, as folders are sorted by class.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: if more than nine of ten pictures cannot be read.
     """
-    pictures, labels = [], []
-    for example in opened.dataset:
-        if len(pictures) == number:
-            break
+    dataset, pictures, labels, tried = opened.dataset, [], [], 0
+    num_shards = min(dataset.num_shards, number)
+    shards = [dataset.num_shards * i // num_shards for i in range(num_shards)]
+    for example in _in_turn([iter(ShardReader(dataset, [shard], START_OF_EPOCH)) for shard in shards]):
+        tried += 1
         try:
             pictures.append(transform(picture_of(example, opened.column)[0], 0))
+            labels.append(example.get(opened.source.label_column))
         except UnreadablePictureError as error:
             logger.warning(f"skipped {opened.source.name}: {error}")
-            continue
-        labels.append(example.get(opened.source.label_column))
-    if not pictures:
-        raise ValueError(f"{opened.source.name} holds no picture that can be read.")
+        if len(pictures) == number or tried >= 10 * number > 10 * len(pictures):
+            break
+    if len(pictures) * 10 <= tried:
+        raise ValueError(f"Of {opened.source.name}, {len(pictures)} of {tried} pictures can be read: is it the column?")
     return torch.stack(pictures), None if opened.source.label_column is None else torch.tensor(labels)
+
+
+def _in_turn(iterators: list[Iterator]) -> Iterator:
+    """One of each, then the next of each, until all are empty."""
+    while iterators:
+        left = []
+        for iterator in iterators:
+            for item in islice(iterator, 1):
+                left.append(iterator)
+                yield item
+        iterators = left
 
 
 def check_shards(sources: Sequence[OpenSource], world_size: int, num_workers: int):
@@ -289,7 +397,9 @@ def check_disjoint(stream: SampleStream, gather: Callable[[list], list], num_sam
     """
     for source in stream.sources:
         mine = set()
-        for _, example in zip(range(num_samples), source.epoch_stream(0)):
+        shards = source.shards_of(stream.rank, stream.world_size, 0, {})
+        first = ShardReader(source.opened.dataset, shards, START_OF_EPOCH)
+        for example in islice(first, num_samples):
             with suppress(UnreadablePictureError):
                 mine.add(xxhash.xxh3_64_hexdigest(picture_of(example, source.opened.column)[0]))
         counts = Counter(gather(sorted(mine)))
@@ -301,20 +411,29 @@ def check_disjoint(stream: SampleStream, gather: Callable[[list], list], num_sam
             )
 
 
-def _leave_signals_to_the_trainer(_worker_id: int):
+def _begin_worker(_worker_id: int):
     """Launchers signal the whole group of processes: a worker that died of it would take the last save with it."""
+    fsspec.asyn.reset_lock()  # a lock of the parent, which nobody here would open
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
+def _end_workers():
+    """At exit, where Python would send the signal that they ignore, and wait for ever."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
 def make_loader(stream: SampleStream, batch_size: int, num_workers: int, pin_memory: bool) -> StatefulDataLoader:
     """Batches without end. Not to be prepared by Accelerate, which would split the stream a second time."""
+    atexit.register(_end_workers)
     return StatefulDataLoader(
         stream,
         batch_size=batch_size,
         num_workers=num_workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,
-        worker_init_fn=_leave_signals_to_the_trainer,
+        worker_init_fn=_begin_worker,
         generator=torch.Generator(),  # iterating draws a number, which must not come from the training's own
     )
