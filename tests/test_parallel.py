@@ -11,18 +11,25 @@ import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+import kill_test
+from hivit_hf import HiViTForMaskedImageModeling
+
 
 ROOT = Path(__file__).parents[1]
 
 
-def take_steps(output, processes, *flags):
+def launch(processes, script, *arguments):
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
-    command = [*launcher, str(ROOT / "tests" / "parallel_steps.py"), str(output), *flags]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
+    command = [*launcher, str(ROOT / "tests" / script), *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def take_steps(output, processes, *flags):
+    finished = launch(processes, "parallel_steps.py", output, *flags)
     assert finished.returncode == 0, finished.stderr[-3000:]
     return json.loads((output / "losses.json").read_text()), load_file(output / "model.safetensors")
 
@@ -39,3 +46,14 @@ def test_one_process_two_with_ddp_and_two_with_fsdp2(tmp_path):
     for name, tensor in weights.items():
         assert_close(ddp_weights[name], tensor, atol=2e-5, rtol=1e-4)
         assert torch.equal(fsdp_weights[name], ddp_weights[name]), name
+
+
+@pytest.mark.slow
+def test_a_run_under_fsdp2_goes_on_exactly(tmp_path):
+    data = kill_test.write_pictures(tmp_path / "data", "parquet")
+    for name, steps in [("whole", 12), ("part", 7), ("part", 12)]:
+        finished = launch(2, "parallel_run.py", data, tmp_path / name, steps, "--fsdp")
+        assert finished.returncode == 0, finished.stderr[-3000:]
+    assert "resumed step-00000007" in finished.stdout
+    assert kill_test.compare(tmp_path / "whole", tmp_path / "part") == (12, 0)
+    HiViTForMaskedImageModeling.from_pretrained(tmp_path / "part" / "model")

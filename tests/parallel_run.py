@@ -1,0 +1,42 @@
+"""
+torchrun --nproc_per_node 2 tests/parallel_run.py DATA OUTPUT MAX_STEPS [--fsdp]
+
+A pre-training of the smoke recipe up to a step, from the latest checkpoint on if there is one.
+"""
+
+import argparse
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from hivit_hf.training.recipe import PretrainRecipe, read_recipe
+from hivit_hf.training.run import PretrainRun
+from parallel_steps import use_fsdp2
+
+
+SMOKE = Path(__file__).parents[1] / "examples" / "recipes" / "smoke_cpu.yaml"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", help="Folder with pictures.")
+    parser.add_argument("output", help="Where the run goes.")
+    parser.add_argument("max_steps", type=int, help="Steps until it stops.")
+    parser.add_argument("--fsdp", action="store_true", help="Shard with FSDP2 instead of copying with DDP.")
+    arguments = parser.parse_args()
+    accelerator = Accelerator(cpu=True)
+    if arguments.fsdp:
+        use_fsdp2()
+        assert accelerator.is_fsdp2
+    numbers = {"images_per_epoch": 48, "epochs": 8, "checkpoint_every_steps": 5, "log_samples": True, "batch_size": 4}
+    numbers |= {"dataset_name": [arguments.data], "output_dir": arguments.output, "monitor_images": 16}
+    numbers |= {"max_steps": arguments.max_steps, "resume": "latest", "drop_path_rate": 0.1}
+    run = PretrainRun(PretrainRecipe(**{**read_recipe(SMOKE), **numbers}), accelerator)
+    assert any(type(module).__name__.startswith("FSDP") for module in run.training.model.modules()) == arguments.fsdp
+    run.train()
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
