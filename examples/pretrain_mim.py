@@ -38,12 +38,16 @@ def main(argv: list[str] | None = None) -> int:
     recipe = parse(argv)
     datasets.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    accelerator = Accelerator(
-        mixed_precision=recipe.mixed_precision,
-        dynamo_backend="inductor" if recipe.compile else None,
-        log_with=None if recipe.tracker == "none" else recipe.tracker,
-        project_dir=recipe.output_dir,
-    )
+    try:
+        accelerator = Accelerator(
+            mixed_precision=recipe.mixed_precision,
+            dynamo_backend="inductor" if recipe.compile else None,
+            log_with=None if recipe.tracker == "none" else recipe.tracker,
+            project_dir=recipe.output_dir,
+        )
+    except (ValueError, ImportError) as error:  # a precision that the device has not, a tracker that is not installed
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     try:
         run = PretrainRun(recipe, accelerator)
         accelerator.init_trackers("hivit")

@@ -49,11 +49,16 @@ def test_one_process_two_with_ddp_and_two_with_fsdp2(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_under_fsdp2_goes_on_exactly(tmp_path):
-    data = kill_test.write_pictures(tmp_path / "data", "parquet")
+def test_a_run_under_fsdp2_with_unequal_shares_goes_on_exactly(tmp_path):
+    output = tmp_path / "whole"
+    data = kill_test.write_pictures(tmp_path / "data", "tar")
+    for number in range(2, 7):
+        (data / f"{number}.tar").unlink()  # of shards with 20, 20 and 13 pictures one process has two, the other one
     for name, steps in [("whole", 12), ("part", 7), ("part", 12)]:
         finished = launch(2, "parallel_run.py", data, tmp_path / name, steps, "--fsdp")
         assert finished.returncode == 0, finished.stderr[-3000:]
     assert "resumed step-00000007" in finished.stdout
     assert kill_test.compare(tmp_path / "whole", tmp_path / "part") == (12, 0)
+    read = [{name for (record,) in steps.values() for name in record["samples"]} for steps in kill_test.records(output)]
+    assert len(read[0] | read[1]) == 53  # nothing left out, and nobody waited for the other
     HiViTForMaskedImageModeling.from_pretrained(tmp_path / "part" / "model")

@@ -25,6 +25,7 @@ from torch.testing import assert_close
 
 import kill_test
 from hivit_hf import HiViTForMaskedImageModeling
+from hivit_hf.training import run as run_module
 from hivit_hf.training.checkpoint import read_manifest
 from hivit_hf.training.monitor import nearest_neighbour_accuracy
 from hivit_hf.training.pretrain import MaskedTraining, StepResult
@@ -177,10 +178,47 @@ def test_a_loss_that_is_not_finite_rolls_back_and_reads_on(make_run, tmp_path, c
 
 
 def test_the_third_loss_that_is_not_finite_stops_the_run(make_run):
-    run = make_run()
-    nan_at(run, [6, 7, 8])
-    with pytest.raises(FloatingPointError, match=r"loss nan in step 9 .* for the 3rd time. The last good weights"):
+    """Also if the run was begun again in between."""
+    run = make_run(max_steps=12)
+    nan_at(run, [6, 7])
+    assert run.train()
+    run = make_run(resume="latest")
+    nan_at(run, [13])
+    with pytest.raises(FloatingPointError, match=r"loss nan in step 14 .* for the 3rd time. The last good weights"):
         run.train()
+
+
+def test_checkpoints_go_to_the_hub_if_asked(make_run, tmp_path, monkeypatch):
+    uploaded = []
+
+    class Upload:
+        def __init__(self, repository, private, checkpoints):
+            assert (repository, private) == ("me/run", False)
+
+        def begin(self, checkpoint):
+            uploaded.append(checkpoint.name)
+
+        def finish(self, checkpoint):
+            uploaded.append(f"last {checkpoint.name}")
+
+    monkeypatch.setattr(run_module, "HubUpload", Upload)
+    assert make_run(hub_model_id="me/run", hub_private=False, checkpoint_every_steps=10).train()
+    assert uploaded == ["step-00000010", "step-00000020", "step-00000024", "last step-00000024"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bad_pictures_are_counted_over_resumptions(workers, make_run, tmp_path):
+    rows = [{"bytes": kill_test.jpeg(n) if n % 10 else b"no picture", "path": f"{n}.jpg"} for n in range(40)]
+    pq.write_table(pa.table({"image": rows}), tmp_path / "bad.parquet")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "bad.parquet").rename(tmp_path / "data" / "bad.parquet")
+    changes = {"dataset_name": [str(tmp_path / "data")], "max_bad_fraction": 0.2, "num_workers": workers}
+    assert make_run(max_steps=9, **changes).train()
+    assert make_run(resume="latest", **changes).train()
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    counts = {line["step"]: line["bad_pictures"] for line in log if "bad_pictures" in line}
+    assert counts[24] == pytest.approx(24 * 16 / 9, abs=4)  # one of ten, so one for nine good ones
+    assert counts[5] < counts[9] < counts[15] < counts[24]
 
 
 def test_a_full_disk_does_not_end_the_run(make_run, tmp_path, caplog):

@@ -4,6 +4,7 @@ import io
 import itertools
 import random
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +15,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 from torch.testing import assert_close
 
+from hivit_hf.training import stream
 from hivit_hf.training.augment import (
     CentreCrop,
     RandomCrop,
@@ -32,6 +34,7 @@ from hivit_hf.training.stream import (
     check_shards,
     make_loader,
     open_source,
+    read_some,
 )
 from kill_test import PICTURES, jpeg, write_pictures
 
@@ -348,3 +351,45 @@ def test_centre_crop_and_normalize():
     normal = normalize(pixels[None], (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     expected = (pixels[0, 3, 4] / 255 - 0.485) / 0.229
     assert_close(normal[0, 0, 3, 4], expected)
+
+
+def test_the_commit_of_a_hub_dataset_is_pinned(pictures, monkeypatch, caplog):
+    asked = {}
+
+    class Api:
+        def dataset_info(self, name, revision):
+            if name == "me/gone":
+                raise ConnectionError("no network")
+            return SimpleNamespace(sha=f"commit of {revision}")
+
+    def load(name, config, split, revision, streaming):
+        asked.update(name=name, config=config, split=split, revision=revision)
+        return real_load("parquet", data_files=str(pictures["parquet"] / "0.parquet"), split="train", streaming=True)
+
+    real_load = stream.load_dataset
+    monkeypatch.setattr(stream, "HfApi", Api)
+    monkeypatch.setattr(stream, "load_dataset", load)
+    opened = open_source(Source("me/photos", "small", "validation", "main"))
+    assert opened.revision == "commit of main"
+    assert asked == {"name": "me/photos", "config": "small", "split": "validation", "revision": "commit of main"}
+    assert open_source(Source("me/gone", revision="v1")).revision == "v1"
+    assert "me/gone: its commit cannot be found out" in caplog.text
+
+
+def test_pictures_to_look_at_come_from_all_over_a_folder(pictures, tmp_path):
+    """Folders are sorted by class: the first pictures would all be of one."""
+    tones = {"a": 0, "b": 120, "c": 240}
+    for name, tone in tones.items():
+        (tmp_path / name).mkdir()
+        for number in range(20):
+            Image.new("RGB", (40, 40), (tone,) * 3).save(tmp_path / name / f"{number}.png")
+    found, labels = read_some(open_source(Source(str(tmp_path))), CentreCrop(32, 32), 9)
+    assert found[:, 0, 0, 0].tolist() == [0] * 3 + [120] * 3 + [240] * 3 and labels is None
+    assert len(read_some(open_source(Source(str(tmp_path))), CentreCrop(32, 32), 100)[0]) == 60
+
+
+def test_a_column_without_pictures_is_noticed_soon(tmp_path):
+    pq.write_table(pa.table({"image": [b"text"] * 5000}), tmp_path / "0.parquet")
+    opened = open_source(Source(str(tmp_path), column="image"))
+    with pytest.raises(ValueError, match=r"0 of 80 pictures can be read: is it the column\?"):
+        read_some(opened, CentreCrop(32, 32), 8)
