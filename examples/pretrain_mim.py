@@ -12,6 +12,7 @@ import sys
 
 import datasets
 from accelerate import Accelerator
+from accelerate.utils import is_wandb_available
 from transformers import HfArgumentParser
 
 from hivit_hf.training.recipe import PretrainRecipe, read_recipe
@@ -39,13 +40,15 @@ def main(argv: list[str] | None = None) -> int:
     datasets.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     try:
+        if recipe.tracker == "wandb" and not is_wandb_available():
+            raise ValueError("tracker wandb is not installed: pip install wandb, or give --tracker tensorboard.")
         accelerator = Accelerator(
             mixed_precision=recipe.mixed_precision,
             dynamo_backend="inductor" if recipe.compile else None,
             log_with=None if recipe.tracker == "none" else recipe.tracker,
             project_dir=recipe.output_dir,
         )
-    except (ValueError, ImportError) as error:  # a precision that the device has not, a tracker that is not installed
+    except (ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     try:

@@ -448,6 +448,9 @@ def test_every_recipe_takes_two_steps(path, data, tmp_path):
         ({"crop_scale": [0.5]}, "crop_scale must be two shares"),
         ({"images_per_epoch": None}, r"give --images_per_epoch \(ImageNet-1k: 1281167\)"),
         ({"image_mean": [0.5]}, "image_mean needs 3 numbers"),
+        ({"allow_topology_change": True}, "is about resumptions: give --resume as well"),
+        ({"dataset_revision": "v1"}, "dataset_revision is of datasets of the Hub, but .* are folders"),
+        ({"dataset_config": "small"}, "dataset_config is of datasets of the Hub, but .* are folders"),
         ({"label_column": "label"}, "give --eval_dataset_name as well"),
         ({"model": "{"}, "--model must be a JSON object"),
         ({"model": "[1]"}, "--model must be a JSON object"),
@@ -506,6 +509,9 @@ def test_the_command_line(data, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     assert pretrain_mim.main(arguments) == 2
     assert "error: " in capsys.readouterr().err
+    monkeypatch.setattr(pretrain_mim, "is_wandb_available", lambda: False)
+    assert pretrain_mim.main([*recipe, "--output_dir", str(tmp_path / "wandb"), "--tracker", "wandb"]) == 2
+    assert "error: tracker wandb is not installed: pip install wandb" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stopped:
         pretrain_mim.main([*recipe, "--output_dir", str(tmp_path / "other"), "--warmup_epochs", "50"])
     assert stopped.value.code == 2

@@ -169,6 +169,9 @@ class PretrainRecipe:
             raise ValueError("A stream does not know its length: give --images_per_epoch (ImageNet-1k: 1281167).")
         if self.label_column and not self.eval_dataset_name:
             raise ValueError("label_column is of the held-out pictures: give --eval_dataset_name as well.")
+        for name in ("dataset_config", "dataset_revision"):
+            if getattr(self, name) is not None and all(Path(folder).is_dir() for folder in self.dataset_name):
+                raise ValueError(f"{name} is of datasets of the Hub, but {', '.join(self.dataset_name)} are folders.")
         if self.allow_topology_change and not self.resume:
             raise ValueError("allow_topology_change is about resumptions: give --resume as well.")
         config = self.model_config()
