@@ -117,15 +117,21 @@ def classifier(model: HiViTForImageClassification, recorded: dict[str, torch.Ten
 
 def dense(model: HiViTModel, recorded: dict[str, torch.Tensor], variants: dict[str, dict]) -> Outputs:
     """
-    The pyramid of the dense code without windows: 'H' is taken in the middle of stage 1, 'M' after the first merge, and
-    the other levels are the main stage. Position embeddings and tables of other sizes are the recorded ones, as the
-    original interpolates by another rule.
+    The pyramid of the dense code: 'H' is taken in the middle of stage 1, 'M' after the first merge, and the other
+    levels are the main stage. Position embeddings and tables of other sizes are the recorded ones or made by the
+    original's rule, which is not ours. Windows are filled up with zero tokens, as there.
     """
     for variant, how in variants.items():
-        if how.get("window_size") or how["with_fpn"] or "padded" in variant:
+        if how["with_fpn"] or "padded" in variant or how["out_indices"][0] != "H":
             continue
         images = recorded[f"in.{how['image']}"]
-        encoder = model_for_size(model, recorded, variant, images.shape[2:], how.get("rpe"))
+        changes = {}
+        if how.get("rpe") is not None:
+            changes["use_relative_position_bias"] = how["rpe"]
+        if how.get("window_size"):
+            changes |= {"window_size": how["window_size"], "global_attention_layers": how["global_indices"]}
+            changes |= {"attend_to_window_padding": True}
+        encoder = model_for_size(model, recorded, variant, images.shape[2:], changes)
         blocks, encoded = run_blocks(encoder, images)
         half = encoder.config.depths[0] - 1
         first_merge = encoder.config.stage_layers[0]
@@ -136,17 +142,32 @@ def dense(model: HiViTModel, recorded: dict[str, torch.Tensor], variants: dict[s
             yield f"{variant}.feat_{level}", tokens.flatten(4, 5).flatten(2, 3)
 
 
-def model_for_size(
-    model: HiViTModel, recorded: dict, variant: str, size: tuple[int, int], relative: bool | None
-) -> HiViTModel:
-    """The same encoder at the size of the images, with the recorded position embedding and tables in place."""
-    config = type(model.config)(**{**model.config.to_dict(), "image_size": list(size)})
-    if relative is not None:
-        config.use_relative_position_bias = relative
+def original_positions(table: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:
+    """Position embedding for another grid, by the rule of the original's `interpolate_pos_encoding`."""
+    if grid == new_grid:
+        return table
+    image = table[0].t().unflatten(1, grid).unsqueeze(0)
+    factors = [(new + 0.1) / length for new, length in zip(new_grid, grid)]
+    return nn.functional.interpolate(image, scale_factor=factors, mode="bicubic").flatten(2).transpose(1, 2)
+
+
+def model_for_size(model: HiViTModel, recorded: dict, variant: str, size: tuple[int, int], changes: dict) -> HiViTModel:
+    """The same encoder at the size of the images, with the original's position embedding and tables in place."""
+    grid = tuple(length // model.config.patch_size for length in size)
+    config = type(model.config)(**{**model.config.to_dict(), "image_size": list(size), **changes})
+    if config.use_relative_position_bias and config.window_size is not None:
+        config.image_size = model.config.image_size  # the tables are those of a window, not of the images
     encoder = HiViTModel(config, add_pooling_layer=False).eval()
     state = {name: tensor for name, tensor in model.state_dict().items() if name in encoder.state_dict()}
-    if f"out.{variant}.pos_embed" in recorded:
-        state["position_embeddings"] = recorded[f"out.{variant}.pos_embed"]
+    positions = recorded.get(f"out.{variant}.pos_embed")
+    if positions is None:
+        positions = original_positions(state["position_embeddings"], model.config.grid_size, grid)
+    if config.grid_size == grid:
+        state["position_embeddings"] = positions
+    else:
+        encoder.position_embeddings = None
+        del state["position_embeddings"]
+        encoder.dropout.register_forward_pre_hook(lambda _, inputs: (inputs[0] + positions,))
     tables = [name for name in state if name.endswith("relative_position_bias_table")]
     for number, name in enumerate(tables):
         state[name] = recorded.get(f"out.{variant}.rpe_table_{number}", state[name])

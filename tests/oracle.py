@@ -40,9 +40,11 @@ class Oracle:
     def mlp_block(self, name, x):
         return x + self.mlp(f"{name}.mlp", self.norm(f"{name}.norm2", x))
 
-    def attention_block(self, name, tokens, num_heads, bias):
-        """`bias(head, i, j)` is added to the score of query i and key j."""
+    def attention_block(self, name, tokens, num_heads, bias, num_zeros=0):
+        """`bias(head, i, j)` is added to the score of query i and key j; keys may go on with zeros (before the norm)."""
         projected = [self.linear(f"{name}.attention.qkv", self.norm(f"{name}.norm1", x)) for x in tokens]
+        zeros = self.norm(f"{name}.norm1", torch.zeros_like(tokens[0]))
+        projected += [self.linear(f"{name}.attention.qkv", zeros)] * num_zeros
         channels = len(tokens[0])
         size = channels // num_heads
         outputs = []
@@ -52,7 +54,7 @@ class Oracle:
                 here = slice(head * size, (head + 1) * size)
                 query = projected[i][0:channels][here]
                 scores = []
-                for j in range(len(tokens)):
+                for j in range(len(projected)):
                     key = projected[j][channels : 2 * channels][here]
                     scores.append((query * key).sum() / math.sqrt(size) + bias(head, i, j))
                 scores = torch.stack(scores)
@@ -111,20 +113,24 @@ class Oracle:
             tokens = [x + table[r, c] for x, (r, c) in zip(tokens, where)]
         for layer in range(self.c.depths[2]):
             name = f"hivit.stages.2.layers.{layer}"
+            window = None if layer in self.c.global_attention_layers else self.c.window_size
+            reach = (rows, columns) if window is None else (window, window)
+            keys, table = list(where), None
+            if window is not None and self.c.attend_to_window_padding:
+                filled = [(r, c) for r in range(rows + -rows % window) for c in range(columns + -columns % window)]
+                keys += [at for at in filled if at not in keys]
             if self.c.use_relative_position_bias:
                 table = self.w[f"{name}.attention.relative_position_bias_table"]
                 table = table.reshape(2 * home_rows - 1, 2 * home_columns - 1, -1)
-                table = bicubic(table, 2 * rows - 1, 2 * columns - 1)
+                table = bicubic(table, 2 * reach[0] - 1, 2 * reach[1] - 1)
 
-                def bias(head, i, j, table=table):
-                    (yi, xi), (yj, xj) = where[i], where[j]
-                    return table[yi - yj + rows - 1, xi - xj + columns - 1, head]
-            else:
+            def bias(head, i, j, window=window, reach=reach, keys=keys, table=table):
+                (yi, xi), (yj, xj) = keys[i], keys[j]
+                if window is not None and (yi // window, xi // window) != (yj // window, xj // window):
+                    return torch.tensor(-math.inf)
+                return 0 if table is None else table[yi - yj + reach[0] - 1, xi - xj + reach[1] - 1, head]
 
-                def bias(head, i, j):
-                    return 0
-
-            tokens = self.attention_block(name, tokens, self.c.num_attention_heads, bias)
+            tokens = self.attention_block(name, tokens, self.c.num_attention_heads, bias, len(keys) - len(where))
         stages = {"stage3": torch.stack(tokens)}
         for index, stage in enumerate(("stem", "stage1", "stage2")):
             side = 2 if stage == "stage2" else 4

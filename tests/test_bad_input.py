@@ -50,6 +50,13 @@ def within_a_second():
         ({"stem_mlp_ratio": 0.005}, r"stem_mlp_ratio 0.005 of 128 channels leaves an MLP without width"),
         ({"initializer_range": 0}, r"initializer_range must be positive, got 0"),
         ({"_note": "mine"}, r"no keyword '_note'"),
+        ({"window_size": 0}, r"window_size must be positive, got 0. The published value is 14"),
+        ({"global_attention_layers": [4]}, r"global_attention_layers \[4\] needs window_size: give it, or leave"),
+        ({"attend_to_window_padding": True}, r"attend_to_window_padding True needs window_size"),
+        (
+            {"window_size": 14, "global_attention_layers": [4, 20, -1]},
+            r"global_attention_layers \[20, -1\] do not exist: the main stage has layers 0 to 19",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -179,3 +186,9 @@ def test_a_pair_of_sizes_may_be_assigned_later(tiny_config):
     config.image_size = (32, 65)
     with pytest.raises(ValueError, match=r"got \(32, 65\); the nearest are \['32', '64 or 80'\]"):
         HiViTModel(config)
+
+
+def test_windows_and_masks_exclude_each_other():
+    config = HiViTConfig(image_size=64, hidden_size=32, depths=[1, 1, 1], num_attention_heads=2, window_size=2)
+    with pytest.raises(ValueError, match=r"Windows of 2 units need all of them: give no mask, or set window_size to"):
+        HiViTForMaskedImageModeling(config)(torch.randn(1, 3, 64, 64))

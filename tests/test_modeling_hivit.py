@@ -345,6 +345,49 @@ def test_flex_attention_gives_each_head_its_own_bias(masked, tiny_config, redraw
         assert_close(model(pixel_values, masks).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
 
 
+WINDOWS = {"window_size": 3, "global_attention_layers": [1], "image_size": 64}
+
+
+@pytest.mark.parametrize("size", [(48, 96), (80, 112), (32, 64)], ids=str)
+@pytest.mark.parametrize("use_relative_position_bias", [True, False], ids=["relative", "no_relative"])
+@pytest.mark.parametrize("attend_to_window_padding", [True, False], ids=["padding", "smaller"])
+def test_windows_equal_the_oracle(attend_to_window_padding, use_relative_position_bias, size, tiny_config, redraw):
+    """Sizes that windows of 3 units fill, do not fill, and that are smaller than one."""
+    changes = {"use_relative_position_bias": use_relative_position_bias, "depths": [1, 1, 3]}
+    config = tiny_config(**WINDOWS, **changes, attend_to_window_padding=attend_to_window_padding)
+    model = make(HiViTModel, config, redraw, torch.float64)
+    pixel_values = torch.randn(2, config.num_channels, *size, dtype=torch.float64)
+    oracle = Oracle({f"hivit.{name}": w for name, w in model.state_dict().items()}, config)
+    expected = torch.stack([oracle.encode(image)["stage3"] for image in pixel_values])
+    assert_close(model(pixel_values).last_hidden_state, expected, atol=1e-10, rtol=1e-10)
+
+
+def test_windows_compile_export_and_train(tiny_config, redraw):
+    model = make(HiViTBackbone, tiny_config(**WINDOWS, depths=[1, 1, 3]), redraw)
+    pixel_values = torch.randn(2, model.config.num_channels, 80, 112)
+    (expected,) = model(pixel_values).feature_maps
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(pixel_values)
+    assert_close(compiled.feature_maps[0], expected, atol=1e-5, rtol=1e-5)
+    exported = torch.export.export(model, (pixel_values,)).module()(pixel_values)
+    assert_close(exported.feature_maps[0], expected, atol=1e-5, rtol=1e-5)
+    expected.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    model.set_attn_implementation("eager")
+    assert [a.shape for a in model(pixel_values, output_attentions=True).attentions] == [
+        (2, 4, 35, 35)
+    ]  # the global one
+
+
+def test_a_window_as_large_as_the_image_changes_nothing(tiny_config, redraw):
+    config = tiny_config()
+    model = make(HiViTModel, config, redraw)
+    windowed = HiViTModel(tiny_config(window_size=4)).eval()
+    windowed.load_state_dict(model.state_dict())
+    pixel_values = images(config, 2)
+    assert_close(windowed(pixel_values).last_hidden_state, model(pixel_values).last_hidden_state)
+
+
 def test_flash_attention_refuses_the_relative_bias(tiny_config):
     attention = HiViTAttention(tiny_config(), 32, 4, use_relative_position_bias=True)
     attention.config._attn_implementation_internal = "flash_attention_2"

@@ -98,6 +98,14 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
             Standard deviation of the truncated normal that weights are drawn from.
         pooler_layernorm (`bool`, *optional*, defaults to `True`):
             Whether the mean over the units is normalised. mmpretrain's models do not.
+        window_size (`int`, *optional*):
+            Side in units of the windows that attention stays in, for large images; all units attend to each other if
+            unset. The published detectors have 14.
+        global_attention_layers (`list[int]`, *optional*, defaults to `[]`):
+            Layers of the main stage without windows, counted from 0. The published detectors have `[4, 9, 14, 19]`.
+        attend_to_window_padding (`bool`, *optional*, defaults to `False`):
+            What happens to windows that an image does not fill: they are smaller, or, as in the original's detection
+            code, filled up with zeros (before the norm) that the others attend to.
         mask_ratio (`float`, *optional*, defaults to 0.75):
             Share of the units that masked image modelling hides, in [0, 1).
         norm_pix_loss (`bool`, *optional*, defaults to `True`):
@@ -150,6 +158,9 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
     layer_norm_eps: float | int = 1e-6
     initializer_range: float | int = 0.02
     pooler_layernorm: bool = True
+    window_size: int | None = None
+    global_attention_layers: list[int] | tuple[int, ...] = ()
+    attend_to_window_padding: bool = False
     mask_ratio: float | int = 0.75
     norm_pix_loss: bool = True
     fuse_stages: bool = True
@@ -191,6 +202,7 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
         out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
         self._refuse_unknown_keywords(kwargs)
         self.depths = list(self.depths)
+        self.global_attention_layers = list(self.global_attention_layers)
         if not isinstance(self.image_size, int):
             self.image_size = list(self.image_size)
         self._refuse_unknown_stages(out_features)
@@ -280,6 +292,7 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
                     f"{name} {getattr(self, name)} of {channels} channels leaves an MLP without width: "
                     f"give {1 / channels:.3g} or more; the published values are 3 in the stem and 4 elsewhere."
                 )
+        self._check_windows()
         if self.problem_type not in (None, *PROBLEM_TYPES):
             raise ValueError(f"problem_type {self.problem_type!r} does not exist; choose from {PROBLEM_TYPES}.")
         if self.patch_size % 4:
@@ -304,6 +317,19 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
                     f"{prefix}num_attention_heads must divide {prefix}hidden_size {channels}, got {heads}; "
                     f"the nearest that does is {min(divisors, key=lambda h: abs(h - heads))}."
                 )
+
+    def _check_windows(self):
+        if self.window_size is None:
+            for name in ["global_attention_layers", "attend_to_window_padding"]:
+                if getattr(self, name):
+                    raise ValueError(f"{name} {getattr(self, name)} needs window_size: give it, or leave {name} out.")
+        elif self.window_size < 1:
+            raise ValueError(f"window_size must be positive, got {self.window_size}. The published value is 14.")
+        outside = [layer for layer in self.global_attention_layers if not 0 <= layer < self.depths[2]]
+        if outside:
+            raise ValueError(
+                f"global_attention_layers {outside} do not exist: the main stage has layers 0 to {self.depths[2] - 1}."
+            )
 
     @classmethod
     def _keywords(cls) -> list[str]:

@@ -57,7 +57,8 @@ class HiViTModelOutput(BaseModelOutputWithPooling):
         hidden_states (`tuple(torch.Tensor)`, *optional*):
             The embedding, then the output of each layer: `(B, V, 4, 4, C/4)`, `(B, V, 2, 2, C/2)`, `(B, V, C)`.
         attentions (`tuple(torch.Tensor)`, *optional*):
-            Attention probabilities of each main stage layer, `(B, heads, V, V)`; eager attention only.
+            Attention probabilities of each main stage layer, `(B, heads, V, V)`; eager attention only, and of
+            the layers without windows.
         stage_hidden_states (`tuple(torch.Tensor)`, *optional*):
             The embedding and the output of each stage, before the merge that follows it.
     """
@@ -127,7 +128,7 @@ def resize_table(table: torch.Tensor, size: tuple[int, int], new_size: tuple[int
     """Bicubic interpolation of a table over a grid: (rows * columns, channels) -> the same for `new_size`."""
     if size == new_size:
         return table
-    image = table.float().t().unflatten(1, size).unsqueeze(0)
+    image = table.to(torch.promote_types(table.dtype, torch.float32)).t().unflatten(1, size).unsqueeze(0)
     image = nn.functional.interpolate(image, size=new_size, mode="bicubic", align_corners=False)
     return image.squeeze(0).flatten(1).t().to(table.dtype)
 
@@ -146,14 +147,19 @@ def sin_cos_position_embeddings(grid: tuple[int, int], channels: int) -> torch.T
     return torch.cat([wave for angle in waves for wave in (angle.sin(), angle.cos())], dim=1).unsqueeze(0)
 
 
-def relative_position_index(grid: tuple[int, int], device: torch.device) -> torch.LongTensor:
-    """Row of a relative table with (2 * rows - 1) * (2 * columns - 1) entries for each pair (query, key): (N, N)."""
-    rows, columns = grid
+def relative_position_index(
+    grid: tuple[int, int], device: torch.device, table_grid: tuple[int, int] | None = None
+) -> torch.LongTensor:
+    """
+    Row of a relative table for each pair (query, key) of a grid: (N, N). The table is made for a grid of this size, or
+    for a larger one, and has (2 * its rows - 1) * (2 * its columns - 1) entries.
+    """
+    (rows, columns), (table_rows, table_columns) = grid, table_grid or grid
     row = torch.arange(rows, device=device).repeat_interleave(columns)
     column = torch.arange(columns, device=device).repeat(rows)
-    row_offset = row[:, None] - row[None, :] + rows - 1
-    column_offset = column[:, None] - column[None, :] + columns - 1
-    return row_offset * (2 * columns - 1) + column_offset
+    row_offset = row[:, None] - row[None, :] + table_rows - 1
+    column_offset = column[:, None] - column[None, :] + table_columns - 1
+    return row_offset * (2 * table_columns - 1) + column_offset
 
 
 # -- layers ---------------------------------------------------------------------------------------------------------
@@ -249,12 +255,23 @@ def eager_attention_forward(
 
 
 class HiViTAttention(nn.Module):
-    """Attention over units, with a learned bias per head and relative position if `use_relative_position_bias`."""
+    """
+    Attention over units, with a learned bias per head and relative position if `use_relative_position_bias`; over all
+    of them, or inside windows of `window_size` units.
+    """
 
-    def __init__(self, config: HiViTConfig, channels: int, num_heads: int, use_relative_position_bias: bool):
+    def __init__(
+        self,
+        config: HiViTConfig,
+        channels: int,
+        num_heads: int,
+        use_relative_position_bias: bool,
+        window_size: int | None = None,
+    ):
         super().__init__()
         self.config = config
         self.num_heads = num_heads
+        self.window_size = window_size
         self.scaling = (channels // num_heads) ** -0.5
         self.dropout = config.attention_probs_dropout_prob
         self.is_causal = False
@@ -277,12 +294,27 @@ class HiViTAttention(nn.Module):
         hidden_states: torch.Tensor,
         position_index: torch.LongTensor | None = None,
         grid: tuple[int, int] | None = None,
+        window_padding: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        # (B, V, 3 * channels) -> three of (B, heads, V, d), which are views
-        qkv = self.qkv(hidden_states).chunk(3, dim=2)
-        query, key, value = (part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in qkv)
+        qkv = self.qkv(hidden_states)
+        if self.window_size is None:
+            output, probabilities = self.attend(qkv, position_index, grid, **kwargs)
+        else:
+            padding = None if window_padding is None else self.qkv(window_padding)
+            output, probabilities = self.attend_in_windows(qkv, grid, padding, **kwargs), None
+        return self.proj_dropout(self.proj(output)), probabilities
 
+    def attend(
+        self,
+        qkv: torch.Tensor,
+        position_index: torch.LongTensor | None,
+        grid: tuple[int, int] | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """All units among each other: (B, V, 3 * channels) -> (B, V, channels), and the probabilities if eager."""
+        # (B, V, 3 * channels) -> three of (B, heads, V, d), which are views
+        query, key, value = (part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=2))
         implementation = self.config._attn_implementation
         if implementation == "sdpa" and query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16):
             implementation = "eager"  # on CPUs SDPA is the faster one in float32 only: benchmarks/attention.py
@@ -301,7 +333,47 @@ class HiViTAttention(nn.Module):
         output, probabilities = attention(
             self, query, key, value, bias, dropout=dropout, scaling=self.scaling, **kwargs
         )
-        return self.proj_dropout(self.proj(output.flatten(2))), probabilities
+        return output.flatten(2), probabilities
+
+    def attend_in_windows(
+        self,
+        qkv: torch.Tensor,
+        grid: tuple[int, int],
+        padding: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        """
+        Units of a window among each other: (B, N, 3 * channels) -> (B, N, channels). What is left at the right and the
+        lower edge are smaller windows, unless there is `padding` (3 * channels,) to fill them up with.
+        """
+        (rows, columns), size = grid, self.window_size
+        tokens = qkv.unflatten(1, grid)
+        if padding is not None:
+            filled = padding.to(qkv.dtype).expand(len(qkv), rows + -rows % size, columns + -columns % size, -1).clone()
+            filled[:, :rows, :columns] = tokens
+            tokens = filled
+        bands = [
+            torch.cat([self._attend_alike(part, **kwargs) for part in self._split(band, dim=2)], dim=2)
+            for band in self._split(tokens, dim=1)
+        ]
+        return torch.cat(bands, dim=1)[:, :rows, :columns].flatten(1, 2)
+
+    def _split(self, tokens: torch.Tensor, dim: int) -> tuple[torch.Tensor, ...]:
+        """The part that holds whole windows, and the rest; each if there is any."""
+        rest = tokens.shape[dim] % self.window_size
+        return tokens.split([length for length in (tokens.shape[dim] - rest, rest) if length], dim)
+
+    def _attend_alike(self, tokens: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        """A rectangle of windows of one size: (B, rows, columns, 3 * channels) -> (B, rows, columns, channels)."""
+        height, width = (min(length, self.window_size) for length in tokens.shape[1:3])
+        windows = tokens.unflatten(2, (-1, width)).unflatten(1, (-1, height)).transpose(2, 3)
+        index, window = None, (self.window_size, self.window_size)
+        if self.relative_position_bias_table is not None:
+            index = relative_position_index((height, width), tokens.device, window)
+        # (B, vertically, horizontally, height, width, 3 * channels) -> (all windows, height * width, 3 * channels)
+        output, _ = self.attend(windows.flatten(3, 4).flatten(0, 2), index, window, **kwargs)
+        output = output.unflatten(1, (height, width)).unflatten(0, windows.shape[:3])
+        return output.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 class HiViTMLPLayer(GradientCheckpointingLayer):
@@ -328,10 +400,11 @@ class HiViTAttentionLayer(HiViTMLPLayer):
         mlp_ratio: float,
         drop_path_rate: float = 0.0,
         use_relative_position_bias: bool = False,
+        window_size: int | None = None,
     ):
         super().__init__(config, channels, mlp_ratio, drop_path_rate)
         self.norm1 = nn.LayerNorm(channels, eps=config.layer_norm_eps)
-        self.attention = HiViTAttention(config, channels, num_heads, use_relative_position_bias)
+        self.attention = HiViTAttention(config, channels, num_heads, use_relative_position_bias, window_size)
 
     def forward(
         self,
@@ -340,7 +413,9 @@ class HiViTAttentionLayer(HiViTMLPLayer):
         grid: tuple[int, int] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        attended, _ = self.attention(self.norm1(hidden_states), position_index, grid, **kwargs)
+        # the original fills windows up with zeros before the norm, which makes its bias of them
+        padding = self.norm1.bias if self.attention.config.attend_to_window_padding else None
+        attended, _ = self.attention(self.norm1(hidden_states), position_index, grid, padding, **kwargs)
         return super().forward(hidden_states + self.drop_path(attended))
 
 
@@ -498,8 +573,9 @@ class HiViTModel(HiViTPreTrainedModel):
                             config.mlp_ratio,
                             rate,
                             config.use_relative_position_bias,
+                            None if layer in config.global_attention_layers else config.window_size,
                         )
-                        for rate in rates[second:]
+                        for layer, rate in enumerate(rates[second:])
                     ]
                 ),
             ]
@@ -543,6 +619,11 @@ class HiViTModel(HiViTPreTrainedModel):
         if bool_masked_pos is None and num_visible_units is not None:
             raise ValueError(f"num_visible_units ({num_visible_units}) needs bool_masked_pos: which units they are.")
         if bool_masked_pos is not None:
+            if self.config.window_size is not None:
+                raise ValueError(
+                    f"Windows of {self.config.window_size} units need all of them: give no mask, or set window_size "
+                    "to None."
+                )
             if num_visible_units is None:
                 num_visible_units = self._count_visible_units(bool_masked_pos, len(pixel_values), math.prod(grid))
             visible = visible_indices(bool_masked_pos, num_visible_units)
