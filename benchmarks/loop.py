@@ -63,7 +63,6 @@ def main():
             tracker="none",
         )
         run = PretrainRun(recipe, Accelerator(mixed_precision=recipe.mixed_precision))
-        run.output.mkdir()
         device = run.accelerator.device
         batches, clock, ready = iter(run.loader), WaitClock(), None
         loop_s, bare_s, waited_s = [], [], []
