@@ -1,5 +1,5 @@
 """
-torchrun --nproc_per_node 2 tests/parallel_run.py DATA OUTPUT MAX_STEPS [--fsdp]
+torchrun --nproc_per_node 2 tests/parallel_run.py DATA OUTPUT MAX_STEPS [--fsdp | --zero STAGE]
 
 A pre-training of the smoke recipe up to a step, from the latest checkpoint on if there is one.
 """
@@ -7,11 +7,9 @@ A pre-training of the smoke recipe up to a step, from the latest checkpoint on i
 import argparse
 from pathlib import Path
 
-from accelerate import Accelerator
-
 from hivit_hf.training.recipe import PretrainRecipe, read_recipe
 from hivit_hf.training.run import PretrainRun
-from parallel_steps import use_fsdp2
+from parallel_steps import make_accelerator
 
 
 SMOKE = Path(__file__).parents[1] / "examples" / "recipes" / "smoke_cpu.yaml"
@@ -23,11 +21,9 @@ def main():
     parser.add_argument("output", help="Where the run goes.")
     parser.add_argument("max_steps", type=int, help="Steps until it stops.")
     parser.add_argument("--fsdp", action="store_true", help="Shard with FSDP2 instead of copying with DDP.")
+    parser.add_argument("--zero", type=int, choices=(1, 2), help="Shard with DeepSpeed.")
     arguments = parser.parse_args()
-    accelerator = Accelerator(cpu=True)
-    if arguments.fsdp:
-        use_fsdp2()
-        assert accelerator.is_fsdp2
+    accelerator = make_accelerator(arguments.fsdp, arguments.zero)
     numbers = {"images_per_epoch": 48, "epochs": 8, "checkpoint_every_steps": 5, "log_samples": True, "batch_size": 4}
     numbers |= {"dataset_name": [arguments.data], "output_dir": arguments.output, "monitor_images": 16}
     numbers |= {"max_steps": arguments.max_steps, "resume": "latest", "drop_path_rate": 0.1}

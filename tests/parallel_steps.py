@@ -1,21 +1,24 @@
 """
-torchrun --nproc_per_node 2 tests/parallel_steps.py OUTPUT [--fsdp]
+torchrun --nproc_per_node 2 tests/parallel_steps.py OUTPUT [--fsdp | --zero STAGE]
 
 Takes a few steps of masked training on fixed batches, each process on its share, and writes losses and final weights.
 """
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 from safetensors.torch import save_file
 
 from hivit_hf import HiViTConfig, HiViTForMaskedImageModeling
 from hivit_hf.training.pretrain import MaskedTraining, Schedule
+from hivit_hf.training.recipe import PretrainRecipe
+from hivit_hf.training.zero import configure_deepspeed
 
 
 NETWORK = {"image_size": 64, "hidden_size": 64, "depths": [1, 1, 2], "num_attention_heads": 2}
@@ -35,20 +38,38 @@ def use_fsdp2():
     AcceleratorState._shared_state["fsdp_plugin"] = plugin
 
 
+def make_accelerator(fsdp: bool, zero: int | None, precision: str = "no") -> Accelerator:
+    """One on CPUs."""
+    if zero:
+        os.environ.pop("ACCELERATE_USE_CPU")  # Accelerate leaves DeepSpeed out where a CPU is asked for
+        backend = InitProcessGroupKwargs(backend="gloo")
+        plugin = DeepSpeedPlugin(zero_stage=zero)
+        return Accelerator(deepspeed_plugin=plugin, mixed_precision=precision, kwargs_handlers=[backend])
+    accelerator = Accelerator(cpu=True, mixed_precision=precision)
+    if fsdp:
+        use_fsdp2()
+        assert accelerator.is_fsdp2
+    return accelerator
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--fsdp", action="store_true", help="Shard with FSDP2 instead of copying with DDP.")
+    parser.add_argument("--zero", type=int, choices=(1, 2), help="Shard with DeepSpeed.")
+    parser.add_argument("--precision", default="no", help="bf16 or no.")
     arguments = parser.parse_args()
-    accelerator = Accelerator(cpu=True)
-    if arguments.fsdp:
-        use_fsdp2()
-        assert accelerator.is_fsdp2
+    accelerator = make_accelerator(arguments.fsdp, arguments.zero, arguments.precision)
+    if arguments.zero:
+        numbers = {"dataset_name": ["none"], "output_dir": "none", "images_per_epoch": 16, "clip_norm": 1.0}
+        numbers |= {"batch_size": 8 // accelerator.num_processes, "effective_batch_size": 16}
+        configure_deepspeed(accelerator, PretrainRecipe(**numbers, mixed_precision=arguments.precision))
     torch.manual_seed(0)
     model = HiViTForMaskedImageModeling(HiViTConfig(**NETWORK))
     training = MaskedTraining(model, accelerator, Schedule(8, 2, 1e-3), clip_norm=1.0)
     kinds = {type(module).__name__ for module in training.model.modules()}
     assert any(kind.startswith("FSDP") for kind in kinds) == arguments.fsdp
+    assert ("DeepSpeedEngine" in kinds) == bool(arguments.zero)
     generator, losses = torch.Generator().manual_seed(1), []
     for step in range(8):
         pixels, noise = (torch.randn(shape, generator=generator) for shape in ((16, 3, 64, 64), (16, 16)))

@@ -346,7 +346,7 @@ def test_resumptions_that_do_not_fit(make_run, tmp_path):
         ValueError, match=r"made with processes=4, now it is processes=1: .* or give --allow_topology_change true"
     ):
         make_run(resume="latest").train()
-    manifest.write_text(manifest.read_text().replace('"sharded": false', '"sharded": true'))
+    manifest.write_text(manifest.read_text().replace('"sharded_by": null', '"sharded_by": "FSDP"'))
     with pytest.raises(ValueError, match=r"was made with FSDP: resume it with FSDP"):
         make_run(resume="latest", allow_topology_change=True).train()
 

@@ -170,9 +170,10 @@ def check_resumption(path: Path, manifest: dict, now: dict, allow_topology_chang
                 f"{path} was made with {name}={value}, now it is {now['recipe'].get(name)}: a resumption must be of "
                 "the same recipe. Set it back, or begin a new run in another --output_dir."
             )
-    if manifest["sharded"] != now["sharded"]:
-        with_or_without = "with" if manifest["sharded"] else "without"
-        raise ValueError(f"{path} was made {with_or_without} FSDP: resume it {with_or_without} FSDP.")
+    sharded_by = manifest["sharded_by"]
+    if sharded_by != now["sharded_by"]:
+        how = f"with {sharded_by}" if sharded_by else f"without {now['sharded_by']}"
+        raise ValueError(f"{path} was made {how}: resume it {how}.")
     changed = {name: value for name, value in manifest["topology"].items() if now["topology"][name] != value}
     if changed and not allow_topology_change:
         there = ", ".join(f"{name}={value}" for name, value in changed.items())
@@ -180,6 +181,11 @@ def check_resumption(path: Path, manifest: dict, now: dict, allow_topology_chang
         raise ValueError(
             f"{path} was made with {there}, now it is {here}: each reader has its own place in the data. Resume with "
             "the same, or give --allow_topology_change true, which reads the unfinished shards again."
+        )
+    if sharded_by == "DeepSpeed" and "processes" in changed:
+        raise ValueError(
+            f"{path} was made with {changed['processes']} processes, now there are {now['topology']['processes']}: "
+            "DeepSpeed resumes with as many as before only."
         )
     return bool(changed)
 

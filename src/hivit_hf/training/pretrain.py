@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -39,7 +39,8 @@ class StepResult:
     One step, the same in all processes.
 
     Args:
-        loss: mean over the processes and the accumulated batches. If it is not finite, nothing was changed.
+        loss: mean over the processes and the accumulated batches. If it is not finite, nothing was changed; with
+            DeepSpeed, that holds if the gradient was not finite either.
         learning_rate: what was used.
         gradient_norm: before clipping; None without clipping.
         stop: whether a process was asked to stop.
@@ -76,6 +77,7 @@ class MaskedTraining:
         ema_decay: float | None = None,
     ):
         self.accelerator, self.schedule, self.clip_norm = accelerator, schedule, clip_norm
+        self.zero = accelerator.distributed_type == DistributedType.DEEPSPEED
         self.bare = model  # shares its weights with the prepared one, which may be wrapped or compiled
         groups = parameter_groups(model, weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=schedule.learning_rate, betas=tuple(betas))
@@ -103,22 +105,33 @@ class MaskedTraining:
         total = torch.zeros((), device=self.accelerator.device)
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
+            with nullcontext() if last or self.zero else self.accelerator.no_sync(self.model):
                 loss = self.model(**batch).loss / len(batches)
-                self.accelerator.backward(loss)
+                self._backward(loss, last)
             total += loss.detach()
         told = self.accelerator.reduce(torch.stack([total, torch.full_like(total, float(stop))]), "sum").tolist()
         mean_loss, stop = told[0] / self.accelerator.num_processes, told[1] > 0
         norm = None
-        if self.clip_norm is not None:
+        if self.zero:
+            self.model.step()  # also if the loss is not finite, as only this forgets the gradient
+            norm = None if self.clip_norm is None else float(self.model.get_global_grad_norm())
+            mean_loss = math.nan if self.optimizer.step_was_skipped else mean_loss
+        elif self.clip_norm is not None:
             norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_norm))
             if not math.isfinite(norm) and self.accelerator.scaler is None:  # a scaler skips such steps by itself
                 mean_loss = math.nan
         if math.isfinite(mean_loss):
-            self.optimizer.step()
+            self.optimizer.step()  # nothing with DeepSpeed, which has done it
             if self.ema is not None:
                 self.ema.update_parameters(self.bare)
         return StepResult(mean_loss, rate, norm, stop)
+
+    def _backward(self, loss: torch.Tensor, last: bool):
+        if not self.zero:
+            self.accelerator.backward(loss)
+            return
+        self.model.set_gradient_accumulation_boundary(last)  # by Accelerate, the last one would take the step as well
+        self.model.backward(loss, scale_wrt_gas=False)
 
     def is_finite(self) -> bool:
         """Whether all weights of all processes are numbers: a gradient can be NaN where the loss is not."""

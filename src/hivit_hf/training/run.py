@@ -39,6 +39,7 @@ from .stream import (
     stream_states,
 )
 from .upload import HubUpload
+from .zero import configure_deepspeed
 
 
 logger = logging.get_logger(__name__)
@@ -107,7 +108,7 @@ class PretrainRun:
         self.accumulation = recipe.accumulation_steps(accelerator.num_processes)
         config = recipe.model_config()
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
-            raise ValueError("DeepSpeed takes optimizer steps by itself, which cannot be resumed exactly: use FSDP2.")
+            configure_deepspeed(accelerator, recipe)
         if accelerator.distributed_type == DistributedType.FSDP:
             for name in ("ema_decay", "label_column"):  # both use weights outside of a training step
                 if getattr(recipe, name) is not None:
@@ -160,12 +161,17 @@ class PretrainRun:
             "processes": accelerator.num_processes,
             **{name: getattr(recipe, name) for name in sorted(TOPOLOGY)},
         }
-        sharded = accelerator.distributed_type == DistributedType.FSDP
-        return {"recipe": recipe.identity(), "topology": topology, "sharded": sharded}
+        sharded = {DistributedType.FSDP: "FSDP", DistributedType.DEEPSPEED: "DeepSpeed"}
+        return {
+            "recipe": recipe.identity(),
+            "topology": topology,
+            "sharded_by": sharded.get(accelerator.distributed_type),
+        }
 
     def manifest(self) -> dict:
         """What a resumption is held against, and what it goes on counting from."""
-        packages = ("torch", "transformers", "accelerate", "datasets", "torchdata")
+        packages = ["torch", "transformers", "accelerate", "datasets", "torchdata"]
+        packages += ["deepspeed"] if self.accelerator.distributed_type == DistributedType.DEEPSPEED else []
         opened = [source.opened for source in self.stream.sources]
         return {
             **self._topology(),
