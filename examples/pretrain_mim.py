@@ -9,6 +9,7 @@ change them. Several CPU processes: torchrun --nproc_per_node 2 examples/pretrai
 
 import os
 import sys
+import warnings
 
 import datasets
 from accelerate import Accelerator
@@ -39,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     recipe = parse(argv)
     datasets.logging.set_verbosity_error()
     datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata's, in every run
     try:
         if recipe.tracker == "wandb" and not is_wandb_available():
             raise ValueError("tracker wandb is not installed: pip install wandb, or give --tracker tensorboard.")
@@ -54,16 +56,19 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run = PretrainRun(recipe, accelerator)
         accelerator.init_trackers("hivit")
-        run.train()
+        finished = run.train()
     except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
+        text = str(error).splitlines()[-1].removeprefix("ValueError: ")  # a worker's comes with its stack
         if accelerator.num_processes == 1:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {text}", file=sys.stderr)
             return 2
         # The others may wait for this process in a collective: leave at once, and the launcher stops them.
-        print(f"error in process {accelerator.process_index}: {error}", file=sys.stderr, flush=True)
+        print(f"error in process {accelerator.process_index}: {text}", file=sys.stderr, flush=True)
         os._exit(2)
     accelerator.wait_for_everyone()  # a process that leaves first may take the others with it
     accelerator.end_training()
+    if finished:
+        run.finish_upload()
     return 0
 
 

@@ -54,11 +54,19 @@ def test_a_run_under_fsdp2_with_unequal_shares_goes_on_exactly(tmp_path):
     data = kill_test.write_pictures(tmp_path / "data", "tar")
     for number in range(2, 7):
         (data / f"{number}.tar").unlink()  # of shards with 20, 20 and 13 pictures one process has two, the other one
-    for name, steps in [("whole", 12), ("part", 7), ("part", 12)]:
-        finished = launch(2, "parallel_run.py", data, tmp_path / name, steps, "--fsdp")
+    for name, steps, flags in [
+        ("ddp", 7, []),
+        ("whole", 12, ["--fsdp"]),
+        ("part", 7, ["--fsdp"]),
+        ("part", 12, ["--fsdp"]),
+    ]:
+        finished = launch(2, "parallel_run.py", data, tmp_path / name, steps, *flags)
         assert finished.returncode == 0, finished.stderr[-3000:]
     assert "resumed step-00000007" in finished.stdout
     assert kill_test.compare(tmp_path / "whole", tmp_path / "part") == (12, 0)
+    for copied, sharded in zip(kill_test.records(tmp_path / "ddp"), kill_test.records(output)):
+        for step, (record,) in copied.items():
+            assert float.fromhex(record["loss"]) == pytest.approx(float.fromhex(sharded[step][0]["loss"]), rel=2e-6)
     read = [{name for (record,) in steps.values() for name in record["samples"]} for steps in kill_test.records(output)]
     assert len(read[0] | read[1]) == 53  # nothing left out, and nobody waited for the other
     HiViTForMaskedImageModeling.from_pretrained(tmp_path / "part" / "model")

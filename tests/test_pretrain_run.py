@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -17,6 +18,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 from safetensors import SafetensorError
@@ -112,8 +114,8 @@ def test_learning_rates_follow_the_papers_rule(make_run, tmp_path):
 
 @pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_stops_and_the_rest_is_exact(signal_number, make_run, tmp_path, capsys):
-    assert make_run(output_dir=str(tmp_path / "reference")).train()
-    run = make_run()
+    assert make_run(output_dir=str(tmp_path / "reference"), ema_decay=0.9).train()
+    run = make_run(ema_decay=0.9)
     step = run.training.step
 
     def interrupted(number, batches, stop=False):
@@ -125,8 +127,10 @@ def test_a_signal_saves_and_stops_and_the_rest_is_exact(signal_number, make_run,
     assert not run.train()
     assert "--resume latest" in capsys.readouterr().out
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() in ("step-00000013\n", "step-00000014\n")
-    assert make_run(resume="latest").train()
+    assert make_run(resume="latest", ema_decay=0.9).train()
     kill_test.compare(tmp_path / "reference", tmp_path / "run")
+    averages = [(tmp_path / run / "model_ema" / "model.safetensors").read_bytes() for run in ("reference", "run")]
+    assert averages[0] == averages[1]
 
 
 @pytest.mark.slow
@@ -202,7 +206,9 @@ def test_checkpoints_go_to_the_hub_if_asked(make_run, tmp_path, monkeypatch):
             uploaded.append(f"last {checkpoint.name}")
 
     monkeypatch.setattr(run_module, "HubUpload", Upload)
-    assert make_run(hub_model_id="me/run", hub_private=False, checkpoint_every_steps=10).train()
+    run = make_run(hub_model_id="me/run", hub_private=False, checkpoint_every_steps=10)
+    assert run.train()
+    run.finish_upload()
     assert uploaded == ["step-00000010", "step-00000020", "step-00000024", "last step-00000024"]
 
 
@@ -222,7 +228,17 @@ def test_bad_pictures_are_counted_over_resumptions(workers, make_run, tmp_path):
 
 
 def test_a_full_disk_does_not_end_the_run(make_run, tmp_path, caplog):
-    run = make_run()
+    run = make_run(tracker="tensorboard")
+    tracked = []
+
+    class Tracker:
+        name = "tensorboard"
+
+        def log(self, values, step, **_):
+            tracked.append(step)
+            raise OSError(28, "No space left on device")
+
+    run.accelerator.trackers = [Tracker()]
     save_state = run.accelerator.save_state
 
     def full(folder):
@@ -238,6 +254,8 @@ def test_a_full_disk_does_not_end_the_run(make_run, tmp_path, caplog):
     for step in (5, 10):
         assert f"The checkpoint of step {step} could not be written" in caplog.text
     assert "log.jsonl could not be written in step 5" in caplog.text
+    assert "The tracker cannot write in step 5 (No space left on device); the run goes on without it" in caplog.text
+    assert tracked == [5]
     assert {path.name for path in (tmp_path / "run" / "checkpoints").glob("*step*")} == {
         "step-00000020",
         "step-00000024",
@@ -270,6 +288,83 @@ def test_going_back_to_an_earlier_checkpoint(make_run, tmp_path):
     log = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert sorted(log) == log
     assert make_run(resume="latest").train()
+
+
+def test_a_rollback_after_going_back_stays_on_the_new_path(make_run, tmp_path, capsys):
+    assert make_run(max_steps=20, keep_last=5).train()
+    run = make_run(resume=str(tmp_path / "run" / "checkpoints" / "step-00000005"), max_steps=12, keep_last=5)
+    seen = nan_at(run, [7])
+    assert run.train()
+    assert seen == [5, 6, 7, *range(5, 12)] and "back to step-00000005" in capsys.readouterr().out
+    log = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert sorted(log) == log
+    elsewhere = make_run(
+        resume=str(tmp_path / "run" / "checkpoints" / "step-00000012"), output_dir=str(tmp_path / "elsewhere")
+    )
+    nan_at(elsewhere, [13])
+    assert elsewhere.train()
+
+
+def test_a_kill_while_a_checkpoint_takes_the_place_of_another(make_run, tmp_path, monkeypatch):
+    assert make_run(max_steps=6).train()
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "step-00000006").rename(checkpoints / ".step-00000006.old")  # as it is for a moment
+    run = make_run(resume="latest", max_steps=9)
+    assert run.resumed[1]["step"] == 6 and run.train()
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        "latest",
+        "step-00000005",
+        "step-00000009",
+    ]
+    replaced, replace = [], os.replace
+
+    def fails_at_the_second(source, target):
+        replaced.append(target)
+        if len(replaced) == 2:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    run = make_run(resume="latest")
+    run.begin()
+    monkeypatch.setattr(os, "replace", fails_at_the_second)
+    assert not run.save()
+    assert read_manifest(run.checkpoints.latest())["step"] == 9
+
+
+def test_what_a_diverged_run_needs_may_change(make_run, capsys):
+    assert make_run(max_steps=6).train()
+    changes = {"base_learning_rate": 0.001, "warmup_epochs": 3, "clip_norm": 1.0, "max_bad_fraction": 0.5}
+    with pytest.raises(ValueError, match=r"warmup_epochs=2.0, now it is 3.0: .* Or give --allow_recipe_change true"):
+        make_run(resume="latest", **changes)
+    assert make_run(resume="latest", allow_recipe_change=True, max_steps=8, **changes).train()
+    assert "resumed with another recipe than before" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"with mask_ratio=0.75, now it is 0.5: a resumption must .* --output_dir\.$"):
+        make_run(resume="latest", allow_recipe_change=True, mask_ratio=0.5, **changes)
+
+
+def test_other_data_are_noticed(make_run, data, tmp_path):
+    copy = shutil.copytree(data, tmp_path / "data")
+    assert make_run(max_steps=2, dataset_name=[str(copy)]).train()
+    shutil.copy(copy / "1.parquet", copy / "0.parquet")  # as many shards as before
+    (copy / "7.parquet").rename(copy / "8.parquet")
+    with pytest.raises(ValueError, match=r"read other data: its revisions were \['files \w+'\], now they are"):
+        make_run(resume="latest", dataset_name=[str(copy)]).train()
+
+
+def test_half_precision_with_clipping_survives_a_loss_that_is_not_finite(make_run):
+    """The scaler must not be left between unscaling and its update."""
+    run = make_run(clip_norm=0.1)
+    run.accelerator.state._mixed_precision, run.accelerator.native_amp = "fp16", True
+    run.accelerator.scaler = torch.amp.GradScaler("cpu")
+    run.training.optimizer = AcceleratedOptimizer(run.training.optimizer.optimizer, scaler=run.accelerator.scaler)
+    run.accelerator._optimizers = [run.training.optimizer]
+    batch = run._to_device(next(iter(run.loader)))
+    broken = {**batch, "pixel_values": batch["pixel_values"] * float("nan")}
+    before = run.training.model.decoder.head.weight.detach().clone()
+    assert math.isnan(run.training.step(20, [broken]).loss)
+    assert torch.equal(run.training.model.decoder.head.weight, before)
+    assert math.isfinite(run.training.step(20, [batch]).loss)
+    assert not torch.equal(run.training.model.decoder.head.weight, before)
 
 
 def test_a_compiled_run_leaves_a_model_that_loads(make_run, data, tmp_path):
@@ -392,7 +487,6 @@ def test_gradients_are_clipped_and_the_average_follows(make_run):
     run.begin()
     batches = iter(run.loader)
     run.step = 12
-    before = {name: p.clone() for name, p in run.training.ema.module.named_parameters()}
     result = run.training.step(12, [run._to_device(next(batches)) for _ in range(2)])
     assert isinstance(run.training, MaskedTraining) and isinstance(result, StepResult)
     assert result.gradient_norm > 1e-3
@@ -403,7 +497,13 @@ def test_gradients_are_clipped_and_the_average_follows(make_run):
     for name, parameter in run.training.model.named_parameters():
         average = run.training.ema.module.get_parameter(name)
         if parameter.requires_grad:
-            assert_close(average.data, parameter.data if run.training.ema.n_averaged == 1 else before[name])
+            assert_close(average.data, parameter.data)  # the first one
+    before = {name: p.clone() for name, p in run.training.ema.module.named_parameters()}
+    run.training.step(13, [run._to_device(next(batches)) for _ in range(2)])
+    for name, parameter in run.training.model.named_parameters():
+        if parameter.requires_grad:
+            expected = run.recipe.ema_decay * before[name] + (1 - run.recipe.ema_decay) * parameter
+            assert_close(run.training.ema.module.get_parameter(name).data, expected.data)
 
 
 # -- recipes and flags ----------------------------------------------------------------------------------------------
@@ -448,6 +548,11 @@ def test_every_recipe_takes_two_steps(path, data, tmp_path):
         ({"crop_scale": [0.5]}, "crop_scale must be two shares"),
         ({"images_per_epoch": None}, r"give --images_per_epoch \(ImageNet-1k: 1281167\)"),
         ({"image_mean": [0.5]}, "image_mean needs 3 numbers"),
+        ({"keep_every_steps": 7}, "keep_every_steps 7 must be a multiple of checkpoint_every_steps 5"),
+        ({"seed": -1}, r"seed must be in \[0, 2\*\*32\), got -1"),
+        ({"image_mean": [float("nan"), 0, 0]}, "image_mean must be numbers"),
+        ({"dataset_split": "nonsense"}, "has no sub-folder 'nonsense'. Leave the split out to read all of it"),
+        ({"allow_recipe_change": True}, "allow_recipe_change is about resumptions: give --resume as well"),
         ({"allow_topology_change": True}, "is about resumptions: give --resume as well"),
         ({"dataset_revision": "v1"}, "dataset_revision is of datasets of the Hub, but .* are folders"),
         ({"dataset_config": "small"}, "dataset_config is of datasets of the Hub, but .* are folders"),

@@ -19,6 +19,15 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+CHANGEABLE = {
+    "base_learning_rate",
+    "min_learning_rate",
+    "warmup_epochs",
+    "weight_decay",
+    "clip_norm",
+    "mixed_precision",
+}
+
 
 class Checkpoints:
     """
@@ -87,25 +96,33 @@ class Checkpoints:
         return self.accelerator.reduce(flag, "sum").item() == 0
 
     def _install(self, partial: Path, final: Path):
-        aside = self.folder / f".{final.name}.old"
-        shutil.rmtree(aside, ignore_errors=True)
+        aside = self._aside(final)
         if final.exists():  # of an earlier run of the same steps
+            shutil.rmtree(aside, ignore_errors=True)
             os.replace(final, aside)
-        os.replace(partial, final)
+        try:
+            os.replace(partial, final)
+        except OSError:
+            os.replace(aside, final)
+            raise
         pointer = self.folder / ".latest.partial"
         pointer.write_text(final.name + "\n")
         _flush(pointer)
         os.replace(pointer, self.folder / "latest")
         _flush_folder(self.folder)
-        for old in [aside, *self._superfluous(final)]:
+        for old in [*self.folder.glob(".step-*.old"), *self._superfluous(final)]:
             shutil.rmtree(old, ignore_errors=True)
+
+    def _aside(self, checkpoint: Path) -> Path:
+        """Where a checkpoint is while another one of the same step takes its place."""
+        return self.folder / f".{checkpoint.name}.old"
 
     def _superfluous(self, newest: Path) -> list[Path]:
         """Older ones beyond what is kept, and later ones, which an earlier attempt has left on another path."""
         every, earlier = self.keep_every_steps, [path for path in self.all() if path.name <= newest.name]
         later = [path for path in self.all() if path.name > newest.name]
-        old = [path for path in earlier[: -self.keep_last] if not (every and step_of(path) % every == 0)]
-        return [path for path in later + old if path != self.in_use]
+        kept = [path for path in later + earlier if every and step_of(path) % every == 0]
+        return [path for path in later + earlier[: -self.keep_last] if path not in kept and path != self.in_use]
 
     def all(self) -> list[Path]:
         """The checkpoints, oldest first."""
@@ -114,7 +131,10 @@ class Checkpoints:
     def latest(self) -> Path | None:
         """The newest checkpoint, or None."""
         pointer = self.folder / "latest"
-        return self.folder / pointer.read_text().strip() if pointer.is_file() else None
+        if not pointer.is_file():
+            return None
+        checkpoint = self.folder / pointer.read_text().strip()
+        return checkpoint if checkpoint.exists() or not self._aside(checkpoint).exists() else self._aside(checkpoint)
 
     def load(self, path: Path):
         """Loads model, optimizer and scaler, and the random state that this process saved, if it did."""
@@ -149,7 +169,9 @@ def read_manifest(path: Path) -> dict:
         raise ValueError(f"{path} is no checkpoint: manifest.json cannot be read ({error}).") from error
 
 
-def check_resumption(path: Path, manifest: dict, now: dict, allow_topology_change: bool) -> bool:
+def check_resumption(
+    path: Path, manifest: dict, now: dict, allow_topology_change: bool = False, allow_recipe_change: bool = False
+) -> bool:
     """
     Holds a run against the manifest of the checkpoint that it shall go on from.
 
@@ -157,6 +179,7 @@ def check_resumption(path: Path, manifest: dict, now: dict, allow_topology_chang
         manifest: of the checkpoint.
         now: what the run would write; entries that it does not know yet are left out.
         allow_topology_change: whether other processes, workers and batches may go on.
+        allow_recipe_change: whether what a run that diverges needs may be another: see `CHANGEABLE`.
 
     Returns:
         Whether the topology is another one.
@@ -165,10 +188,11 @@ def check_resumption(path: Path, manifest: dict, now: dict, allow_topology_chang
         ValueError: what does not fit, and what would.
     """
     for name, value in manifest["recipe"].items():
-        if now["recipe"].get(name) != value:
+        if now["recipe"].get(name) != value and not (allow_recipe_change and name in CHANGEABLE):
+            hint = " Or give --allow_recipe_change true." if name in CHANGEABLE else ""
             raise ValueError(
                 f"{path} was made with {name}={value}, now it is {now['recipe'].get(name)}: a resumption must be of "
-                "the same recipe. Set it back, or begin a new run in another --output_dir."
+                f"the same recipe. Set it back, or begin a new run in another --output_dir.{hint}"
             )
     sharded_by = manifest["sharded_by"]
     if sharded_by != now["sharded_by"]:

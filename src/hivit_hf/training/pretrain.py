@@ -83,11 +83,20 @@ class MaskedTraining:
         optimizer = torch.optim.AdamW(groups, lr=schedule.learning_rate, betas=tuple(betas))
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.model.train()
+        if accelerator.distributed_type == DistributedType.FSDP:
+            self._begin_optimizer()
         self.ema = None
         if ema_decay is not None:
             average = get_ema_multi_avg_fn(ema_decay)
             self.ema = AveragedModel(self.bare, multi_avg_fn=average)
             accelerator.register_for_checkpointing(self.ema)
+
+    def _begin_optimizer(self):
+        """AdamW's state before the first step: saving an optimizer without one, torch takes a step to make it."""
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                averages = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[parameter] = {"step": torch.tensor(0.0), **averages}
 
     def step(self, number: int, batches: Sequence[dict[str, torch.Tensor]], stop: bool = False) -> StepResult:
         """
@@ -116,7 +125,7 @@ class MaskedTraining:
             self.model.step()  # also if the loss is not finite, as only this forgets the gradient
             norm = None if self.clip_norm is None else float(self.model.get_global_grad_norm())
             mean_loss = math.nan if self.optimizer.step_was_skipped else mean_loss
-        elif self.clip_norm is not None:
+        elif self.clip_norm is not None and math.isfinite(mean_loss):
             norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_norm))
             if not math.isfinite(norm) and self.accelerator.scaler is None:  # a scaler skips such steps by itself
                 mean_loss = math.nan

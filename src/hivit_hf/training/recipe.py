@@ -19,7 +19,7 @@ from .stream import Source
 RUNTIME = {"title", "source", "cost", "expected_result", "max_steps", "output_dir", "resume", "checkpoint_every_steps"}
 RUNTIME |= {"keep_last", "keep_every_steps", "log_every_steps", "log_samples", "tracker", "monitor_every_steps"}
 RUNTIME |= {"eval_dataset_name", "eval_split", "label_column", "monitor_images", "hub_model_id", "hub_private"}
-RUNTIME |= {"allow_topology_change"}
+RUNTIME |= {"eval_config", "eval_image_column", "allow_topology_change", "allow_recipe_change", "max_bad_fraction"}
 TOPOLOGY = {"num_workers", "batch_size"}  # may differ if that is asked for
 
 
@@ -66,7 +66,7 @@ class PretrainRecipe:
     dataset_name: list[str] = _field([], "Datasets of the Hub, or folders of Parquet files, tars or pictures.")
     dataset_weights: list[float] = _field([], "How often each is read; all alike if not given.")
     dataset_config: str | None = _field(None, "Configuration of the Hub datasets.")
-    dataset_split: str = _field("train", "Split of the Hub datasets.")
+    dataset_split: str = _field("train", "Split of the Hub datasets, or sub-folder of folders that have some.")
     dataset_revision: str | None = _field(None, "Commit of the Hub datasets.")
     image_column: str | None = _field(None, "The column with the pictures, if it cannot be told.")
     images_per_epoch: int | None = _field(None, "Pictures that count as an epoch; a stream does not know its length.")
@@ -79,7 +79,9 @@ class PretrainRecipe:
     num_workers: int = _field(4, "Processes that read and decode, for each training process.")
 
     eval_dataset_name: str | None = _field(None, "Held-out pictures, to see whether it is working; else training ones.")
-    eval_split: str = _field("validation", "Split of a Hub dataset with held-out pictures.")
+    eval_split: str = _field("validation", "Split of a Hub dataset with held-out pictures, or sub-folder of a folder.")
+    eval_config: str | None = _field(None, "Configuration of that Hub dataset.")
+    eval_image_column: str | None = _field(None, "Its column with the pictures, if it cannot be told.")
     label_column: str | None = _field(None, "Labels of the held-out pictures, for a nearest-neighbour probe.")
     monitor_images: int = _field(256, "Held-out pictures that are looked at.")
     monitor_every_steps: int = _field(1000, "Steps between two looks at them.")
@@ -106,6 +108,9 @@ class PretrainRecipe:
     resume: str | None = _field(None, "'latest', or the folder of a checkpoint to go on from.")
     allow_topology_change: bool = _field(
         False, "Resume with other processes, workers or batch_size; shards that were not finished are read again."
+    )
+    allow_recipe_change: bool = _field(
+        False, "Resume with another learning rate, warm-up, decay, clipping or precision, after a run has diverged."
     )
     checkpoint_every_steps: int = _field(1000, "Steps between two checkpoints.")
     keep_last: int = _field(2, "Newest checkpoints that are kept.")
@@ -155,8 +160,10 @@ class PretrainRecipe:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
         if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
             raise ValueError(f"adam_betas must be two numbers in [0, 1), got {self.adam_betas}. Published: 0.9 0.95.")
-        if not all(value > 0 for value in self.image_std):
+        if not all(value > 0 and math.isfinite(value) for value in self.image_std):
             raise ValueError(f"image_std must be positive, got {self.image_std}.")
+        if not all(math.isfinite(value) for value in self.image_mean):
+            raise ValueError(f"image_mean must be numbers, got {self.image_mean}.")
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(f"min_learning_rate must not exceed the highest rate, {self.learning_rate:.3g}.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
@@ -172,8 +179,16 @@ class PretrainRecipe:
         for name in ("dataset_config", "dataset_revision"):
             if getattr(self, name) is not None and all(Path(folder).is_dir() for folder in self.dataset_name):
                 raise ValueError(f"{name} is of datasets of the Hub, but {', '.join(self.dataset_name)} are folders.")
-        if self.allow_topology_change and not self.resume:
-            raise ValueError("allow_topology_change is about resumptions: give --resume as well.")
+        for name in ("allow_topology_change", "allow_recipe_change"):
+            if getattr(self, name) and not self.resume:
+                raise ValueError(f"{name} is about resumptions: give --resume as well.")
+        if self.keep_every_steps % self.checkpoint_every_steps:
+            raise ValueError(
+                f"keep_every_steps {self.keep_every_steps} must be a multiple of checkpoint_every_steps "
+                f"{self.checkpoint_every_steps}, as only those exist."
+            )
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be in [0, 2**32), got {self.seed}.")
         config = self.model_config()
         for name in ("image_mean", "image_std"):
             if len(getattr(self, name)) != config.num_channels:
@@ -207,10 +222,10 @@ class PretrainRecipe:
         """What is looked at now and then."""
         if self.eval_dataset_name is None:
             return None
-        where = {"split": self.eval_split, "column": self.image_column, "label_column": self.label_column}
+        config, column, revision = self.eval_config, self.eval_image_column, None
         if self.eval_dataset_name in self.dataset_name:
-            where["revision"] = self.dataset_revision
-        return Source(self.eval_dataset_name, self.dataset_config, **where)
+            config, column, revision = config or self.dataset_config, column or self.image_column, self.dataset_revision
+        return Source(self.eval_dataset_name, config, self.eval_split, revision, column, label_column=self.label_column)
 
     def accumulation_steps(self, num_processes: int) -> int:
         """Forward passes per optimizer step. Raises ValueError if they do not come out even."""

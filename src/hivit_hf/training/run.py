@@ -3,6 +3,7 @@
 
 import json
 import math
+import os
 import signal
 import tempfile
 import time
@@ -145,7 +146,10 @@ class PretrainRun:
         self.config = config
         self.loader = make_loader(self.stream, recipe.batch_size, recipe.num_workers, accelerator.device.type == "cuda")
         held_out = recipe.held_out()
+        if held_out is not None and self.resumed is not None and held_out.name == self.resumed[1]["held_out"][0]:
+            held_out = replace(held_out, revision=self.resumed[1]["held_out"][1])
         opened = sources[0] if held_out is None else open_source(held_out)
+        self.held_out = [opened.source.name, opened.revision]
         look = CentreCrop(recipe.image_size, evaluation_resize(recipe.image_size), config.num_channels)
         self.pictures, self.labels = read_some(opened, look, recipe.monitor_images)
         self.upload = None
@@ -177,6 +181,7 @@ class PretrainRun:
             **self._topology(),
             "shards": [source.dataset.num_shards for source in opened],
             "revisions": [source.revision for source in opened],
+            "held_out": self.held_out,
             "versions": {name: version(name) for name in packages},
             "rollbacks": self.rollbacks,
             "bad_pictures": self.bad_pictures,
@@ -193,7 +198,9 @@ class PretrainRun:
         if path is None:
             return None
         manifest = read_manifest(path)
-        self.changed_topology = check_resumption(path, manifest, self._topology(), recipe.allow_topology_change)
+        self.changed_topology = check_resumption(
+            path, manifest, self._topology(), recipe.allow_topology_change, recipe.allow_recipe_change
+        )
         return path, manifest
 
     def _pinned(self, sources: list[Source]) -> list[Source]:
@@ -210,18 +217,28 @@ class PretrainRun:
             return
         path, manifest = self.resumed
         now = self.manifest()
-        if manifest["shards"] != now["shards"]:
-            raise ValueError(f"{path} read {manifest['shards']} shards, now there are {now['shards']}: other data.")
+        for name in ("shards", "revisions"):
+            if manifest[name] != now[name]:
+                raise ValueError(
+                    f"{path} read other data: its {name} were {manifest[name]}, now they are {now[name]}. Bring the "
+                    "files back, or begin a new run in another --output_dir."
+                )
         changed = {name: v for name, v in now["versions"].items() if manifest["versions"].get(name) != v}
         if changed:
             self._say(f"resumed with other versions than before: {changed}; numbers may differ in the last digits")
         self.step, self.rollbacks, self.bad_pictures = (manifest[n] for n in ("step", "rollbacks", "bad_pictures"))
+        if manifest["recipe"] != now["recipe"]:
+            self._say("resumed with another recipe than before")
+            self.rollbacks = 0
+        is_latest = path == self.checkpoints.latest()
         self.checkpoints.load(path)
         self._forget_later_records()
         states = loader_states(path)
         if not self.changed_topology:
             self.loader.load_state_dict(states[self.accelerator.process_index])
             self._say(f"resumed {path.name}")
+            if not is_latest:  # else a rollback or a restart would find another one
+                self.save()
             return
         set_seed(seed_of(self.recipe.seed, self.step, self.accelerator.process_index) % 2**32)
         repeated = self.stream.begin_after([state for saved in states for state in stream_states(saved)])
@@ -239,13 +256,16 @@ class PretrainRun:
             for line in path.read_text(encoding="utf-8").splitlines():
                 with suppress(json.JSONDecodeError):  # a line that was cut off
                     kept += [line] if json.loads(line)["step"] <= self.step else []
-            path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            partial = path.with_suffix(".partial")
+            with suppress(OSError):  # a full disk: they stay, and are done again
+                partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+                os.replace(partial, path)
 
-    def save(self) -> bool:
-        """A checkpoint of the present step; whether it could be written."""
+    def save(self, stopping: bool = False) -> bool:
+        """A checkpoint of the present step; whether it could be written. While stopping there is no time to upload."""
         self._count_bad_pictures()
         saved = self.checkpoints.save(self.step, self.manifest(), self.loader.state_dict(), self.config.save_pretrained)
-        if saved and self.upload is not None and self.step > 0:
+        if saved and self.upload is not None and self.step > 0 and not stopping:
             self.upload.begin(self.checkpoints.latest())
         return saved
 
@@ -260,9 +280,12 @@ class PretrainRun:
             finished = self._train(signals)
         if finished:
             self.export()
-            if self.upload is not None:
-                self.upload.finish(self.checkpoints.latest())
         return finished
+
+    def finish_upload(self):
+        """Waits until the last checkpoint is on the Hub. For the end, when no process waits for another any more."""
+        if self.upload is not None:
+            self.upload.finish(self.checkpoints.latest())
 
     def _train(self, signals: StopSignals) -> bool:
         recipe, accelerator = self.recipe, self.accelerator
@@ -284,7 +307,7 @@ class PretrainRun:
                 to_save = result.stop or self.step + 1 in (last_step, self._next_checkpoint())
                 if not math.isfinite(result.loss) or (to_save and not self.training.is_finite()):
                     self._roll_back(result)
-                    progress.n = self.step
+                    progress.n, window_loss, window_steps = self.step, 0.0, 0
                     continue
                 self.step += 1
                 self._log_samples(raw, result)
@@ -296,7 +319,7 @@ class PretrainRun:
                 if self.step % recipe.monitor_every_steps == 0 or self.step == last_step:
                     self._look()
                 if to_save:
-                    self.save()
+                    self.save(stopping=result.stop)
                 if result.stop and self.step < last_step:
                     self._say(f"stopped by {signals.received or 'a signal'} after step {self.step}: --resume latest")
                     return False
@@ -325,6 +348,7 @@ class PretrainRun:
         self._say(f"{text}: back to {latest.name}, and on with other data")
         self.checkpoints.load(latest)
         self.step = read_manifest(latest)["step"]
+        self._forget_later_records()
         self.save()  # with the place in the data, so that a restart does not read the same again
 
     def _log_samples(self, raw: list[dict], result: StepResult):
@@ -372,7 +396,17 @@ class PretrainRun:
         shown |= {"img/s": f"{images_per_second:.0f}", "waiting": f"{wait_share:.1%}"}
         progress.set_postfix(shown, refresh=False)
         self._append("log.jsonl", {"step": self.step, **values})
-        self.accelerator.log(values, step=self.step)
+        self._track(values)
+
+    def _track(self, values: dict):
+        try:
+            self.accelerator.log(values, step=self.step)
+        except OSError as error:
+            self._without_trackers(error)
+
+    def _without_trackers(self, error: OSError):
+        logger.error(f"The tracker cannot write in step {self.step} ({error.strerror}); the run goes on without it.")
+        self.accelerator.trackers = []
 
     @torch.no_grad()
     def _look(self):
@@ -397,7 +431,7 @@ class PretrainRun:
         if self.labels is not None:
             values["nearest_neighbour_accuracy"] = nearest_neighbour_accuracy(torch.cat(features), self.labels)
         if accelerator.is_main_process:
-            accelerator.log(values, step=self.step)
+            self._track(values)
             self._append("log.jsonl", {"step": self.step, **values})
             restored = denormalize(restored, recipe.image_mean, recipe.image_std)
             try:

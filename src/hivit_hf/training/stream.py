@@ -8,9 +8,11 @@ with unequal shares neither wait for each other nor leave anything out.
 """
 
 import atexit
+import math
 import multiprocessing
 import random
 import signal
+import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -35,6 +37,8 @@ logger = logging.get_logger(__name__)
 
 PICTURE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 FOLDER_SHARDS = 1024  # a folder of pictures is cut into as many, or into single pictures
+MAX_EMPTY_EPOCHS = 50
+READ_SHARDS = 32  # of how many the pictures to look at come
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Source:
     Args:
         name: a dataset of the Hub, or a local folder: of Parquet files, of tars (WebDataset), or of pictures.
         config: configuration of a Hub dataset.
-        split: split of a Hub dataset.
+        split: split of a Hub dataset, or a sub-folder of a folder that has one of that name.
         revision: commit of a Hub dataset; the newest if not given.
         column: the column with the pictures; the only one of its kind if not given.
         weight: how often it is read, relative to the other sources.
@@ -63,7 +67,10 @@ class Source:
 
 @dataclass(frozen=True)
 class OpenSource:
-    """A source as a `datasets` stream, the column with the pictures, and the commit that is read of a Hub dataset."""
+    """
+    A source as a `datasets` stream, the column with the pictures, and what would be another one if the data were: the
+    commit of a Hub dataset, or a hash of the names of local files.
+    """
 
     source: Source
     dataset: IterableDataset
@@ -80,7 +87,7 @@ def open_source(source: Source) -> OpenSource:
     """
     folder, revision = Path(source.name), None
     if folder.is_dir():
-        dataset = _open_folder(folder)
+        dataset, revision = _open_folder(folder, source.split)
     elif folder.exists() or source.name.startswith((".", "/")):
         raise ValueError(f"{source.name} must be a folder of Parquet files, tars or pictures, or a dataset of the Hub.")
     else:
@@ -110,16 +117,28 @@ def _commit_of(source: Source) -> str | None:
         return source.revision
 
 
-def _open_folder(folder: Path) -> IterableDataset:
+def _open_folder(folder: Path, split: str) -> tuple[IterableDataset, str]:
+    """A folder, or that sub-folder of it, as a stream; and what tells its files from others."""
+    if (folder / split).is_dir():
+        folder = folder / split
+    elif split not in (Source.split, "validation"):  # what the recipes say if nothing is given
+        raise ValueError(f"{folder} has no sub-folder {split!r}. Leave the split out to read all of it.")
     for kind, pattern in (("parquet", "**/*.parquet"), ("webdataset", "**/*.tar")):
         files = sorted(str(path) for path in folder.glob(pattern))
         if files:
-            return load_dataset(kind, data_files={"train": files}, split="train", streaming=True)
+            sizes = [f"{Path(file).relative_to(folder)} {Path(file).stat().st_size}" for file in files]
+            return load_dataset(kind, data_files={"train": files}, split="train", streaming=True), _fingerprint(sizes)
     files = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
     if not files:
         raise ValueError(f"{folder} holds neither Parquet files nor tars nor pictures. Check the path.")
+    names = _fingerprint([str(Path(file).relative_to(folder)) for file in files])
+    random.Random(0).shuffle(files)  # they are sorted by class, and a shard would hold one only
     table = Dataset.from_dict({"image": [{"bytes": None, "path": path} for path in files]})
-    return table.to_iterable_dataset(num_shards=min(FOLDER_SHARDS, len(files)))
+    return table.to_iterable_dataset(num_shards=min(FOLDER_SHARDS, len(files))), names
+
+
+def _fingerprint(lines: list[str]) -> str:
+    return f"files {xxhash.xxh3_64_hexdigest(chr(10).join(lines).encode())}"
 
 
 def picture_of(example: dict, column: str) -> tuple[bytes, str]:
@@ -139,8 +158,8 @@ def picture_of(example: dict, column: str) -> tuple[bytes, str]:
 class ShardReader:
     """The samples of some shards one after the other, from a place on, and the place after the sample last given."""
 
-    def __init__(self, dataset: IterableDataset, shards: Sequence[int], place: dict):
-        self.dataset, self.shards = dataset, shards
+    def __init__(self, opened: OpenSource, shards: Sequence[int], place: dict):
+        self.name, self.dataset, self.shards = opened.source.name, opened.dataset, shards
         self.position, self.num_read, self.current = place["position"], place["num_read"], None
         self.within = place["within"]
 
@@ -150,10 +169,21 @@ class ShardReader:
             self.current = self.dataset.shard(self.dataset.num_shards, self.shards[self.position])
             if self.within is not None:
                 self.current.load_state_dict(self.within)
-            for batch in self.current.iter(batch_size=1):  # unlike iter(dataset), never splits among workers by itself
+            for example in self._examples():
                 self.num_read += 1
-                yield {name: values[0] for name, values in batch.items()}
+                yield example
             self.within, self.num_read = None, 0
+
+    def _examples(self) -> Iterator[dict]:
+        try:
+            for batch in self.current.iter(batch_size=1):  # unlike iter(dataset), never splits among workers by itself
+                yield {name: values[0] for name, values in batch.items()}
+        except (OSError, ValueError, tarfile.TarError) as error:
+            shard = self.shards[self.position]
+            raise ValueError(
+                f"{self.name}: shard {shard} of {self.dataset.num_shards}, counted from 0, cannot be read after sample "
+                f"{self.num_read} ({error}). Repair or remove the file."
+            ) from error
 
     def place(self) -> dict:
         """Which of the shards, how many of its samples have been read, and the state that `datasets` has for it."""
@@ -185,21 +215,22 @@ class EndlessSource:
         return [shard for shard in order if shard not in finished][reader::num_readers]
 
     def read(self, reader: int, num_readers: int) -> Iterator[tuple[dict, int]]:
-        """Examples and their epoch, without end. Raises ValueError if a whole epoch of this reader is empty."""
+        """Examples and their epoch, without end. Raises ValueError if there are none in epoch after epoch."""
+        empty_epochs = 0
         while True:
             epoch, state = self.state["epoch"], self.state
             shards = self.shards_of(reader, num_readers, epoch, state["done"])
-            anything = state["window"] > 0 or epoch in state["done"]
-            samples = ShardReader(self.opened.dataset, shards, state)
+            samples = ShardReader(self.opened, shards, state)
             iterator = iter(samples)
             while examples := list(islice(iterator, self.window)):
-                anything = True
+                empty_epochs = -1
                 random.Random(seed_of(self.seed, epoch, reader, num_readers, state["window"])).shuffle(examples)
                 for example in examples[state["given"] :]:
                     state["given"] += 1
                     yield example, epoch
                 state.update(window=state["window"] + 1, given=0, **samples.place())
-            if not anything:
+            empty_epochs += 1  # a reader may get empty shards only now and then
+            if empty_epochs == MAX_EMPTY_EPOCHS:
                 raise ValueError(f"{self.opened.source.name} gives no sample to reader {reader} of {num_readers}.")
             later = {number: shards for number, shards in state["done"].items() if number > epoch}
             state.update(START_OF_EPOCH, epoch=epoch + 1, done=later)
@@ -240,7 +271,8 @@ class SampleStream(TorchIterableDataset):
         seed: of everything random.
         rank, world_size: which process of how many this is.
         window: samples that are shuffled among each other, held in memory as bytes.
-        max_bad_fraction: pictures that cannot be read are skipped and logged, up to this share of them.
+        max_bad_fraction: pictures that cannot be read are skipped and logged, up to this share of them; a reader
+            gives up when it has met more than chance explains.
     """
 
     def __init__(
@@ -296,7 +328,8 @@ class SampleStream(TorchIterableDataset):
     def _count_bad(self, message: str):
         self.num_bad += 1
         logger.warning(f"skipped {message}")
-        if self.draws >= 100 and self.num_bad > self.max_bad_fraction * self.draws:
+        expected = self.max_bad_fraction * self.draws
+        if self.draws >= 100 and self.num_bad > expected + 4 * math.sqrt(expected):  # 4 deviations of chance
             raise ValueError(
                 f"{self.num_bad} of {self.draws} pictures cannot be read, more than max_bad_fraction "
                 f"{self.max_bad_fraction}. The last: {message}. Repair the data, or raise --max_bad_fraction."
@@ -342,37 +375,34 @@ def stream_states(loader_state) -> Iterator[dict]:
 def read_some(opened: OpenSource, transform: Callable[[bytes, int], torch.Tensor], number: int):
     """
     Readable pictures from all over a source, always the same, and their labels: (number or fewer, channels, H, W)
-    uint8, and (number,) or None. They are the first ones of evenly spread shards, as folders are sorted by class.
+    uint8, and (number,) or None.
 
     Raises:
-        ValueError: if more than nine of ten pictures cannot be read.
+        ValueError: if more than nine of ten pictures cannot be read, or a label is no class.
     """
-    dataset, pictures, labels, tried = opened.dataset, [], [], 0
-    num_shards = min(dataset.num_shards, number)
-    shards = [dataset.num_shards * i // num_shards for i in range(num_shards)]
-    for example in _in_turn([iter(ShardReader(dataset, [shard], START_OF_EPOCH)) for shard in shards]):
-        tried += 1
-        try:
-            pictures.append(transform(picture_of(example, opened.column)[0], 0))
-            labels.append(example.get(opened.source.label_column))
-        except UnreadablePictureError as error:
-            logger.warning(f"skipped {opened.source.name}: {error}")
-        if len(pictures) == number or tried >= 10 * number > 10 * len(pictures):
+    num_shards, label_column = opened.dataset.num_shards, opened.source.label_column
+    spread = [num_shards * i // READ_SHARDS for i in range(READ_SHARDS)]
+    spread = list(dict.fromkeys(spread))  # fewer, if there are fewer shards
+    pictures, labels, tried = [], [], 0
+    for shard in [*spread, *(shard for shard in range(num_shards) if shard not in spread)]:
+        wanted = number if shard not in spread else min(number, len(pictures) + math.ceil(number / len(spread)))
+        for example in ShardReader(opened, [shard], START_OF_EPOCH):
+            if len(pictures) == wanted or tried >= 10 * number > 10 * len(pictures):
+                break
+            tried += 1
+            try:
+                pictures.append(transform(picture_of(example, opened.column)[0], 0))
+                labels.append(example.get(label_column))
+            except UnreadablePictureError as error:
+                logger.warning(f"skipped {opened.source.name}: {error}")
+        if len(pictures) == number:
             break
     if len(pictures) * 10 <= tried:
         raise ValueError(f"Of {opened.source.name}, {len(pictures)} of {tried} pictures can be read: is it the column?")
-    return torch.stack(pictures), None if opened.source.label_column is None else torch.tensor(labels)
-
-
-def _in_turn(iterators: list[Iterator]) -> Iterator:
-    """One of each, then the next of each, until all are empty."""
-    while iterators:
-        left = []
-        for iterator in iterators:
-            for item in islice(iterator, 1):
-                left.append(iterator)
-                yield item
-        iterators = left
+    wrong = [label for label in labels if label_column and not (type(label) is int and label >= 0)]
+    if wrong:
+        raise ValueError(f"{label_column} of {opened.source.name} must hold class numbers from 0 on, got {wrong[0]!r}.")
+    return torch.stack(pictures), None if label_column is None else torch.tensor(labels)
 
 
 def check_shards(sources: Sequence[OpenSource], world_size: int, num_workers: int):
@@ -398,7 +428,7 @@ def check_disjoint(stream: SampleStream, gather: Callable[[list], list], num_sam
     for source in stream.sources:
         mine = set()
         shards = source.shards_of(stream.rank, stream.world_size, 0, {})
-        first = ShardReader(source.opened.dataset, shards, START_OF_EPOCH)
+        first = ShardReader(source.opened, shards, START_OF_EPOCH)
         for example in islice(first, num_samples):
             with suppress(UnreadablePictureError):
                 mine.add(xxhash.xxh3_64_hexdigest(picture_of(example, source.opened.column)[0]))
