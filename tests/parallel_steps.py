@@ -6,6 +6,7 @@ Takes a few steps of masked training on fixed batches, each process on its share
 
 import argparse
 import json
+import math
 import os
 from pathlib import Path
 
@@ -57,16 +58,18 @@ def main():
     parser.add_argument("output", type=Path)
     parser.add_argument("--fsdp", action="store_true", help="Shard with FSDP2 instead of copying with DDP.")
     parser.add_argument("--zero", type=int, choices=(1, 2), help="Shard with DeepSpeed.")
+    parser.add_argument("--clip", action="store_true", help="Clip at a norm that the gradients exceed.")
     parser.add_argument("--precision", default="no", help="bf16 or no.")
     arguments = parser.parse_args()
+    clip_norm = 0.05 if arguments.clip else 1.0
     accelerator = make_accelerator(arguments.fsdp, arguments.zero, arguments.precision)
     if arguments.zero:
-        numbers = {"dataset_name": ["none"], "output_dir": "none", "images_per_epoch": 16, "clip_norm": 1.0}
+        numbers = {"dataset_name": ["none"], "output_dir": "none", "images_per_epoch": 16, "clip_norm": clip_norm}
         numbers |= {"batch_size": 8 // accelerator.num_processes, "effective_batch_size": 16}
         configure_deepspeed(accelerator, PretrainRecipe(**numbers, mixed_precision=arguments.precision))
     torch.manual_seed(0)
     model = HiViTForMaskedImageModeling(HiViTConfig(**NETWORK))
-    training = MaskedTraining(model, accelerator, Schedule(8, 2, 1e-3), clip_norm=1.0)
+    training = MaskedTraining(model, accelerator, Schedule(8, 2, 1e-3), clip_norm=clip_norm)
     kinds = {type(module).__name__ for module in training.model.modules()}
     assert any(kind.startswith("FSDP") for kind in kinds) == arguments.fsdp
     assert ("DeepSpeedEngine" in kinds) == bool(arguments.zero)
@@ -77,9 +80,14 @@ def main():
         batches = [
             {"pixel_values": p[rank::world], "noise": n[rank::world]} for p, n in zip(pixels.split(8), noise.split(8))
         ]
+        if step == 4:  # changes nothing, and leaves nothing behind
+            nothing = float("nan") if rank == world - 1 else 1.0
+            broken = [{**batch, "pixel_values": batch["pixel_values"] * nothing} for batch in batches]
+            assert math.isnan(training.step(step, broken).loss)
         losses.append(training.step(step, batches, stop=step == 5 and rank == world - 1))
     assert [result.stop for result in losses] == [step == 5 for step in range(8)]
     assert training.is_finite()
+    assert (max(result.gradient_norm for result in losses) > clip_norm) == arguments.clip
     weights = accelerator.get_state_dict(training.model)
     if accelerator.is_main_process:
         arguments.output.mkdir()

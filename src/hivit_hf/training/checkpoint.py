@@ -13,8 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from transformers.utils import logging
+
+from .zero import save_deepspeed
 
 
 logger = logging.get_logger(__name__)
@@ -64,7 +66,10 @@ class Checkpoints:
                 partial.mkdir(parents=True)
 
         def write():
-            accelerator.save_state(str(partial))
+            if accelerator.distributed_type == DistributedType.DEEPSPEED:
+                save_deepspeed(accelerator, str(partial))
+            else:
+                accelerator.save_state(str(partial))
             torch.save(loader_state, partial / f"loader_rank{accelerator.process_index:05d}.pt")
             if accelerator.is_main_process:
                 write_config(partial)

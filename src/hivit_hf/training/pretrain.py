@@ -189,6 +189,8 @@ def pretrain(
     """
     _check_settings(dataloader, epochs, learning_rate, warmup_epochs)
     accelerator = accelerator or Accelerator()
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # which would clip by itself
+        raise ValueError("DeepSpeed needs the numbers of a recipe: use hivit_hf.training.run.PretrainRun.")
     dataloader = accelerator.prepare(dataloader)
     steps_per_epoch = len(dataloader)  # after prepare: it is the share of one process now
     schedule = Schedule(epochs * steps_per_epoch, warmup_epochs * steps_per_epoch, learning_rate)

@@ -1,6 +1,9 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
 """DeepSpeed's ZeRO in stages 1 and 2, with the numbers of a recipe."""
 
+from collections.abc import Callable
+from unittest.mock import patch
+
 from accelerate import Accelerator
 
 from .recipe import PretrainRecipe
@@ -39,3 +42,33 @@ def configure_deepspeed(accelerator: Accelerator, recipe: PretrainRecipe):
     accelerator.gradient_accumulation_steps = wanted["gradient_accumulation_steps"]
     cast = {"enabled": recipe.mixed_precision == "bf16", "dtype": "bfloat16", "lower_precision_safe_modules": []}
     plugin.deepspeed_config |= {**wanted, "bf16": {"enabled": False}, "torch_autocast": cast}
+
+
+def save_deepspeed(accelerator: Accelerator, folder: str):
+    """
+    `accelerator.save_state`, where a process that cannot write a file still meets the others wherever DeepSpeed waits
+    for all of them; otherwise they would wait for good.
+
+    Raises:
+        Exception: the first error of this process, at the end.
+    """
+    engine, problems = accelerator.deepspeed_engine_wrapped.engine, []
+
+    def noted(do: Callable) -> Callable:
+        def attempt(*arguments, **options):
+            try:
+                return do(*arguments, **options)
+            except Exception as error:  # each library reports a full disk in its own way
+                problems.append(error)
+
+        return attempt
+
+    writer = engine.checkpoint_engine
+    with (
+        patch.object(writer, "makedirs", noted(writer.makedirs)),
+        patch.object(writer, "save", noted(writer.save)),
+        patch.object(engine, "_copy_recovery_script", lambda _folder: None),  # not needed here
+    ):
+        accelerator.save_state(folder, save_latest=False)  # the name of the newest is in a file of our own
+    if problems:
+        raise problems[0]
