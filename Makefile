@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test check bench kill-test clean
+.PHONY: demo test check bench cards kill-test clean
 
 demo: $(VENV)/installed   ## HiViT pre-trains, fine-tunes and predicts on real digits: demo_output/index.html
 	$(RUN) examples/demo_digits.py
@@ -22,6 +22,9 @@ bench: $(VENV)/installed  ## Speed and memory against the peers: benchmarks/resu
 	$(RUN) benchmarks/conversion.py
 	$(RUN) benchmarks/loader.py
 	$(RUN) benchmarks/table.py
+
+cards: $(VENV)/installed  ## The model cards, and the tables of checkpoints, from the data
+	$(RUN) model_cards/render.py
 
 kill-test: $(VENV)/installed  ## 20 SIGKILLs in each of 8 pre-trainings, held against uninterrupted ones, bit for bit (an hour)
 	$(RUN) tests/kill_test.py

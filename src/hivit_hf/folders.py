@@ -1,54 +1,62 @@
+# Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
 """Folders that are written whole or not at all."""
 
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from checkpoint import ConversionError, shown
+
+class FolderError(ValueError):
+    """A folder that must not or cannot be written, why, and what would do."""
 
 
-WRITTEN_FILES = {"model.safetensors", "config.json", "preprocessor_config.json", "checkpoint.pth"}
-WRITTEN_FILES |= {"conversion_report.json", "conversion_report.md"}
-
-
-def refuse_output(out_dir: Path, overwrite: bool, keep: list[Path]):
+def refuse_output(out_dir: Path, overwrite: bool, keep: Iterable[Path], written: Iterable[str]):
     """
-    ConversionError if `out_dir` must not be written: before time is spent.
+    FolderError if `out_dir` must not be written: before time is spent.
 
     Args:
         keep: what must not be deleted.
+        written: patterns of the files that the caller writes, `model.safetensors` or `samples/*`, and of its folders,
+            `samples/`; only those are ever replaced.
     """
     if out_dir.is_symlink() and not out_dir.exists():
-        raise ConversionError(f"{out_dir} is a link to nowhere. Choose another folder.")
+        raise FolderError(f"{out_dir} is a link to nowhere. Choose another folder.")
     if not out_dir.exists():
         return
     if not overwrite:
-        raise ConversionError(f"{out_dir} exists. Choose another folder, or give --overwrite.")
+        raise FolderError(f"{out_dir} exists. Choose another folder, or give --overwrite.")
     if not out_dir.is_dir():
-        raise ConversionError(f"{out_dir} is a file, not a folder. Choose another name.")
+        raise FolderError(f"{out_dir} is a file, not a folder. Choose another name.")
     target = out_dir.resolve()
     if Path.cwd().is_relative_to(target):
-        raise ConversionError(f"{out_dir} is where this command runs: choose another folder.")
+        raise FolderError(f"{out_dir} is where this command runs: choose another folder.")
     for path in keep:
         if path.resolve().is_relative_to(target):
-            raise ConversionError(f"{out_dir} holds {path}, which --overwrite would delete. Choose another folder.")
-    foreign = sorted(path.name for path in out_dir.iterdir() if path.name not in WRITTEN_FILES or path.is_dir())
+            raise FolderError(f"{out_dir} holds {path}, which --overwrite would delete. Choose another folder.")
+    foreign = [name for name in _names(out_dir) if not any(fnmatchcase(name, pattern) for pattern in written)]
     if foreign:
-        raise ConversionError(
-            f"{out_dir} holds {', '.join(map(shown, foreign[:4]))}, which this command did not write, so "
+        raise FolderError(
+            f"{out_dir} holds {', '.join(ascii(name)[1:-1] for name in foreign[:4])}, which this command did not write, so "
             "--overwrite does not delete it. Choose another folder."
         )
 
 
+def _names(folder: Path) -> list[str]:
+    """All that is in a folder, at any depth; folders end with a slash."""
+    paths = sorted(folder.rglob("*"))
+    return [path.relative_to(folder).as_posix() + "/" * path.is_dir() for path in paths]
+
+
 @contextmanager
-def written_whole(out_dir: Path, overwrite: bool, keep: list[Path]) -> Iterator[Path]:
+def written_whole(out_dir: Path, overwrite: bool, keep: Iterable[Path], written: Iterable[str]) -> Iterator[Path]:
     """A folder to write into that becomes `out_dir` if all goes well, and vanishes otherwise."""
-    refuse_output(out_dir, overwrite, keep)
+    refuse_output(out_dir, overwrite, keep, written)
     out_dir = out_dir.resolve()
     made = [parent for parent in out_dir.parents if not parent.exists()]
     partial = None
@@ -57,7 +65,7 @@ def written_whole(out_dir: Path, overwrite: bool, keep: list[Path]) -> Iterator[
         partial = Path(tempfile.mkdtemp(prefix=f".{out_dir.name[:40]}.", dir=out_dir.parent))
         yield partial
         partial.chmod(0o777 & ~_umask())
-        refuse_output(out_dir, overwrite, keep)  # it may have appeared meanwhile
+        refuse_output(out_dir, overwrite, keep, written)  # it may have appeared meanwhile
         _swap(partial, out_dir)
     except BaseException as error:
         if partial is not None:
@@ -66,7 +74,7 @@ def written_whole(out_dir: Path, overwrite: bool, keep: list[Path]) -> Iterator[
             with suppress(OSError):
                 parent.rmdir()
         if isinstance(error, (OSError, SafetensorError)):
-            raise ConversionError(f"{out_dir} could not be written, and nothing of it was left: {error}.") from error
+            raise FolderError(f"{out_dir} could not be written, and nothing of it was left: {error}.") from error
         raise
 
 
