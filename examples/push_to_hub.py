@@ -2,7 +2,7 @@
 python examples/push_to_hub.py MODEL_FOLDER OUT_DIR [--checkpoint hivit-base-mae-1600ep] [--samples PICTURES] [--push]
 
 Makes a complete repository of the Hub from a trained or converted model: weights, code, image processor, card, samples
-with predictions, ONNX files, endpoint. Prints what is in it. Uploads it only with --push; with --dry_run, nothing stays.
+with predictions, ONNX files, endpoint. Prints what is in it. Uploads only with --push; with --dry_run, nothing stays.
 """
 
 import argparse
@@ -14,10 +14,8 @@ from pathlib import Path
 
 from transformers import BitImageProcessor, logging
 
-import hivit_hf
-from hivit_hf.auto_registration import AUTO_MODELS
 from hivit_hf.checkpoints import CHECKPOINTS, Checkpoint
-from hivit_hf.hub import export, tree, undescribed
+from hivit_hf.hub import export, load_folder, tree, undescribed
 
 
 CARD_FLAGS = {
@@ -48,24 +46,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def load(folder: Path):
-    """The model in a folder, of the class that its configuration names."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        name = config["architectures"][0]
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise ValueError(f"{folder} is no folder of a model: it has no config.json with architectures.") from error
-    if name not in AUTO_MODELS.values():
-        raise ValueError(
-            f"{folder} holds a {name}, which is no HiViT: choose one of {', '.join(AUTO_MODELS.values())}."
-        )
-    arguments = {"add_pooling_layer": False} if name == "HiViTModel" else {}
-    try:
-        return getattr(hivit_hf, name).from_pretrained(folder, **arguments)
-    except OSError as error:
-        raise ValueError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
-
-
 def describe(arguments: argparse.Namespace, model) -> Checkpoint:
     """What the card says: of the table, or of the flags."""
     given = {name: getattr(arguments, name) for name in CARD_FLAGS if getattr(arguments, name) is not None}
@@ -74,7 +54,7 @@ def describe(arguments: argparse.Namespace, model) -> Checkpoint:
 
 
 def run(arguments: argparse.Namespace):
-    model = load(arguments.model)
+    model = load_folder(arguments.model)
     processor, report = arguments.model / "preprocessor_config.json", arguments.model / "conversion_report.json"
     options = {
         "about": describe(arguments, model),

@@ -267,20 +267,20 @@ def _limits(about: Checkpoint, config: HiViTConfig) -> list[str]:
     rows, columns = config.grid_size
     size = f"{rows * config.patch_size}x{columns * config.patch_size} px"
     lines = [
-        f"Pictures of {size}; other multiples of {config.patch_size} px work (positions are interpolated), but this size is "
-        "what it was trained with."
+        f"Pictures of {size}; other multiples of {config.patch_size} px work (positions are interpolated), but this size "
+        "is what it was trained with."
     ]
     if about.model_class == "HiViTForImageClassification":
         lines.insert(0, f"Names one of {config.num_labels} classes, and always one of them: it has no 'none of these'.")
         lines.append("Scores are softmax outputs, not calibrated probabilities.")
     elif about.model_class == "HiViTForMaskedImageModeling":
         lines.insert(0, "A start for fine-tuning, a feature extractor, and a study object. It names nothing.")
-        what = "each masked unit is predicted relative to its own mean and contrast, which `reconstruct` takes from the true picture"
-        lines.append(
-            f"Reconstructions show what was learnt; they are no inpainting: {what}."
-            if config.norm_pix_loss
-            else "Reconstructions show what was learnt; they are no inpainting: fine detail is missing."
-        )
+        what = "fine detail is missing"
+        if config.norm_pix_loss:
+            what = (
+                "each masked unit is predicted relative to its own mean and contrast, which come from the true picture"
+            )
+        lines.append(f"Reconstructions show what was learnt; they are no inpainting: {what}.")
         lines.append("There is no hosted widget for masked image modelling.")
     else:
         lines.insert(0, "A start for fine-tuning and a feature extractor. It names nothing, and has no decoder.")

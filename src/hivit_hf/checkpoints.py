@@ -147,13 +147,13 @@ CHECKPOINTS = {
         model_class="HiViTForImageClassification",
         arguments={**ARCHITECTURES["base"], "num_labels": 1000},
         description=(
-            "HiViT-B for image classification: pre-trained as a masked autoencoder for 1600 epochs, then fine-tuned with "
-            "the labels of ImageNet-1k for 100."
+            "HiViT-B for image classification: pre-trained as a masked autoencoder for 1600 epochs, then fine-tuned "
+            "with the labels of ImageNet-1k for 100."
         ),
         training=(
             "From the 1600-epoch masked autoencoder: 100 epochs, 5 of them warm-up, effective batch 1024, AdamW "
-            "(0.9, 0.999), learning rate 5e-4 for each 256 pictures, down to 1e-6, weight decay 0.05, layer decay 0.85, "
-            "drop path 0.2, mixup 0.8, cutmix 1.0, label smoothing 0.1, RandAugment m9, random erasing 0.25."
+            "(0.9, 0.999), learning rate 5e-4 for each 256 pictures, down to 1e-6, weight decay 0.05, layer decay "
+            "0.85, drop path 0.2, mixup 0.8, cutmix 1.0, label smoothing 0.1, RandAugment m9, random erasing 0.25."
         ),
         figures=(PaperFigure("ImageNet-1k, top-1 at 224 px", "84.6 %"),),
         weights="original",

@@ -42,8 +42,8 @@ def refuse_output(out_dir: Path, overwrite: bool, keep: Iterable[Path], written:
     foreign = [name for name in _names(out_dir) if not any(fnmatchcase(name, pattern) for pattern in written)]
     if foreign:
         raise FolderError(
-            f"{out_dir} holds {', '.join(ascii(name)[1:-1] for name in foreign[:4])}, which this command did not write, so "
-            "--overwrite does not delete it. Choose another folder."
+            f"{out_dir} holds {', '.join(ascii(name)[1:-1] for name in foreign[:4])}, which this command did not write, "
+            "so --overwrite does not delete it. Choose another folder."
         )
 
 

@@ -7,8 +7,8 @@ An Inference Endpoint for HiViT. The endpoint's toolkit makes an `EndpointHandle
               {"features": [...]}                                   for encoders: the mean over the picture
               {"error": "what is wrong and what would do"}          for what cannot be answered
 
-A PICTURE is a `PIL.Image` (what the toolkit makes of an image body), bytes, or base64, also as a data: URI. Addresses are
-never fetched. This file travels to the Hub: it imports nothing of the package.
+A PICTURE is a `PIL.Image` (what the toolkit makes of an image body), bytes, or base64, also as a data: URI. Addresses
+are never fetched. This file travels to the Hub: it imports nothing of the package.
 """
 
 import base64

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from transformers import BitImageProcessor, pipeline
 
+from . import modeling_hivit
 from .auto_registration import AUTO_MODELS
 from .cards import Folder, Sample, render_card
 from .checkpoints import Checkpoint
@@ -144,6 +145,26 @@ def upload(folder: Path, repo_id: str):
     api.create_repo(repo_id, private=True, exist_ok=True)
     commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload HiViT")
     print(f"uploaded: {commit.commit_url}")
+
+
+def load_folder(folder: Path) -> HiViTPreTrainedModel:
+    """
+    The model in a folder, of the class that its configuration names.
+
+    Raises:
+        ValueError: if there is none, or it is no HiViT.
+    """
+    try:
+        name = json.loads((folder / "config.json").read_text())["architectures"][0]
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"{folder} is no folder of a model: it has no config.json with architectures.") from error
+    if name not in AUTO_MODELS.values():
+        raise ValueError(f"{folder} holds a {name}, which is no HiViT: choose one of {sorted(AUTO_MODELS.values())}.")
+    arguments = {"add_pooling_layer": False} if name == "HiViTModel" else {}
+    try:
+        return getattr(modeling_hivit, name).from_pretrained(folder, **arguments)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def tree(folder: Path, name: str = "") -> str:

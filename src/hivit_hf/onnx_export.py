@@ -7,9 +7,14 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
+from tqdm.auto import tqdm
+from transformers import BitImageProcessor
 
+from .configuration_hivit import HiViTConfig
 from .modeling_hivit import HiViTForImageClassification, HiViTForMaskedImageModeling, HiViTPreTrainedModel
 
 
@@ -160,7 +165,7 @@ def cpu_session(path: Path):
 
 
 def _stable_sort():
-    """How ONNX sorts, which the exporter does not know: TopK puts the lower index first among equals, so it is stable."""
+    """How ONNX sorts, which the exporter does not know: TopK puts the lower of equal indices first, so it is stable."""
     from onnxscript import FLOAT, opset18
 
     def stable_sort(self, stable: bool | None = None, dim: int = -1, descending: bool = False):
@@ -178,6 +183,60 @@ def quantize(path: Path, out_path: Path):
 
     with _quiet():
         quantize_dynamic(path, out_path, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
+
+
+def labelled_pictures(path: Path, config: HiViTConfig) -> list[tuple[Image.Image, int]]:
+    """
+    Pictures with the numbers of their classes.
+
+    Args:
+        path: a folder with a folder of pictures for each class, or a dataset saved with `save_to_disk` with the columns
+            `image` and `label`; classes have the names of `config.id2label`.
+
+    Raises:
+        ValueError: if there are none, or their classes are not those of the model.
+    """
+    from datasets import load_dataset, load_from_disk
+
+    try:
+        if (path / "dataset_info.json").exists():
+            dataset = load_from_disk(str(path))
+        else:
+            dataset = load_dataset("imagefolder", data_dir=str(path), split="train")
+        names = dataset.features["label"].names
+        examples = [(example["image"], names[example["label"]]) for example in dataset]
+    except (OSError, KeyError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{path} holds no labelled pictures: give a folder with a folder of pictures for each class, or a dataset "
+            "saved with `save_to_disk` that has the columns image and label."
+        ) from error
+    unknown = sorted({name for _, name in examples} - set(config.label2id))
+    if unknown or not examples:
+        known = ", ".join(list(config.label2id)[:5])
+        raise ValueError(f"{path} has the classes {unknown[:5]}, which the model does not know: it has {known}, ...")
+    return [(picture.convert("RGB"), config.label2id[name]) for picture, name in examples]
+
+
+def int8_cost(
+    path: Path,
+    quantized_path: Path,
+    processor: BitImageProcessor,
+    pictures: list[tuple[Image.Image, int]],
+    batch_size: int = 32,
+) -> dict[str, float | int]:
+    """Quantizes a classifier, and measures the accuracy of both on labelled pictures."""
+    quantize(path, quantized_path)
+    hits = dict.fromkeys(("float32", "int8"), 0)
+    sessions = {"float32": cpu_session(path), "int8": cpu_session(quantized_path)}
+    for start in tqdm(range(0, len(pictures), batch_size), desc="accuracy", unit="batch", disable=None):
+        batch, labels = zip(*pictures[start : start + batch_size])
+        pixel_values = processor(list(batch), return_tensors="np").pixel_values
+        for name, session in sessions.items():
+            logits = session.run(["logits"], {"pixel_values": pixel_values})[0]
+            hits[name] += int((logits.argmax(axis=1) == np.array(labels)).sum())
+    accuracy = {f"accuracy_{name}": count / len(pictures) for name, count in hits.items()}
+    drop = accuracy["accuracy_float32"] - accuracy["accuracy_int8"]
+    return {"pictures": len(pictures), **accuracy, "drop": drop}
 
 
 def _example(model: HiViTPreTrainedModel, task: str, batch_size: int, grid: tuple[int, int]) -> dict[str, torch.Tensor]:
