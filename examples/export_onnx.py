@@ -3,10 +3,10 @@ python examples/export_onnx.py MODEL_FOLDER OUT_DIR [--task classification] [--s
 
 Writes ONNX files of a trained model, one file each with its weights: `classification`, `features` and `reconstruction`,
 as far as the model does these. Each is run in onnxruntime and compared with PyTorch, and is refused beyond 1e-4. Beside
-them lie config.json, preprocessor_config.json and onnx.json, which names the files, their inputs and their differences.
+them lie config.json, preprocessor_config.json and onnx.json, with the differences.
 
---int8 also writes the classifier with 8-bit matrices, and says what that costs: the accuracy of both on labelled pictures,
-a folder for each class (or a dataset that was saved with `save_to_disk`), held out from training.
+--int8 also writes the classifier with 8-bit matrices, and says what that costs: the accuracy of both on labelled
+pictures, a folder for each class (or a dataset that was saved with `save_to_disk`), held out from training.
 """
 
 import argparse
@@ -14,9 +14,9 @@ import json
 import sys
 from pathlib import Path
 
-from transformers import BitImageProcessor, logging
+from transformers import logging
 
-from hivit_hf.hub import evaluation_processor, load_folder
+from hivit_hf.hub import load_folder, load_processor
 from hivit_hf.onnx_export import OPSET, TOLERANCE, export_onnx, int8_cost, labelled_pictures, tasks_of
 
 
@@ -46,9 +46,7 @@ def run(arguments: argparse.Namespace):
     tasks = tasks_of(model) if arguments.task == "all" else [arguments.task]
     if arguments.int8 and "classification" not in tasks:
         raise ValueError("--int8 is measured by accuracy: it is for classifiers. Leave it out.")
-    has_processor = (arguments.model / "preprocessor_config.json").exists()
-    size = model.config.image_size if isinstance(model.config.image_size, int) else model.config.image_size[0]
-    processor = BitImageProcessor.from_pretrained(arguments.model) if has_processor else evaluation_processor(size)
+    processor = load_processor(arguments.model, model)
     pictures = labelled_pictures(arguments.int8, model.config) if arguments.int8 else None
 
     record = {"opset": arguments.opset, "tolerance": TOLERANCE, "files": {}}
@@ -73,7 +71,7 @@ def run(arguments: argparse.Namespace):
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    logging.set_verbosity_error()
+    logging.set_verbosity_warning()
     logging.disable_progress_bar()
     try:
         run(arguments)

@@ -12,10 +12,10 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from transformers import BitImageProcessor, logging
+from transformers import logging
 
 from hivit_hf.checkpoints import CHECKPOINTS, Checkpoint
-from hivit_hf.hub import export, load_folder, tree, undescribed
+from hivit_hf.hub import export, load_folder, load_processor, tree, undescribed
 
 
 CARD_FLAGS = {
@@ -55,10 +55,10 @@ def describe(arguments: argparse.Namespace, model) -> Checkpoint:
 
 def run(arguments: argparse.Namespace):
     model = load_folder(arguments.model)
-    processor, report = arguments.model / "preprocessor_config.json", arguments.model / "conversion_report.json"
+    report = arguments.model / "conversion_report.json"
     options = {
         "about": describe(arguments, model),
-        "image_processor": BitImageProcessor.from_pretrained(arguments.model) if processor.exists() else None,
+        "image_processor": load_processor(arguments.model, model),
         "samples": arguments.samples,
         "conversion_report": json.loads(report.read_text()) if report.exists() else None,
         "onnx": not arguments.no_onnx,
@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace):
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    logging.set_verbosity_error()
+    logging.set_verbosity_warning()
     logging.disable_progress_bar()
     try:
         run(arguments)

@@ -267,8 +267,8 @@ def _limits(about: Checkpoint, config: HiViTConfig) -> list[str]:
     rows, columns = config.grid_size
     size = f"{rows * config.patch_size}x{columns * config.patch_size} px"
     lines = [
-        f"Pictures of {size}; other multiples of {config.patch_size} px work (positions are interpolated), but this size "
-        "is what it was trained with."
+        f"Pictures of {size}, as in training; other multiples of {config.patch_size} px work too (positions are "
+        "interpolated)."
     ]
     if about.model_class == "HiViTForImageClassification":
         lines.insert(0, f"Names one of {config.num_labels} classes, and always one of them: it has no 'none of these'.")

@@ -41,9 +41,10 @@ def refuse_output(out_dir: Path, overwrite: bool, keep: Iterable[Path], written:
             raise FolderError(f"{out_dir} holds {path}, which --overwrite would delete. Choose another folder.")
     foreign = [name for name in _names(out_dir) if not any(fnmatchcase(name, pattern) for pattern in written)]
     if foreign:
+        shown = ", ".join(ascii(name.rstrip("/"))[1:-1] for name in foreign[:4])
         raise FolderError(
-            f"{out_dir} holds {', '.join(ascii(name)[1:-1] for name in foreign[:4])}, which this command did not write, "
-            "so --overwrite does not delete it. Choose another folder."
+            f"{out_dir} holds {shown}, which this command did not write, so --overwrite does not delete it. Choose another "
+            "folder."
         )
 
 

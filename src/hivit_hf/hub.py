@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from transformers import BitImageProcessor, pipeline
+from transformers.utils import logging
 
 from . import modeling_hivit
 from .auto_registration import AUTO_MODELS
@@ -22,6 +23,8 @@ from .modeling_hivit import HiViTForImageClassification, HiViTForMaskedImageMode
 from .onnx_export import export_onnx
 from .pictures import masked_picture, pixels_to_picture, side_by_side
 
+
+logger = logging.get_logger(__name__)
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -103,8 +106,8 @@ def export(
     about = _about(model, about, out_dir, push_to_hub)
     refuse_output(out_dir, overwrite, samples, WRITTEN_FILES)
     pictures = _read_samples(samples)
-    height, width = (length * model.config.patch_size for length in model.config.grid_size)
     if image_processor is None:
+        height, width = (length * model.config.patch_size for length in model.config.grid_size)
         if height != width:
             raise ValueError(f"The model sees {height}x{width} px, which is no square: give an image_processor.")
         image_processor = evaluation_processor(height)
@@ -165,6 +168,20 @@ def load_folder(folder: Path) -> HiViTPreTrainedModel:
         return getattr(modeling_hivit, name).from_pretrained(folder, **arguments)
     except OSError as error:
         raise ValueError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def load_processor(folder: Path, model: HiViTPreTrainedModel) -> BitImageProcessor:
+    """The image processor in a folder; where there is none, the published one of the model's size, and a warning."""
+    if (folder / "preprocessor_config.json").exists():
+        return BitImageProcessor.from_pretrained(folder)
+    height, width = (length * model.config.patch_size for length in model.config.grid_size)
+    if height != width:
+        raise ValueError(f"{folder} has no preprocessor_config.json, which {height}x{width} px need: write one.")
+    logger.warning(
+        f"{folder} has no preprocessor_config.json: taking ImageNet's mean and deviation at {height} px. If the model "
+        "was trained with others, save its image processor there."
+    )
+    return evaluation_processor(height)
 
 
 def tree(folder: Path, name: str = "") -> str:
