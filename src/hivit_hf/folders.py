@@ -43,8 +43,8 @@ def refuse_output(out_dir: Path, overwrite: bool, keep: Iterable[Path], written:
     if foreign:
         shown = ", ".join(ascii(name.rstrip("/"))[1:-1] for name in foreign[:4])
         raise FolderError(
-            f"{out_dir} holds {shown}, which this command did not write, so --overwrite does not delete it. Choose another "
-            "folder."
+            f"{out_dir} holds {shown}, which this command did not write, so --overwrite does not delete it. Choose "
+            "another folder."
         )
 
 
