@@ -28,6 +28,7 @@ CSS = """
 .pixels img { image-rendering: pixelated; width: 100%; border-radius: 8px; }
 .pixels .icon-button-wrapper { display: none; }
 .masked img { cursor: pointer; }
+#words { color: light-dark(#b91c1c, #ff8f8f); font-weight: 600; }
 .caption { text-align: center; opacity: 0.75; }
 """
 FONTS = [gr.themes.Font(name) for name in ("system-ui", "Segoe UI", "Helvetica", "sans-serif")]
@@ -57,17 +58,20 @@ def default_model(name: str) -> str:
     raise ValueError(f"There is no {name}: run `make demo` first, or give --{name} FOLDER.")
 
 
-def in_words(function):
-    """What cannot be answered becomes a message on the page."""
+def in_words(otherwise: list):
+    """What cannot be answered becomes words on the page, the last of the outputs; the others are `otherwise` then."""
 
-    @functools.wraps(function)
-    def answer(*arguments):
-        try:
-            return function(*arguments)
-        except RequestError as error:
-            raise gr.Error(str(error), print_exception=False, duration=8) from error
+    def decorate(function):
+        @functools.wraps(function)
+        def answer(*arguments):
+            try:
+                return *function(*arguments), ""
+            except RequestError as error:
+                return *otherwise, str(error)
 
-    return answer
+        return answer
+
+    return decorate
 
 
 def shown_picture(caption: str, *classes: str) -> gr.Image:
@@ -89,19 +93,21 @@ def shown_picture(caption: str, *classes: str) -> gr.Image:
 def build(studio: Studio, samples: list[str]) -> gr.Blocks:
     """The page."""
 
-    @in_words
+    nothing, as_it_was = [None, [], None, None, *([None] * len(STAGES))], [gr.skip()] * 3
+
+    @in_words(otherwise=nothing)
     def look(path, ratio):
         if path is None:  # it was taken away
-            return None, [], None, None, *([None] * len(STAGES))
+            return nothing
         mask = studio.draw_mask(ratio)
         return studio.classify(path), mask, *studio.reconstruct(path, mask), *studio.features(path)
 
-    @in_words
+    @in_words(otherwise=as_it_was)
     def hide(path, ratio):
         mask = studio.draw_mask(ratio)
         return mask, *studio.reconstruct(path, mask)
 
-    @in_words
+    @in_words(otherwise=as_it_was)
     def click(path, mask, shown, event: gr.SelectData):
         mask = studio.toggle(mask, event.index[0] / shown.shape[1], event.index[1] / shown.shape[0])
         return mask, *studio.reconstruct(path, mask)
@@ -115,6 +121,7 @@ def build(studio: Studio, samples: list[str]) -> gr.Blocks:
                 picture = gr.Image(sources=sources, label="Picture", height=300, elem_id="picture")
                 # the file as it came: Gradio itself would stumble over what is no picture
                 picture.preprocess = lambda payload: None if payload is None else payload.path or ""
+                words = gr.Markdown(elem_id="words")
                 if samples:
                     gr.Examples([[sample] for sample in samples], picture, label="Samples", examples_per_page=12)
             with gr.Column(scale=5, min_width=320), gr.Tabs():
@@ -134,10 +141,12 @@ def build(studio: Studio, samples: list[str]) -> gr.Blocks:
                     )
                     with gr.Row():
                         stages = [shown_picture(name.replace("stage", "Stage ")) for name in STAGES]
-        picture.change(look, [picture, ratio], [classes, mask, masked, filled, *stages], api_name="look", queue=False)
-        ratio.release(hide, [picture, ratio], [mask, masked, filled], api_name="hide", queue=False)
-        again.click(hide, [picture, ratio], [mask, masked, filled], api_name=False, queue=False)
-        masked.select(click, [picture, mask, masked], [mask, masked, filled], api_name=False, queue=False)
+        picture.change(
+            look, [picture, ratio], [classes, mask, masked, filled, *stages, words], api_name="look", queue=False
+        )
+        ratio.release(hide, [picture, ratio], [mask, masked, filled, words], api_name="hide", queue=False)
+        again.click(hide, [picture, ratio], [mask, masked, filled, words], api_name=False, queue=False)
+        masked.select(click, [picture, mask, masked], [mask, masked, filled, words], api_name=False, queue=False)
     return page
 
 
