@@ -29,11 +29,9 @@ def look(page) -> dict[str, float]:
     file = io.BytesIO()
     Image.effect_noise((256, 256), 80).convert("RGB").save(file, format="PNG")
     page.set_input_files("#file", {"name": "noise.png", "mimeType": "image/png", "buffer": file.getvalue()})
-    page.wait_for_function("document.getElementById('status').textContent === '' && window.hivit.current()?.reconstructed")
-    found = page.evaluate(
-        "(({ classified, reconstructed }) => [classified.milliseconds, reconstructed.milliseconds])(window.hivit.current())"
-    )
-    return dict(zip(("classification_ms", "reconstruction_ms"), found))
+    page.wait_for_function("window.hivit.current()?.reconstructed")
+    found = {"classification_ms": "classified", "reconstruction_ms": "reconstructed"}
+    return {name: page.evaluate(f"window.hivit.current().{kind}.milliseconds") for name, kind in found.items()}
 
 
 def main():
@@ -57,7 +55,8 @@ def main():
                 times[name].append(value)
             context.close()
         version = chromium.version
-    results = {"rounds": rounds, "chromium": version, "model_megabytes": sum(path.stat().st_size for path in models) / 1e6}
+    results = {"rounds": rounds, "chromium": version}
+    results["model_megabytes"] = sum(path.stat().st_size for path in models) / 1e6
     results |= {name: statistics.median(values) for name, values in times.items()}
     results |= {f"slowest_{name}": max(values) for name, values in times.items()}
     print(json.dumps(results, indent=1))

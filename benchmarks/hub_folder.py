@@ -1,9 +1,9 @@
 """
 python benchmarks/hub_folder.py [--rounds 3]
 
-Times `hivit_hf.hub.export` of the base classifier, without and with ONNX, and then, in a fresh process each time, loading
-that folder by `AutoModelForImageClassification` with its own code, where the package cannot be imported: the load alone, and
-with the imports. Medians. Writes benchmarks/results/hub_cpu.json.
+Times `hivit_hf.hub.export` of the base classifier, without and with ONNX, and then, in a fresh process each time,
+loading that folder by `AutoModelForImageClassification` with its own code, where the package cannot be imported: the
+load alone, and with the imports. Medians. Writes benchmarks/results/hub_cpu.json.
 """
 
 import argparse

@@ -3,8 +3,8 @@ python benchmarks/onnx_inference.py [--batch_size 8] [--rounds 9] [--demo demo_o
 
 Exports the base classifier to ONNX, and times onnxruntime on it beside PyTorch (with SDPA, and with attention written
 out), in turn; medians, and ratios round by round. Also the largest differences from PyTorch of all exports of the base
-networks with random weights, and, with the folder that `make demo` leaves, of the demo's models, and what 8-bit matrices cost
-its classifier. Writes benchmarks/results/onnx_cpu.json.
+networks with random weights, and, with the folder that `make demo` leaves, of the demo's models, and what
+8-bit matrices cost its classifier. Writes benchmarks/results/onnx_cpu.json.
 """
 
 import argparse

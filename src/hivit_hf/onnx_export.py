@@ -19,6 +19,7 @@ from .modeling_hivit import HiViTForImageClassification, HiViTForMaskedImageMode
 
 
 OPSET = 23  # the newest that both onnxruntime and onnxruntime-web run everywhere
+OPSETS = range(18, 26)  # what torch.onnx writes
 TOLERANCE = 1e-4
 OUTPUTS = {
     "classification": ["logits"],
@@ -98,6 +99,8 @@ def export_onnx(
         raise ValueError(f"A {type(model).__name__} cannot be exported for {task!r}: it does {tasks_of(model)}.")
     if dynamic_size and task == "reconstruction":
         raise ValueError("A reconstruction has a fixed size, as the number of visible units follows from it.")
+    if opset not in OPSETS:
+        raise ValueError(f"opset must be from {OPSETS[0]} to {OPSETS[-1]}, got {opset}. Leave it out.")
     try:
         import onnx
         import onnxruntime  # noqa: F401
@@ -210,11 +213,13 @@ def labelled_pictures(path: Path, config: HiViTConfig) -> list[tuple[Image.Image
             f"{path} holds no labelled pictures: give a folder with a folder of pictures for each class, or a dataset "
             "saved with `save_to_disk` that has the columns image and label."
         ) from error
-    unknown = sorted({name for _, name in examples} - set(config.label2id))
-    if unknown or not examples:
-        known = ", ".join(list(config.label2id)[:5])
-        raise ValueError(f"{path} has the classes {unknown[:5]}, which the model does not know: it has {known}, ...")
-    return [(picture.convert("RGB"), config.label2id[name]) for picture, name in examples]
+    numbers = {name: number for number, name in config.id2label.items()}
+    unknown = sorted({name for _, name in examples} - set(numbers))
+    if unknown:
+        raise ValueError(f"{path} has the classes {unknown[:5]}, but the model knows {list(numbers)[:5]}: give others.")
+    if not examples:
+        raise ValueError(f"{path} holds no pictures: give some whose classes are known.")
+    return [(picture.convert("RGB"), numbers[name]) for picture, name in examples]
 
 
 def int8_cost(
