@@ -90,7 +90,7 @@ def test_the_card_says_what_the_pipeline_says(folder, samples):
         assert [guess["label"] for guess in entry["output"]] == [guess["label"] for guess in found]
         for told, measured in zip(entry["output"], found):
             assert told["score"] == pytest.approx(measured["score"], abs=6e-5)
-            assert f"{told['label']} {100 * told['score']:.1f} %" in card.content
+            assert f"{told['label']}: {100 * told['score']:.1f} %" in card.content
     assert (card.data.license, card.data.library_name) == ("mit", "transformers")
     assert "onnx" in card.data.tags
     assert f"sha256 `{'ab' * 32}`" in card.content and "7 of 7 tensors" in card.content

@@ -162,7 +162,10 @@ def test_the_command_refuses(classifier, autoencoder, model_folder, tmp_path, ca
         ([tmp_path / "mae", "out", "--task", "features", "--int8", "x"], "for classifiers"),
         ([model_folder, "out", "--int8", tmp_path / "empty"], "holds no labelled pictures"),
         ([model_folder, "out", "--int8", tmp_path / "nowhere"], "holds no labelled pictures"),
-        ([model_folder, "out", "--int8", tmp_path / "cats"], "the classes ['cat'], but the model knows ['dark', 'light']"),
+        (
+            [model_folder, "out", "--int8", tmp_path / "cats"],
+            "the classes ['cat'], but the model knows ['dark', 'light']",
+        ),
         ([tmp_path / "mae", "out", "--task", "reconstruction", "--opset", "3"], "opset"),
     ]:
         assert command.main(list(map(str, arguments))) == 2, words
