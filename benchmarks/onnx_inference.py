@@ -25,11 +25,11 @@ from measure import interleave, summarize, write
 OURS = "PyTorch, SDPA"
 
 
-def differences(model, folder: Path) -> dict[str, dict[str, float]]:
+def differences(model, folder: Path, sizes: tuple[bool, ...] = (False, True)) -> dict[str, dict[str, float]]:
     """The largest difference, the seconds and the megabytes of each export of a model, of fixed and dynamic size."""
     found = {}
     for task in tasks_of(model):
-        for dynamic in (False, True) if task != "reconstruction" else (False,):
+        for dynamic in sizes if task != "reconstruction" else (False,):
             path, start = folder / f"{type(model).__name__}_{task}_{dynamic}.onnx", time.perf_counter()
             difference = export_onnx(model, path, task, dynamic)
             found[f"{task}, {'dynamic' if dynamic else 'fixed'} size"] = {
@@ -59,6 +59,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch_size", type=int, default=8, help="Images per call.")
     parser.add_argument("--rounds", type=int, default=9, help="Counted rounds.")
+    parser.add_argument("--fixed", action="store_const", dest="base_sizes", const=(False,), default=(False, True),
+                        help="Exports of the base networks of fixed size only: dynamic ones take a minute each.")  # fmt: skip
     parser.add_argument("--demo", type=Path, help="What make demo left.")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -67,7 +69,10 @@ def main():
         folder = Path(temporary)
         classifier = HiViTForImageClassification(HiViTConfig.from_architecture("base", num_labels=1000)).eval()
         autoencoder = HiViTForMaskedImageModeling(HiViTConfig.from_architecture("base-mae")).eval()
-        results["differences"] = {"base": differences(classifier, folder), "base-mae": differences(autoencoder, folder)}
+        results["differences"] = {
+            "base": differences(classifier, folder, arguments.base_sizes),
+            "base-mae": differences(autoencoder, folder, arguments.base_sizes),
+        }
         path = folder / "HiViTForImageClassification_classification_False.onnx"
         results["speed"] = speed(classifier, path, arguments.batch_size, arguments.rounds)
         results["speed_batch_1"] = speed(classifier, path, 1, 3 * arguments.rounds)

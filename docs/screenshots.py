@@ -26,12 +26,14 @@ from chromium import BROWSER_EXAMPLE, browser, serve  # noqa: E402
 PORT = 7869
 # close to how GitHub shows Markdown
 CARD = """<!doctype html><meta charset="utf-8"><style>
-body { font: 16px/1.5 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; max-width: 830px; margin: 32px auto; color: #1f2328; }
+body { font: 16px/1.5 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; max-width: 830px; }
+body { margin: 32px auto; color: #1f2328; }
 h1, h2 { border-bottom: 1px solid #d1d9e0; padding-bottom: 6px; } a { color: #0969da; }
 table { border-collapse: collapse; } th, td { border: 1px solid #d1d9e0; padding: 6px 13px; }
 tr:nth-child(2n) { background: #f6f8fa; } img { image-rendering: pixelated; }
 code { background: #eff1f3; border-radius: 6px; padding: 2px 6px; font-size: 85%; }
-pre { background: #f6f8fa; border-radius: 6px; padding: 16px; overflow: auto; } pre code { background: none; padding: 0; }
+pre { background: #f6f8fa; border-radius: 6px; padding: 16px; overflow: auto; }
+pre code { background: none; padding: 0; }
 blockquote { border-left: 4px solid #d1d9e0; margin: 0; padding: 0 16px; color: #59636e; }
 </style><body>"""
 

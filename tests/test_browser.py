@@ -44,7 +44,7 @@ def expected_pixels(processor, picture):
 
 @pytest.fixture(scope="module")
 def models(tiny_network):
-    names = {number: name for number, name in enumerate(["tench", "goldfish", "great white shark"])}
+    names = dict(enumerate(["tench", "goldfish", "great white shark"]))
     return {
         "classifier": tiny_network(HiViTForImageClassification, id2label=names),
         "autoencoder": tiny_network(HiViTForMaskedImageModeling),
