@@ -59,8 +59,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch_size", type=int, default=8, help="Images per call.")
     parser.add_argument("--rounds", type=int, default=9, help="Counted rounds.")
-    parser.add_argument("--fixed", action="store_const", dest="base_sizes", const=(False,), default=(False, True),
-                        help="Exports of the base networks of fixed size only: dynamic ones take a minute each.")  # fmt: skip
+    parser.add_argument(
+        "--fixed",
+        action="store_const",
+        dest="base_sizes",
+        const=(False,),
+        default=(False, True),
+        help="Base networks of fixed size only: the dynamic ones take a minute each.",
+    )
     parser.add_argument("--demo", type=Path, help="What make demo left.")
     arguments = parser.parse_args()
     torch.manual_seed(0)
