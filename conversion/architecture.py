@@ -7,13 +7,12 @@ from itertools import groupby
 import torch
 
 from checkpoint import ConversionError
+from hivit_hf.checkpoints import ITPN_BASE
 from hivit_hf.configuration_hivit import ARCHITECTURES, HiViTConfig
 from key_maps import KeyMap, dense
 
 
-# iTPN-B's encoder, which the package does not name as an architecture of its own.
-_ITPN_BASE = {"hidden_size": 512, "depths": [3, 3, 24], "num_attention_heads": 8, "stem_blocks_per_depth": 1}
-PUBLISHED = [HiViTConfig(**arguments) for arguments in (*ARCHITECTURES.values(), _ITPN_BASE)]
+PUBLISHED = [HiViTConfig(**arguments) for arguments in (*ARCHITECTURES.values(), ITPN_BASE)]
 
 ATTENTION, MLP, MERGE = "attention", "mlp", "merge"
 _TABLE = "hivit.{block}.attention.relative_position_bias_table"

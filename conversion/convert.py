@@ -15,8 +15,8 @@ from pathlib import Path
 import transformers
 
 from checkpoint import ConversionError, read_checkpoint, shown
-from engine import DTYPES, KEY_MAPS, convert, plan_conversion
-from folders import refuse_output
+from engine import DTYPES, KEY_MAPS, WRITTEN_FILES, convert, plan_conversion
+from hivit_hf.folders import FolderError, refuse_output
 from report import summary
 from to_original import to_original
 
@@ -104,7 +104,7 @@ def run(arguments: argparse.Namespace) -> dict:
     keep = [arguments.checkpoint]
     if arguments.id2label is not None and arguments.id2label != "imagenet-1k":
         keep.append(Path(arguments.id2label))
-    refuse_output(arguments.out_dir, arguments.overwrite, keep)
+    refuse_output(arguments.out_dir, arguments.overwrite, keep, WRITTEN_FILES)
     if arguments.to_original:
         for name in ("encoder_only", "num_heads", "decoder_num_heads", "model_ema", "image_size", "dtype", "id2label"):
             if getattr(arguments, name) not in (None, False):
@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     transformers.logging.disable_progress_bar()
     try:
         report = run(arguments)
-    except ConversionError as error:
+    except (ConversionError, FolderError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:

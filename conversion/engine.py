@@ -12,8 +12,8 @@ from transformers.initialization import no_init_weights
 
 from architecture import block_names, infer_config, square_side
 from checkpoint import Checkpoint, ConversionError, shown
-from folders import written_whole
 from hivit_hf import HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling, HiViTModel
+from hivit_hf.folders import written_whole
 from hivit_hf.hub import evaluation_processor
 from hivit_hf.modeling_hivit import relative_position_index, resize_table, sin_cos_position_embeddings
 from key_maps import Dropped, Index, KeyMap, Match, OnlyIf, dense, itpn, mmpretrain, self_supervised, supervised
@@ -22,6 +22,8 @@ from report import describe_source, describe_versions, write_report
 
 
 KEY_MAPS = {module.KEY_MAP.name: module.KEY_MAP for module in (self_supervised, supervised, mmpretrain, dense, itpn)}
+WRITTEN_FILES = {"model.safetensors", "config.json", "preprocessor_config.json", "checkpoint.pth"}
+WRITTEN_FILES |= {"conversion_report.json", "conversion_report.md"}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -255,14 +257,15 @@ def convert(
         keep: files besides the checkpoint that must not be deleted.
 
     Raises:
-        ConversionError: if the folder cannot be written, or does not load as it was read; nothing is left behind then.
+        FolderError: if the folder cannot be written.
+        ConversionError: if it does not load as it was read; nothing is left behind then.
     """
     if id2label is not None:
         plan.config.id2label, plan.config.label2id = id2label, {label: n for n, label in id2label.items()}
     plan.config.architectures = [plan.model_class.__name__]
     source = describe_source(checkpoint, plan.key_map)
     keep = [checkpoint.path, *keep]
-    with written_whole(out_dir, overwrite, keep) as folder:
+    with written_whole(out_dir, overwrite, keep, WRITTEN_FILES) as folder:
         tensors = {plan.saved_name(name): tensor for name, tensor in plan.tensors.items()}
         save_file(_separate(tensors), folder / "model.safetensors", metadata={"format": "pt"})
         plan.config.save_pretrained(folder)

@@ -9,9 +9,9 @@ from safetensors import SafetensorError, safe_open
 
 from architecture import block_names
 from checkpoint import ConversionError, read_checkpoint, shown
-from engine import KEY_MAPS, by_reason, compare, expected_shapes, table
-from folders import written_whole
+from engine import KEY_MAPS, WRITTEN_FILES, by_reason, compare, expected_shapes, table
 from hivit_hf import HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling, HiViTModel
+from hivit_hf.folders import written_whole
 from hivit_hf.modeling_hivit import relative_position_index
 from key_maps import KeyMap, self_supervised
 from report import describe_versions, write_report
@@ -56,7 +56,7 @@ def to_original(folder: Path, out_dir: Path, source: str = "auto", overwrite: bo
         }
         added |= dict.fromkeys(("norm.weight", "norm.bias"), "identity: the original has it, but does not apply it")
 
-    with written_whole(out_dir, overwrite, keep=[folder]) as target:
+    with written_whole(out_dir, overwrite, [folder], WRITTEN_FILES) as target:
         torch.save({key_map.container: state_dict}, target / "checkpoint.pth")
         proof = compare(read_checkpoint(target / "checkpoint.pth").tensors, state_dict)
         report = {

@@ -42,6 +42,7 @@ def main():
     print("1/4 Masked pre-training, without labels")
     with timed("pretraining", seconds):
         pretraining = experiment.pretrain_digits(train, settings, output / "pretrained")
+        processor.save_pretrained(output / "pretrained")
 
     print("2/4 Fine-tuning, pre-trained and from scratch")
     runs = {}

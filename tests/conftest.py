@@ -35,7 +35,7 @@ def tiny_config():
     return lambda **changes: HiViTConfig(**{**TINY, **changes})
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def redraw():
     """A function that draws every parameter anew, so that zeros and ones of the initialisation hide nothing."""
 
@@ -48,6 +48,19 @@ def redraw():
         return model
 
     return draw
+
+
+@pytest.fixture(scope="session")
+def tiny_network(redraw):
+    """A function that makes a network small enough for anything, all of whose parameters matter."""
+
+    def make(model_class, **changes):
+        arguments = {**TINY, **changes}
+        if "id2label" in changes:
+            arguments.pop("num_labels")
+        return redraw(model_class(HiViTConfig(**arguments))).eval()
+
+    return make
 
 
 @pytest.fixture

@@ -11,6 +11,16 @@ import importlib.machinery
 import sys
 
 
+# Auto class -> model class
+AUTO_MODELS = {
+    "AutoModel": "HiViTModel",
+    "AutoModelForPreTraining": "HiViTForMaskedImageModeling",
+    "AutoModelForMaskedImageModeling": "HiViTForMaskedImageModeling",
+    "AutoModelForImageClassification": "HiViTForImageClassification",
+    "AutoBackbone": "HiViTBackbone",
+}
+
+
 def _register_config(auto):
     from .configuration_hivit import HiViTConfig
 
@@ -26,14 +36,8 @@ def _register_models(_module):
     from . import modeling_hivit as hivit
     from .configuration_hivit import HiViTConfig
 
-    for auto_class, model_class in [
-        (auto.AutoModel, hivit.HiViTModel),
-        (auto.AutoModelForPreTraining, hivit.HiViTForMaskedImageModeling),
-        (auto.AutoModelForMaskedImageModeling, hivit.HiViTForMaskedImageModeling),
-        (auto.AutoModelForImageClassification, hivit.HiViTForImageClassification),
-        (auto.AutoBackbone, hivit.HiViTBackbone),
-    ]:
-        auto_class.register(HiViTConfig, model_class, exist_ok=True)
+    for auto_class, model_class in AUTO_MODELS.items():
+        getattr(auto, auto_class).register(HiViTConfig, getattr(hivit, model_class), exist_ok=True)
 
 
 def _register_image_processor(auto):

@@ -1,12 +1,43 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""What a model's folder needs besides its weights."""
+"""What a model's folder needs besides its weights, and the whole folder for the Hub."""
 
+import copy
+import json
+import shutil
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
-from transformers import BitImageProcessor
+import torch
+from PIL import Image
+from transformers import BitImageProcessor, pipeline
+from transformers.utils import logging
 
+from . import modeling_hivit
+from .auto_registration import AUTO_MODELS
+from .cards import Folder, Sample, render_card
+from .checkpoints import Checkpoint
+from .folders import refuse_output, written_whole
+from .handler import RequestError, read_picture
+from .modeling_hivit import HiViTForImageClassification, HiViTForMaskedImageModeling, HiViTPreTrainedModel
+from .onnx_export import export_onnx
+from .pictures import masked_picture, pixels_to_picture, side_by_side
+
+
+logger = logging.get_logger(__name__)
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+AUTO_MAP = {"AutoConfig": "configuration_hivit.HiViTConfig"}
+AUTO_MAP |= {auto: f"modeling_hivit.{model_class}" for auto, model_class in AUTO_MODELS.items()}
+CODE_FILES = ("configuration_hivit.py", "modeling_hivit.py", "handler.py")
+REQUIREMENTS = ("torch>=2.11", "transformers>=5.17", "safetensors>=0.5", "huggingface-hub>=1.0", "pillow>=11")
+SAMPLE_SUFFIXES = (".jpg", ".jpeg", ".png")
+ONNX_FILES = {"classification": "model.onnx", "features": "model.onnx", "reconstruction": "reconstruction.onnx"}
+WRITTEN_FILES = ["README.md", "config.json", "model.safetensors", "preprocessor_config.json", "requirements.txt"]
+WRITTEN_FILES += ["conversion_report.json", "onnx/", "onnx/*.onnx", "samples/", *CODE_FILES]
+WRITTEN_FILES += [f"samples/*{suffix}" for suffix in SAMPLE_SUFFIXES]
+MAX_SAMPLES = 24
 
 
 def evaluation_resize(image_size: int) -> int:
@@ -32,3 +63,227 @@ def evaluation_processor(
         image_mean=list(mean),
         image_std=list(std),
     )
+
+
+def export(
+    model: HiViTPreTrainedModel,
+    out_dir: str | Path,
+    about: Checkpoint | None = None,
+    image_processor: BitImageProcessor | None = None,
+    samples: Sequence[str | Path] = (),
+    conversion_report: dict | None = None,
+    onnx: bool = True,
+    results_dir: Path | None = None,
+    overwrite: bool = False,
+    push_to_hub: bool = False,
+) -> Path:
+    """
+    Writes a complete repository of the Hub: weights, configuration with labels and the full `auto_map`, image
+    processor, the code that travels, card, sample pictures with what the model says of them, ONNX files, and the files
+    of an Inference Endpoint. The folder is written whole or not at all. Nothing leaves the machine unless asked.
+
+    Args:
+        model: any HiViT; its configuration says the names of the classes.
+        out_dir: the folder to write.
+        about: what the card says that cannot be read off the model; an entry of `CHECKPOINTS`, or your own.
+        image_processor: how pictures become pixels; `evaluation_processor` of the model's size if not given.
+        samples: PNG and JPEG files, at most 24.
+        conversion_report: of `conversion/convert.py`, if the weights were converted.
+        onnx: whether to write `onnx/`, which takes most of the time.
+        results_dir: `benchmarks/results`, if the card may quote what was measured of this very network.
+        overwrite: whether an earlier export in `out_dir` may be replaced.
+        push_to_hub: whether to upload the folder to `about.repo_id`; a private repository is made if there is none.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: for models, samples and folders that cannot be exported; before anything is written.
+    """
+    out_dir, samples = Path(out_dir), [Path(sample) for sample in samples]
+    if not isinstance(model, HiViTPreTrainedModel) or type(model).__name__ not in AUTO_MODELS.values():
+        raise ValueError(f"export writes HiViT models, got a {type(model).__name__}. Unwrap or merge it first.")
+    about = _about(model, about, out_dir, push_to_hub)
+    refuse_output(out_dir, overwrite, samples, WRITTEN_FILES)
+    pictures = _read_samples(samples)
+    if image_processor is None:
+        height, width = (length * model.config.patch_size for length in model.config.grid_size)
+        if height != width:
+            raise ValueError(f"The model sees {height}x{width} px, which is no square: give an image_processor.")
+        image_processor = evaluation_processor(height)
+
+    model.eval()
+    with written_whole(out_dir, overwrite, samples, WRITTEN_FILES) as folder:
+        _save_model(model, folder)
+        image_processor.save_pretrained(folder)
+        for name in CODE_FILES:
+            shutil.copyfile(Path(__file__).parent / name, folder / name)
+        (folder / "requirements.txt").write_text("\n".join(REQUIREMENTS) + "\n")
+        if conversion_report is not None:
+            (folder / "conversion_report.json").write_text(json.dumps(conversion_report, indent=1) + "\n")
+        if onnx:
+            for task in _onnx_tasks(model):
+                export_onnx(model, folder / "onnx" / ONNX_FILES[task], task)
+        found = _run_samples(model, image_processor, pictures, folder)
+        (folder / "README.md").touch()  # it names itself
+        found = replace(found, report=conversion_report, tree=tree(folder, out_dir.resolve().name))
+        (folder / "README.md").write_text(render_card(about, model.config, found, results_dir), encoding="utf-8")
+    if push_to_hub:
+        upload(out_dir, about.repo_id)
+    return out_dir
+
+
+def undescribed(model: HiViTPreTrainedModel, name: str) -> Checkpoint:
+    """What a card says of a model that nobody has described."""
+    model_class = type(model).__name__
+    training = "Not described by whoever made this model."
+    return Checkpoint(name, name, model_class, description=f"A `{model_class}`.", training=training)
+
+
+def upload(folder: Path, repo_id: str):
+    """Uploads a folder to the Hub, into a private repository if there is none yet, and prints the commit."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    api.create_repo(repo_id, private=True, exist_ok=True)
+    commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload HiViT")
+    print(f"uploaded: {commit.commit_url}")
+
+
+def load_folder(folder: Path) -> HiViTPreTrainedModel:
+    """
+    The model in a folder, of the class that its configuration names.
+
+    Raises:
+        ValueError: if there is none, or it is no HiViT.
+    """
+    try:
+        name = json.loads((folder / "config.json").read_text())["architectures"][0]
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise ValueError(f"{folder} is no folder of a model: it has no config.json with architectures.") from error
+    if name not in AUTO_MODELS.values():
+        raise ValueError(f"{folder} holds a {name}, which is no HiViT: choose one of {sorted(AUTO_MODELS.values())}.")
+    arguments = {"add_pooling_layer": False} if name == "HiViTModel" else {}
+    try:
+        return getattr(modeling_hivit, name).from_pretrained(folder, **arguments)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def load_processor(folder: Path, model: HiViTPreTrainedModel) -> BitImageProcessor:
+    """The image processor in a folder; where there is none, the published one of the model's size, and a warning."""
+    if (folder / "preprocessor_config.json").exists():
+        return BitImageProcessor.from_pretrained(folder)
+    height, width = (length * model.config.patch_size for length in model.config.grid_size)
+    if height != width:
+        raise ValueError(f"{folder} has no preprocessor_config.json, which {height}x{width} px need: write one.")
+    logger.warning(
+        f"{folder} has no preprocessor_config.json: taking ImageNet's mean and deviation at {height} px. If the model "
+        "was trained with others, save its image processor there."
+    )
+    return evaluation_processor(height)
+
+
+def tree(folder: Path, name: str = "") -> str:
+    """The files of a folder with their sizes, a line each."""
+    paths = sorted((path for path in folder.rglob("*") if path.is_file()), key=lambda p: (len(p.parts), p.as_posix()))
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    width = max(map(len, names), default=0)
+    lines = [f"  {name:{width}}  {_size(path.stat().st_size):>9}".rstrip() for name, path in zip(names, paths)]
+    return "\n".join([f"{name or folder.name}/", *lines])
+
+
+def _size(num_bytes: int) -> str:
+    if num_bytes < 1000:
+        return ""  # also the card itself, which names the tree
+    return f"{num_bytes / 1e3:.0f} kB" if num_bytes < 1e6 else f"{num_bytes / 1e6:.1f} MB"
+
+
+def _about(model: HiViTPreTrainedModel, about: Checkpoint | None, out_dir: Path, push_to_hub: bool) -> Checkpoint:
+    model_class = type(model).__name__
+    if about is None:
+        about = undescribed(model, out_dir.resolve().name)
+    if about.model_class != model_class:
+        raise ValueError(f"The card is of a {about.model_class}, but the model is a {model_class}.")
+    if push_to_hub and about.repo_id.count("/") != 1:
+        raise ValueError(f"To upload, repo_id must be OWNER/NAME, got {about.repo_id!r}.")
+    return about
+
+
+def _read_samples(samples: Sequence[Path]) -> dict[str, tuple[Path, Image.Image]]:
+    """Name -> file and picture. ValueError for what is no picture, or too many."""
+    if len(samples) > MAX_SAMPLES:
+        raise ValueError(f"A card shows at most {MAX_SAMPLES} samples, got {len(samples)}.")
+    pictures = {}
+    for path in samples:
+        if path.suffix.lower() not in SAMPLE_SUFFIXES:
+            raise ValueError(f"Samples are {', '.join(SAMPLE_SUFFIXES)} files, got {path}.")
+        if path.name in pictures:
+            raise ValueError(f"Two samples are named {path.name}: rename one.")
+        try:
+            pictures[path.name] = path, read_picture(path.read_bytes())
+        except (RequestError, OSError) as error:
+            raise ValueError(f"The sample {path} cannot be read: {error}") from error
+    return pictures
+
+
+def _save_model(model: HiViTPreTrainedModel, folder: Path):
+    """Weights and configuration, with the `auto_map` of all classes: transformers would write that of one class."""
+    config = model.config
+    before = copy.copy(getattr(config, "auto_map", None)), config.architectures
+    config.auto_map = dict(AUTO_MAP)
+    config.architectures = [type(model).__name__]
+    try:
+        model.save_pretrained(folder)
+    finally:
+        config.auto_map, config.architectures = before
+        if before[0] is None:
+            del config.auto_map
+
+
+def _onnx_tasks(model: HiViTPreTrainedModel) -> list[str]:
+    if isinstance(model, HiViTForImageClassification):
+        return ["classification"]
+    return ["features", "reconstruction"] if isinstance(model, HiViTForMaskedImageModeling) else ["features"]
+
+
+@torch.no_grad()
+def _run_samples(
+    model: HiViTPreTrainedModel,
+    processor: BitImageProcessor,
+    pictures: dict[str, tuple[Path, Image.Image]],
+    folder: Path,
+) -> Folder:
+    """Copies the samples, and asks the model about them as a user would."""
+    if not pictures:
+        return Folder()
+    (folder / "samples").mkdir()
+    for name, (path, _) in pictures.items():
+        shutil.copyfile(path, folder / "samples" / name)
+    if isinstance(model, HiViTForImageClassification):
+        classify = pipeline("image-classification", model=model, image_processor=processor)
+        answers = [classify(picture, top_k=3) for _, picture in pictures.values()]
+        titles = [Path(name).stem.replace("_", " ") for name in pictures]
+        rounded = [[{**guess, "score": round(guess["score"], 4)} for guess in answer] for answer in answers]
+        return Folder(samples=[Sample(t, f"samples/{n}", a) for t, n, a in zip(titles, pictures, rounded)])
+    if not isinstance(model, HiViTForMaskedImageModeling):
+        return Folder()
+    paths, generator = [], torch.Generator().manual_seed(0)
+    for name, (_, picture) in pictures.items():
+        pixel_values = processor(picture, return_tensors="pt").pixel_values.to(model.device)
+        units = model.config.grid_size[0] * model.config.grid_size[1]
+        noise = torch.rand(1, units, generator=generator).to(model.device)
+        mask = model.draw_mask(pixel_values, noise)
+        reconstruction = model.reconstruct(pixel_values, bool_masked_pos=mask)
+        seen = pixels_to_picture(pixel_values[0], processor)
+        row = [seen, masked_picture(seen, mask[0], model.config.grid_size)]
+        row.append(pixels_to_picture(reconstruction[0], processor))
+        paths.append(f"samples/{Path(name).stem}_reconstructed.png")
+        side_by_side([_visible_size(part) for part in row]).save(folder / paths[-1])
+    return Folder(reconstructions=paths)
+
+
+def _visible_size(picture: Image.Image) -> Image.Image:
+    """Small pictures enlarged in whole steps, so that their pixels can be seen."""
+    factor = max(1, 192 // picture.width)
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)

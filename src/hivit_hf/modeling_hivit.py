@@ -155,8 +155,8 @@ def relative_position_index(
     for a larger one, and has (2 * its rows - 1) * (2 * its columns - 1) entries.
     """
     (rows, columns), (table_rows, table_columns) = grid, table_grid or grid
-    row = torch.arange(rows, device=device).repeat_interleave(columns)
-    column = torch.arange(columns, device=device).repeat(rows)
+    row = torch.arange(rows, device=device)[:, None].expand(rows, columns).flatten()
+    column = torch.arange(columns, device=device).expand(rows, columns).flatten()
     row_offset = row[:, None] - row[None, :] + table_rows - 1
     column_offset = column[:, None] - column[None, :] + table_columns - 1
     return row_offset * (2 * table_columns - 1) + column_offset
@@ -181,7 +181,7 @@ class HiViTEmbeddings(nn.Module):
             units = units.flatten(1, 2)
         else:
             columns = units.shape[2]
-            batch = torch.arange(len(units), device=units.device)[:, None]
+            batch = torch.arange(units.shape[0], device=units.device)[:, None]
             units = units[batch, visible // columns, visible % columns]
         tokens = self.projection(units.flatten(0, 1)).permute(0, 2, 3, 1)  # (B * V, 4, 4, C/4)
         return self.norm(tokens).unflatten(0, units.shape[:2])
@@ -212,7 +212,7 @@ class HiViTDropPath(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if not self.training or self.rate == 0.0:
             return hidden_states
-        keep = hidden_states.new_empty((len(hidden_states),) + (1,) * (hidden_states.ndim - 1))
+        keep = hidden_states.new_empty((hidden_states.shape[0],) + (1,) * (hidden_states.ndim - 1))
         return hidden_states * (keep.bernoulli_(1 - self.rate) / (1 - self.rate))
 
     def extra_repr(self) -> str:
@@ -327,7 +327,7 @@ class HiViTAttention(nn.Module):
                 )
             bias = self.position_bias(position_index, grid).to(query.dtype)
         if implementation == "flex_attention" and bias is not None:  # its additive mask has one head only
-            kwargs, bias = {**kwargs, "position_bias": bias.expand(len(query), -1, -1, -1)}, None
+            kwargs, bias = {**kwargs, "position_bias": bias.expand(query.shape[0], -1, -1, -1)}, None
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         dropout = self.dropout if self.training else 0.0
         output, probabilities = attention(
@@ -625,7 +625,7 @@ class HiViTModel(HiViTPreTrainedModel):
                     "to None."
                 )
             if num_visible_units is None:
-                num_visible_units = self._count_visible_units(bool_masked_pos, len(pixel_values), math.prod(grid))
+                num_visible_units = self._count_visible_units(bool_masked_pos, pixel_values.shape[0], math.prod(grid))
             visible = visible_indices(bool_masked_pos, num_visible_units)
 
         stem = self.embeddings(pixel_values, visible)
@@ -657,7 +657,7 @@ class HiViTModel(HiViTPreTrainedModel):
         """The grid of units, as (rows, columns), of images that the model can take. ValueError for others."""
         channels, patch_size = self.config.num_channels, self.config.patch_size
         is_tensor = isinstance(pixel_values, torch.Tensor)
-        if not is_tensor or pixel_values.ndim != 4 or pixel_values.shape[1] != channels or not len(pixel_values):
+        if not is_tensor or pixel_values.ndim != 4 or pixel_values.shape[1] != channels or not pixel_values.shape[0]:
             got = tuple(pixel_values.shape) if is_tensor else f"a {type(pixel_values).__name__}"
             raise ValueError(
                 f"pixel_values must be a tensor (batch, {channels} channels, height, width), got {got}. Convert the "
@@ -704,7 +704,7 @@ class HiViTForMaskedImageModeling(HiViTPreTrainedModel):
         Raises:
             ValueError: if `noise` has another shape, or no unit would stay visible.
         """
-        shape = (len(pixel_values), math.prod(self.hivit.check_pixel_values(pixel_values)))
+        shape = (pixel_values.shape[0], math.prod(self.hivit.check_pixel_values(pixel_values)))
         if noise is None:
             noise = torch.rand(shape, device=pixel_values.device)
         check_per_unit("noise", noise, shape)

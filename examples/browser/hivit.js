@@ -1,0 +1,79 @@
+// The models: ONNX files of examples/export_onnx.py, run by onnxruntime-web. Nothing leaves the browser.
+
+import * as ort from "./node_modules/onnxruntime-web/dist/ort.wasm.min.mjs";
+
+import { seenBy, toPicture, toPixelValues } from "./preprocess.js";
+
+ort.env.wasm.wasmPaths = new URL("./node_modules/onnxruntime-web/dist/", import.meta.url).href;
+ort.env.wasm.numThreads = 1; // more need headers that a static host may not send
+ort.env.logLevel = "error";
+
+async function read(url) {
+  const response = await fetch(url);
+  if (!response.ok) throw new Error(`${url} is not there (${response.status})`);
+  return response;
+}
+
+async function load(folder, file) {
+  const [config, processor, weights] = await Promise.all([
+    read(`${folder}/config.json`).then((r) => r.json()),
+    read(`${folder}/preprocessor_config.json`).then((r) => r.json()),
+    read(`${folder}/${file}`).then((r) => r.arrayBuffer()),
+  ]);
+  const session = await ort.InferenceSession.create(new Uint8Array(weights), { executionProviders: ["wasm"] });
+  return { config, processor, session };
+}
+
+// What every model does with a picture: {seen, pixelValues, tensor}.
+function prepare({ processor }, picture) {
+  const seen = seenBy(processor, picture);
+  const pixelValues = toPixelValues(processor, seen);
+  return { seen, pixelValues, tensor: new ort.Tensor("float32", pixelValues, [1, 3, seen.height, seen.width]) };
+}
+
+export class Classifier {
+  static async load(folder) {
+    return Object.assign(new Classifier(), await load(folder, "classification.onnx"));
+  }
+
+  // Classes, most likely first: [{label, score}].
+  async classify(picture) {
+    const { seen, pixelValues, tensor } = prepare(this, picture);
+    const start = performance.now();
+    const logits = (await this.session.run({ pixel_values: tensor })).logits.data;
+    const milliseconds = performance.now() - start;
+    const largest = Math.max(...logits);
+    const powers = Array.from(logits, (logit) => Math.exp(logit - largest));
+    const sum = powers.reduce((a, b) => a + b, 0);
+    const classes = powers.map((power, n) => ({ label: this.config.id2label[n] ?? `class ${n}`, score: power / sum }));
+    classes.sort((a, b) => b.score - a.score);
+    return { seen, pixelValues, logits, classes, milliseconds };
+  }
+}
+
+export class Autoencoder {
+  static async load(folder) {
+    return Object.assign(new Autoencoder(), await load(folder, "reconstruction.onnx"));
+  }
+
+  get patchSize() {
+    return this.config.patch_size;
+  }
+
+  // The picture with some units hidden and filled in. `noise` has one number per unit: the smallest stay visible.
+  async reconstruct(picture, noise) {
+    const { seen, pixelValues, tensor } = prepare(this, picture);
+    const units = (seen.width / this.patchSize) * (seen.height / this.patchSize);
+    noise ??= Float32Array.from({ length: units }, Math.random);
+    const start = performance.now();
+    const output = await this.session.run({
+      pixel_values: tensor,
+      noise: new ort.Tensor("float32", noise, [1, units]),
+    });
+    const milliseconds = performance.now() - start;
+    const mask = Array.from(output.bool_masked_pos.data, Boolean);
+    const values = output.reconstruction.data;
+    const filled = toPicture(this.processor, values, seen.width, seen.height);
+    return { seen, pixelValues, noise, mask, values, filled, milliseconds };
+  }
+}

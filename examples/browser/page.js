@@ -1,0 +1,172 @@
+// The page: a picture comes in, by dropping, choosing or pasting; classes and a masked reconstruction come out.
+
+import { Autoencoder, Classifier } from "./hivit.js";
+
+const MAX_MEGAPIXELS = 64;
+const MAX_SIDE_RATIO = 100;
+const GREY = 140;
+const part = (id) => document.getElementById(id);
+const models = {};
+let current = null;
+let turn = 0;
+
+// -- pictures
+
+// Three bytes per pixel of a file that a browser can show; transparent parts become white. Throws words for people.
+async function readPicture(file) {
+  if (!file.size) throw new Error("The file is empty.");
+  const url = URL.createObjectURL(file);
+  try {
+    const image = new Image();
+    image.src = url;
+    const unreadable = "This is not a picture that the browser can read. Try a PNG, JPEG, GIF or WebP file.";
+    await new Promise((resolve, reject) => {
+      image.onload = resolve; // only its size is known then
+      image.onerror = () => reject(new Error(unreadable));
+    });
+    const [width, height] = [image.naturalWidth, image.naturalHeight];
+    if (!width || !height) throw new Error("The picture has no size of its own. Try a PNG, JPEG, GIF or WebP file.");
+    if (width * height > MAX_MEGAPIXELS * 1e6) {
+      const megapixels = Math.round((width * height) / 1e6);
+      throw new Error(`The picture is too large: ${megapixels} megapixels, at most ${MAX_MEGAPIXELS} are read.`);
+    }
+    if (Math.max(width, height) > MAX_SIDE_RATIO * Math.min(width, height)) {
+      throw new Error(`The picture is too long and thin: ${width}x${height} px. Crop it.`);
+    }
+    await image.decode().catch(() => {
+      throw new Error(unreadable);
+    });
+    const canvas = new OffscreenCanvas(width, height);
+    const context = canvas.getContext("2d", { willReadFrequently: true });
+    context.fillStyle = "white";
+    context.fillRect(0, 0, width, height);
+    context.drawImage(image, 0, 0);
+    const rgba = context.getImageData(0, 0, width, height).data;
+    const data = new Uint8ClampedArray(width * height * 3);
+    for (let i = 0, j = 0; i < rgba.length; i += 4, j += 3) {
+      data[j] = rgba[i];
+      data[j + 1] = rgba[i + 1];
+      data[j + 2] = rgba[i + 2];
+    }
+    return { width, height, data };
+  } finally {
+    URL.revokeObjectURL(url);
+  }
+}
+
+function draw(canvas, { width, height, data }) {
+  canvas.width = width;
+  canvas.height = height;
+  const rgba = new ImageData(width, height);
+  for (let i = 0, j = 0; i < rgba.data.length; i += 4, j += 3) {
+    rgba.data.set([data[j], data[j + 1], data[j + 2], 255], i);
+  }
+  canvas.getContext("2d").putImageData(rgba, 0, 0);
+  canvas.classList.toggle("pixelated", width < 128);
+}
+
+function hideUnits(canvas, mask, patchSize) {
+  const context = canvas.getContext("2d");
+  const columns = canvas.width / patchSize;
+  context.fillStyle = `rgb(${GREY} ${GREY} ${GREY})`;
+  mask.forEach((masked, unit) => {
+    if (!masked) return;
+    context.fillRect((unit % columns) * patchSize, Math.floor(unit / columns) * patchSize, patchSize, patchSize);
+  });
+}
+
+// -- what is shown
+
+function say(text, isError = false) {
+  part("status").textContent = text;
+  part("status").classList.toggle("error", isError);
+}
+
+function showClasses({ classes, seen, milliseconds }) {
+  draw(part("seen"), seen);
+  part("classes").replaceChildren(
+    ...classes.slice(0, 5).map(({ label, score }) => {
+      const row = document.createElement("li");
+      const [name, bar, number] = ["span", "meter", "output"].map((tag) => document.createElement(tag));
+      name.textContent = label;
+      bar.value = score;
+      number.textContent = `${(100 * score).toFixed(1)} %`;
+      row.append(name, bar, number);
+      return row;
+    }),
+  );
+  part("classify-time").textContent = `${milliseconds.toFixed(0)} ms on this device`;
+  part("classification").hidden = false;
+}
+
+function showReconstruction({ seen, mask, filled, milliseconds }, patchSize) {
+  draw(part("original"), seen);
+  draw(part("masked"), seen);
+  hideUnits(part("masked"), mask, patchSize);
+  draw(part("filled"), filled);
+  const share = mask.filter(Boolean).length / mask.length;
+  part("masked-caption").textContent = `what the model sees: ${Math.round(100 * (1 - share))} %`;
+  part("reconstruct-time").textContent = `${milliseconds.toFixed(0)} ms on this device`;
+  part("reconstruction").hidden = false;
+}
+
+async function look(file) {
+  const mine = ++turn;
+  say("Looking …");
+  try {
+    const picture = await readPicture(file);
+    const classified = models.classifier && (await models.classifier.classify(picture));
+    if (mine !== turn) return; // another picture has come meanwhile
+    if (classified) showClasses(classified);
+    current = { picture, classified };
+    await maskAgain();
+    say("");
+  } catch (error) {
+    if (mine === turn) say(error.message, true);
+  }
+}
+
+async function maskAgain(noise) {
+  if (!current || !models.autoencoder) return;
+  current.reconstructed = await models.autoencoder.reconstruct(current.picture, noise);
+  showReconstruction(current.reconstructed, models.autoencoder.patchSize);
+}
+
+// -- events
+
+const zone = part("zone");
+zone.addEventListener("dragover", (event) => {
+  event.preventDefault();
+  zone.classList.add("over");
+});
+zone.addEventListener("dragleave", () => zone.classList.remove("over"));
+zone.addEventListener("drop", (event) => {
+  event.preventDefault();
+  zone.classList.remove("over");
+  if (event.dataTransfer.files.length) look(event.dataTransfer.files[0]);
+  else say("That was no file. Drop a picture from your computer.", true);
+});
+part("file").addEventListener("change", (event) => {
+  if (event.target.files.length) look(event.target.files[0]);
+  event.target.value = ""; // the same file may be chosen again
+});
+document.addEventListener("paste", (event) => {
+  if (event.clipboardData.files.length) look(event.clipboardData.files[0]);
+});
+part("again").addEventListener("click", () => maskAgain());
+
+const loading = [
+  ["classifier", Classifier],
+  ["autoencoder", Autoencoder],
+].map(async ([name, kind]) => {
+  models[name] = await kind.load(`./models/${name}`);
+});
+const outcomes = await Promise.allSettled(loading);
+const missing = outcomes.filter((outcome) => outcome.status === "rejected").map((outcome) => outcome.reason.message);
+if (missing.length) say(`${missing.join("; ")}: export the models first, as README.md says.`, true);
+else say("");
+part("file").disabled = missing.length === outcomes.length;
+document.documentElement.dataset.ready = performance.now().toFixed(0); // ms since the page was asked for
+
+// for tests, and for whoever is curious in the console
+window.hivit = { models, look, maskAgain, readPicture, current: () => current };

@@ -1,0 +1,85 @@
+"""
+python examples/export_onnx.py MODEL_FOLDER OUT_DIR [--task classification] [--size fixed] [--int8 PICTURES]
+
+Writes ONNX files of a trained model, one file each with its weights: `classification`, `features` and `reconstruction`,
+as far as the model does these. Each is run in onnxruntime and compared with PyTorch, and is refused beyond 1e-4. Beside
+them lie config.json, preprocessor_config.json and onnx.json, with the differences.
+
+--int8 also writes the classifier with 8-bit matrices, and says what that costs: the accuracy of both on labelled
+pictures, a folder for each class (or a dataset that was saved with `save_to_disk`), held out from training.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from transformers import logging
+
+from hivit_hf.hub import load_folder, load_processor
+from hivit_hf.onnx_export import OPSET, TOLERANCE, export_onnx, int8_cost, labelled_pictures, tasks_of
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="folder of a trained model")
+    parser.add_argument("out_dir", type=Path, help="folder to write into")
+    parser.add_argument(
+        "--task",
+        choices=["all", "classification", "features", "reconstruction"],
+        default="all",
+        help="what to export (all that the model does)",
+    )
+    parser.add_argument(
+        "--size",
+        choices=["fixed", "dynamic"],
+        default="fixed",
+        help="pictures of the model's own size, or of any multiples of its patch size; reconstructions are fixed",
+    )
+    parser.add_argument("--opset", type=int, default=OPSET, help=f"version of ONNX's operators ({OPSET})")
+    parser.add_argument("--int8", type=Path, metavar="PICTURES", help="also 8-bit, measured on these labelled pictures")
+    return parser.parse_args(argv)
+
+
+def run(arguments: argparse.Namespace):
+    model = load_folder(arguments.model)
+    tasks = tasks_of(model) if arguments.task == "all" else [arguments.task]
+    if arguments.int8 and "classification" not in tasks:
+        raise ValueError("--int8 is measured by accuracy: it is for classifiers. Leave it out.")
+    processor = load_processor(arguments.model, model)
+    pictures = labelled_pictures(arguments.int8, model.config) if arguments.int8 else None
+
+    record = {"opset": arguments.opset, "tolerance": TOLERANCE, "files": {}}
+    for task in tasks:
+        dynamic = arguments.size == "dynamic" and task != "reconstruction"
+        path = arguments.out_dir / f"{task}.onnx"
+        difference = export_onnx(model, path, task, dynamic, arguments.opset)
+        record["files"][path.name] = {"task": task, "dynamic_size": dynamic, "largest_difference": difference}
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {difference:.1e} from PyTorch at most")
+    if pictures is not None:
+        path, quantized = arguments.out_dir / "classification.onnx", arguments.out_dir / "classification_int8.onnx"
+        cost = int8_cost(path, quantized, processor, pictures)
+        record["files"][quantized.name] = {"task": "classification", **cost}
+        print(
+            f"{quantized}: {quantized.stat().st_size / 1e6:.1f} MB; accuracy on {cost['pictures']} pictures "
+            f"{cost['accuracy_int8']:.2%}, float32 {cost['accuracy_float32']:.2%}: a drop of {cost['drop']:.2%}"
+        )
+    model.config.save_pretrained(arguments.out_dir)
+    processor.save_pretrained(arguments.out_dir)
+    (arguments.out_dir / "onnx.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    logging.set_verbosity_warning()
+    logging.disable_progress_bar()
+    try:
+        run(arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

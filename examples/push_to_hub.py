@@ -1,0 +1,89 @@
+"""
+python examples/push_to_hub.py MODEL_FOLDER OUT_DIR [--checkpoint hivit-base-mae-1600ep] [--samples PICTURES] [--push]
+
+Makes a complete repository of the Hub from a trained or converted model: weights, code, image processor, card, samples
+with predictions, ONNX files, endpoint. Prints what is in it. Uploads only with --push; with --dry_run, nothing stays.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from transformers import logging
+
+from hivit_hf.checkpoints import CHECKPOINTS, Checkpoint
+from hivit_hf.hub import export, load_folder, load_processor, tree, undescribed
+
+
+CARD_FLAGS = {
+    "title": "heading of the card",
+    "repo_id": "OWNER/NAME on the Hub",
+    "description": "what the model is, a sentence or two",
+    "training": "what it was trained with, and how",
+    "license": "licence of the weights, an identifier of the Hub",
+}
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="folder of a trained or converted model")
+    parser.add_argument("out_dir", type=Path, help="folder to write")
+    parser.add_argument("--checkpoint", choices=CHECKPOINTS, help="the published checkpoint that it is")
+    for name, what in CARD_FLAGS.items():
+        parser.add_argument(f"--{name}", help=what)
+    parser.add_argument("--samples", type=Path, nargs="+", default=[], metavar="PICTURE", help="PNG and JPEG files")
+    parser.add_argument("--no_onnx", action="store_true", help="leave onnx/ out, which takes most of the time")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in OUT_DIR")
+    parser.add_argument("--push", action="store_true", help="upload it to the Hub")
+    parser.add_argument("--dry_run", action="store_true", help="make the folder, print what is in it, and delete it")
+    arguments = parser.parse_args(argv)
+    if arguments.dry_run and arguments.push:
+        parser.error("--dry_run and --push exclude each other: leave one out")
+    return arguments
+
+
+def describe(arguments: argparse.Namespace, model) -> Checkpoint:
+    """What the card says: of the table, or of the flags."""
+    given = {name: getattr(arguments, name) for name in CARD_FLAGS if getattr(arguments, name) is not None}
+    known = CHECKPOINTS.get(arguments.checkpoint) or undescribed(model, arguments.out_dir.resolve().name)
+    return replace(known, **given)
+
+
+def run(arguments: argparse.Namespace):
+    model = load_folder(arguments.model)
+    report = arguments.model / "conversion_report.json"
+    options = {
+        "about": describe(arguments, model),
+        "image_processor": load_processor(arguments.model, model),
+        "samples": arguments.samples,
+        "conversion_report": json.loads(report.read_text()) if report.exists() else None,
+        "onnx": not arguments.no_onnx,
+        "results_dir": RESULTS,
+    }
+    if arguments.dry_run:
+        with tempfile.TemporaryDirectory() as folder:
+            print(tree(export(model, Path(folder) / arguments.out_dir.resolve().name, **options)))
+        print("a dry run: nothing was kept, nothing was uploaded")
+        return
+    print(tree(export(model, arguments.out_dir, overwrite=arguments.overwrite, push_to_hub=arguments.push, **options)))
+    print(f"written: {arguments.out_dir}" + ("" if arguments.push else "; nothing was uploaded"))
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    logging.set_verbosity_warning()
+    logging.disable_progress_bar()
+    try:
+        run(arguments)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""
+python examples/space/app.py [--classifier demo_output/model] [--autoencoder demo_output/pretrained] [--port 7860]
+
+A Gradio Space: classes of a picture, a reconstruction with a mask to click, and the features of the three stages.
+Without arguments it takes what `make demo` leaves, or, where that is missing, checkpoints that are on the Hub.
+"""
+
+import argparse
+import functools
+import os
+import sys
+from pathlib import Path
+
+import gradio as gr
+from studio import STAGES, Studio
+
+from hivit_hf.checkpoints import CHECKPOINTS
+from hivit_hf.handler import RequestError
+
+
+DEFAULTS = {
+    "classifier": ("demo_output/model", "hivit-base-mae-1600ep-ft100ep"),
+    "autoencoder": ("demo_output/pretrained", "hivit-base-mae-1600ep"),
+}
+CSS = """
+.gradio-container { max-width: 1120px !important; margin: 0 auto !important; }
+#picture img { width: 100%; height: 100%; object-fit: contain; }
+.pixels img { image-rendering: pixelated; width: 100%; border-radius: 8px; }
+.pixels .icon-button-wrapper { display: none; }
+.masked img { cursor: pointer; }
+#words { color: light-dark(#b91c1c, #ff8f8f); font-weight: 600; }
+.caption { text-align: center; opacity: 0.75; }
+"""
+FONTS = [gr.themes.Font(name) for name in ("system-ui", "Segoe UI", "Helvetica", "sans-serif")]
+THEME = gr.themes.Soft(font=FONTS)
+INTRODUCTION = """# HiViT
+A vision transformer that names a picture, fills in what is hidden of it, and shows what it computes on the way
+([paper](https://arxiv.org/abs/2205.14949))."""
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in DEFAULTS:
+        default = os.environ.get(f"HIVIT_{name.upper()}")
+        parser.add_argument(f"--{name}", default=default, help="folder, or id on the Hub")
+    parser.add_argument("--samples", type=Path, default=Path("demo_output/samples"), help="folder of sample pictures")
+    parser.add_argument("--port", type=int, help="the first free one from 7860 on if not given")
+    return parser.parse_args(argv)
+
+
+def default_model(name: str) -> str:
+    """What `make demo` has left, or the checkpoint on the Hub. ValueError if there is neither."""
+    folder, checkpoint = DEFAULTS[name]
+    if Path(folder).exists():
+        return folder
+    if CHECKPOINTS[checkpoint].uploaded:
+        return CHECKPOINTS[checkpoint].repo_id
+    raise ValueError(f"There is no {name}: run `make demo` first, or give --{name} FOLDER.")
+
+
+def in_words(otherwise: list):
+    """What cannot be answered becomes words on the page, the last of the outputs; the others are `otherwise` then."""
+
+    def decorate(function):
+        @functools.wraps(function)
+        def answer(*arguments):
+            try:
+                return *function(*arguments), ""
+            except RequestError as error:
+                return *otherwise, str(error)
+
+        return answer
+
+    return decorate
+
+
+def shown_picture(caption: str, *classes: str) -> gr.Image:
+    """A picture that the page shows, with its caption below: a label would lie on the squares."""
+    with gr.Column(min_width=140):
+        picture = gr.Image(
+            label=caption,
+            show_label=False,
+            container=False,
+            interactive=False,
+            format="png",
+            buttons=[],
+            elem_classes=["pixels", *classes],
+        )
+        gr.Markdown(caption, elem_classes=["caption"])
+    return picture
+
+
+def build(studio: Studio, samples: list[str]) -> gr.Blocks:
+    """The page."""
+
+    nothing, as_it_was = [None, [], None, None, *([None] * len(STAGES))], [gr.skip()] * 3
+
+    @in_words(otherwise=nothing)
+    def look(path, ratio):
+        if path is None:  # it was taken away
+            return nothing
+        mask = studio.draw_mask(ratio)
+        return studio.classify(path), mask, *studio.reconstruct(path, mask), *studio.features(path)
+
+    @in_words(otherwise=as_it_was)
+    def hide(path, ratio):
+        mask = studio.draw_mask(ratio)
+        return mask, *studio.reconstruct(path, mask)
+
+    @in_words(otherwise=as_it_was)
+    def click(path, mask, shown, event: gr.SelectData):
+        mask = studio.toggle(mask, event.index[0] / shown.shape[1], event.index[1] / shown.shape[0])
+        return mask, *studio.reconstruct(path, mask)
+
+    with gr.Blocks(title="HiViT") as page:
+        gr.Markdown(INTRODUCTION)
+        mask = gr.State([])
+        with gr.Row():
+            with gr.Column(scale=2, min_width=280):
+                sources = ["upload", "clipboard"]
+                picture = gr.Image(sources=sources, label="Picture", height=300, elem_id="picture")
+                # the file as it came: Gradio itself would stumble over what is no picture
+                picture.preprocess = lambda payload: None if payload is None else payload.path or ""
+                words = gr.Markdown(elem_id="words")
+                if samples:
+                    gr.Examples([[sample] for sample in samples], picture, label="Samples", examples_per_page=12)
+            with gr.Column(scale=5, min_width=320), gr.Tabs():
+                with gr.Tab("Classify"):
+                    classes = gr.Label(num_top_classes=5, label="Classes", elem_id="classes")
+                with gr.Tab("Reconstruct"):
+                    with gr.Row(equal_height=True):
+                        ratio = gr.Slider(0, 0.95, studio.mask_ratio, step=0.05, label="Share that is hidden", scale=4)
+                        again = gr.Button("Hide other squares", scale=1, min_width=170)
+                    with gr.Row():
+                        masked = shown_picture("What the model sees: click a square to hide or show it", "masked")
+                        filled = shown_picture("Hidden squares filled in")
+                with gr.Tab("Features"):
+                    gr.Markdown(
+                        "Each stage's first three principal components as red, green and blue: places of like features "
+                        "have like colours."
+                    )
+                    with gr.Row():
+                        stages = [shown_picture(name.replace("stage", "Stage ")) for name in STAGES]
+        picture.change(
+            look, [picture, ratio], [classes, mask, masked, filled, *stages, words], api_name="look", queue=False
+        )
+        ratio.release(hide, [picture, ratio], [mask, masked, filled, words], api_name="hide", queue=False)
+        again.click(hide, [picture, ratio], [mask, masked, filled, words], api_name=False, queue=False)
+        masked.select(click, [picture, mask, masked], [mask, masked, filled, words], api_name=False, queue=False)
+    return page
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    try:
+        sources = [getattr(arguments, name) or default_model(name) for name in DEFAULTS]
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        studio = Studio(*sources)
+    except (ValueError, OSError) as error:
+        print(f"error: {' and '.join(sources)} cannot be loaded: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
+    samples = sorted(str(path) for path in arguments.samples.glob("*.*")) if arguments.samples.is_dir() else []
+    page = build(studio, samples)
+    page.launch(server_port=arguments.port, css=CSS, theme=THEME, footer_links=[], show_error=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

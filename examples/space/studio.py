@@ -1,0 +1,99 @@
+"""What the Space does with a picture, without its window: classes, masks and reconstructions, features as colours."""
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import BitImageProcessor
+
+from hivit_hf import HiViTBackbone, HiViTForImageClassification, HiViTForMaskedImageModeling
+from hivit_hf.handler import RequestError, read_picture
+from hivit_hf.pictures import feature_picture, masked_picture, pixels_to_picture
+
+
+STAGES = ("stage1", "stage2", "stage3")
+SHOWN_PX = 448
+
+
+class Studio:
+    """
+    The models of the Space.
+
+    Args:
+        classifier, autoencoder: folders, or repositories of the Hub, of the two models.
+    """
+
+    def __init__(self, classifier: str | Path, autoencoder: str | Path):
+        self.classifier = HiViTForImageClassification.from_pretrained(classifier).eval()
+        self.classifier_processor = BitImageProcessor.from_pretrained(classifier)
+        self.autoencoder = HiViTForMaskedImageModeling.from_pretrained(autoencoder).eval()
+        self.backbone = HiViTBackbone.from_pretrained(autoencoder, out_features=list(STAGES)).eval()
+        self.autoencoder_processor = BitImageProcessor.from_pretrained(autoencoder)
+        self.grid = self.autoencoder.config.grid_size
+        self.mask_ratio = self.autoencoder.config.mask_ratio
+
+    @torch.inference_mode()
+    def classify(self, path: str | None) -> dict[str, float]:
+        """Class -> probability, of all classes. RequestError for what is no picture, here as below."""
+        pixel_values = self.classifier_processor(_read(path), return_tensors="pt").pixel_values
+        scores = self.classifier(pixel_values).logits[0].float().softmax(dim=0).tolist()
+        return {self.classifier.config.id2label[number]: score for number, score in enumerate(scores)}
+
+    def draw_mask(self, ratio: float) -> list[bool]:
+        """A random mask, True = masked, of this share of the units, rounded; at least one stays visible."""
+        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio <= 1:
+            raise RequestError(f"The share of hidden squares must be a number from 0 to 1, got {str(ratio)[:40]!r}.")
+        units = self.grid[0] * self.grid[1]
+        num_masked = min(round(units * ratio), units - 1)
+        order = torch.rand(units).argsort()
+        return (order.argsort() < num_masked).tolist()
+
+    def toggle(self, mask: list[bool], column: float, row: float) -> list[bool]:
+        """The mask with one unit hidden or shown; `column` and `row` in [0, 1), as shares of width and height."""
+        mask, (rows, columns) = list(self._checked(mask)), self.grid
+        unit = min(max(int(row * rows), 0), rows - 1) * columns + min(max(int(column * columns), 0), columns - 1)
+        mask[unit] = not mask[unit]
+        if all(mask):
+            raise RequestError("One square must stay visible: show another before you hide this one.")
+        return mask
+
+    @torch.inference_mode()
+    def reconstruct(self, path: str | None, mask: list[bool]) -> tuple[Image.Image, Image.Image]:
+        """What the encoder sees, and the picture with the masked units filled in."""
+        mask = torch.tensor(self._checked(mask))
+        pixel_values = self.autoencoder_processor(_read(path), return_tensors="pt").pixel_values
+        filled = self.autoencoder.reconstruct(pixel_values, bool_masked_pos=mask[None])
+        seen, filled = (pixels_to_picture(pixels[0], self.autoencoder_processor) for pixels in (pixel_values, filled))
+        return _enlarged(masked_picture(seen, mask, self.grid)), _enlarged(filled)
+
+    @torch.inference_mode()
+    def features(self, path: str | None) -> list[Image.Image]:
+        """The three stages of the encoder as colours, fine to coarse."""
+        pixel_values = self.autoencoder_processor(_read(path), return_tensors="pt").pixel_values
+        height, width = pixel_values.shape[2:]
+        size = (SHOWN_PX, round(SHOWN_PX * height / width))
+        return [feature_picture(feature_map[0], size) for feature_map in self.backbone(pixel_values).feature_maps]
+
+    def _checked(self, mask: list[bool]) -> list[bool]:
+        units = self.grid[0] * self.grid[1]
+        if not isinstance(mask, list) or len(mask) != units or not all(isinstance(unit, bool) for unit in mask):
+            raise RequestError(f"A mask is a list of {units} truth values, one per square.")
+        if all(mask):
+            raise RequestError("One square must stay visible: show one.")
+        return mask
+
+
+def _read(path: str | None) -> Image.Image:
+    if not path:
+        raise RequestError("There is no picture yet: drop one, or choose a sample.")
+    try:
+        content = Path(path).read_bytes()
+    except (OSError, TypeError, ValueError) as error:
+        raise RequestError("The picture did not arrive. Send it again.") from error
+    return read_picture(content)
+
+
+def _enlarged(picture: Image.Image) -> Image.Image:
+    """Small pictures in whole steps, so that their pixels stay squares."""
+    factor = max(1, SHOWN_PX // picture.width)
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)

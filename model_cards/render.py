@@ -1,0 +1,70 @@
+"""
+python model_cards/render.py [--check]
+
+Writes the card of each checkpoint of `hivit_hf.checkpoints.CHECKPOINTS`, and the tables that name them here and in the
+main README, from the data; with --check it only says whether all of them are what the data give.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from hivit_hf import HiViTConfig
+from hivit_hf.cards import render_card
+from hivit_hf.checkpoints import CHECKPOINTS
+
+
+CARDS = Path(__file__).parent
+RESULTS = CARDS.parent / "benchmarks" / "results"
+BEGIN, END = "<!-- checkpoints: begin -->\n", "<!-- checkpoints: end -->\n"
+WEIGHTS = {"original": "published by the authors", "unpublished": "never published", "own": "ours"}
+
+
+def table(cards: str) -> str:
+    """The checkpoints, their repositories, and whether they are there; `cards` is the way to the cards' folder."""
+    lines = ["| checkpoint | repository on the Hub | uploaded | original weights |", "|---|---|---|---|"]
+    for name, about in CHECKPOINTS.items():
+        repository = f"`{about.repo_id}`"
+        if about.uploaded:
+            repository = f"[{repository}](https://huggingface.co/{about.repo_id}/tree/{about.revision})"
+        state = "yes" if about.uploaded else "not yet"
+        lines.append(f"| [{about.title}]({cards}{name}.md) | {repository} | {state} | {WEIGHTS[about.weights]} |")
+    return "\n".join(lines) + "\n"
+
+
+def with_table(path: Path, cards: str) -> str:
+    """The text of a file with a fresh table between its marks."""
+    before, rest = path.read_text(encoding="utf-8").split(BEGIN)
+    return before + BEGIN + table(cards) + END + rest.split(END)[1]
+
+
+def rendered() -> dict[Path, str]:
+    """What each file should hold."""
+    files = {
+        CARDS / f"{name}.md": render_card(about, HiViTConfig(**about.arguments), results_dir=RESULTS)
+        for name, about in CHECKPOINTS.items()
+    }
+    files[CARDS / "README.md"] = with_table(CARDS / "README.md", "")
+    files[CARDS.parent / "README.md"] = with_table(CARDS.parent / "README.md", "model_cards/")
+    return files
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="Change nothing; exit with 1 if a file is out of date.")
+    check = parser.parse_args().check
+    files = rendered()
+    strangers = {path for path in CARDS.glob("*.md") if path.name not in ("template.md",)} - set(files)
+    stale = [path for path, text in files.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    if check:
+        problems = [f"{path.name} is out of date" for path in stale] + [f"{p.name} is of nothing" for p in strangers]
+        sys.exit(f"{', '.join(problems)}: run make cards" if problems else 0)
+    for path in stale:
+        path.write_text(files[path], encoding="utf-8")
+    for path in strangers:
+        path.unlink()
+    print(f"{len(files)} files, {len(stale)} of them changed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+# Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""Folders that are written whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+class FolderError(ValueError):
+    """A folder that must not or cannot be written, why, and what would do."""
+
+
+def refuse_output(out_dir: Path, overwrite: bool, keep: Iterable[Path], written: Iterable[str]):
+    """
+    FolderError if `out_dir` must not be written: before time is spent.
+
+    Args:
+        keep: what must not be deleted.
+        written: patterns of the files that the caller writes, `model.safetensors` or `samples/*`, and of its folders,
+            `samples/`; only those are ever replaced.
+    """
+    if out_dir.is_symlink() and not out_dir.exists():
+        raise FolderError(f"{out_dir} is a link to nowhere. Choose another folder.")
+    if not out_dir.exists():
+        return
+    if not overwrite:
+        raise FolderError(f"{out_dir} exists. Choose another folder, or give --overwrite.")
+    if not out_dir.is_dir():
+        raise FolderError(f"{out_dir} is a file, not a folder. Choose another name.")
+    target = out_dir.resolve()
+    if Path.cwd().is_relative_to(target):
+        raise FolderError(f"{out_dir} is where this command runs: choose another folder.")
+    for path in keep:
+        if path.resolve().is_relative_to(target):
+            raise FolderError(f"{out_dir} holds {path}, which --overwrite would delete. Choose another folder.")
+    foreign = [name for name in _names(out_dir) if not any(fnmatchcase(name, pattern) for pattern in written)]
+    if foreign:
+        shown = ", ".join(ascii(name.rstrip("/"))[1:-1] for name in foreign[:4])
+        raise FolderError(
+            f"{out_dir} holds {shown}, which this command did not write, so --overwrite does not delete it. Choose "
+            "another folder."
+        )
+
+
+def _names(folder: Path) -> list[str]:
+    """All that is in a folder, at any depth; folders end with a slash."""
+    paths = sorted(folder.rglob("*"))
+    return [path.relative_to(folder).as_posix() + "/" * path.is_dir() for path in paths]
+
+
+@contextmanager
+def written_whole(out_dir: Path, overwrite: bool, keep: Iterable[Path], written: Iterable[str]) -> Iterator[Path]:
+    """A folder to write into that becomes `out_dir` if all goes well, and vanishes otherwise."""
+    refuse_output(out_dir, overwrite, keep, written)
+    out_dir = out_dir.resolve()
+    made = [parent for parent in out_dir.parents if not parent.exists()]
+    partial = None
+    try:
+        out_dir.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out_dir.name[:40]}.", dir=out_dir.parent))
+        yield partial
+        partial.chmod(0o777 & ~_umask())
+        refuse_output(out_dir, overwrite, keep, written)  # it may have appeared meanwhile
+        _swap(partial, out_dir)
+    except BaseException as error:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):
+                parent.rmdir()
+        if isinstance(error, (OSError, SafetensorError)):
+            raise FolderError(f"{out_dir} could not be written, and nothing of it was left: {error}.") from error
+        raise
+
+
+def _swap(partial: Path, out_dir: Path):
+    """Puts a folder in the place of another, which comes back if that fails."""
+    if not out_dir.exists():
+        os.replace(partial, out_dir)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{out_dir.name[:40]}.", dir=out_dir.parent))
+    os.replace(out_dir, old)
+    try:
+        os.replace(partial, out_dir)
+    except OSError:
+        os.replace(old, out_dir)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

@@ -1,0 +1,280 @@
+# Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""ONNX files of HiViT, each checked against PyTorch in onnxruntime. Needs the extra `onnx`."""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import BitImageProcessor
+
+from .configuration_hivit import HiViTConfig
+from .modeling_hivit import HiViTForImageClassification, HiViTForMaskedImageModeling, HiViTPreTrainedModel
+
+
+OPSET = 23  # the newest that both onnxruntime and onnxruntime-web run everywhere
+OPSETS = range(18, 26)  # what torch.onnx writes
+TOLERANCE = 1e-4
+OUTPUTS = {
+    "classification": ["logits"],
+    "features": ["last_hidden_state", "pooler_output"],
+    "reconstruction": ["reconstruction", "bool_masked_pos"],
+}
+
+
+class _Classification(nn.Module):
+    def __init__(self, model: HiViTForImageClassification):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor]:
+        return (self.model(pixel_values).logits,)
+
+
+class _Features(nn.Module):
+    def __init__(self, model: HiViTPreTrainedModel):
+        super().__init__()
+        self.model = model.base_model
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        output = self.model(pixel_values)
+        pooled = output.pooler_output
+        return (output.last_hidden_state,) if pooled is None else (output.last_hidden_state, pooled)
+
+
+class _Reconstruction(nn.Module):
+    def __init__(self, model: HiViTForMaskedImageModeling):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mask = self.model.draw_mask(pixel_values, noise)
+        return self.model.reconstruct(pixel_values, noise=noise), mask
+
+
+_WRAPPERS = {"classification": _Classification, "features": _Features, "reconstruction": _Reconstruction}
+
+
+def tasks_of(model: HiViTPreTrainedModel) -> list[str]:
+    """What can be exported of a model: the features always, and what its head does."""
+    if isinstance(model, HiViTForImageClassification):
+        return ["classification", "features"]
+    return ["reconstruction", "features"] if isinstance(model, HiViTForMaskedImageModeling) else ["features"]
+
+
+def export_onnx(
+    model: HiViTPreTrainedModel, path: Path, task: str, dynamic_size: bool = False, opset: int = OPSET
+) -> float:
+    """
+    Writes one ONNX file, weights included, for any batch size, and compares what onnxruntime makes of it with PyTorch.
+
+    Inputs and outputs:
+        classification: `pixel_values` (B, 3, H, W) -> `logits` (B, num_labels).
+        features: `pixel_values` -> `last_hidden_state` (B, N, C), and `pooler_output` (B, C) if the model pools.
+        reconstruction: `pixel_values`, `noise` (B, N) -> `reconstruction` (B, 3, H, W) as of
+            `HiViTForMaskedImageModeling.reconstruct`, and `bool_masked_pos` (B, N). The units with the smallest noise
+            stay visible; how many, is settled by `config.mask_ratio` at the time of the export.
+
+    Args:
+        path: the file to write.
+        task: `classification`, `features` or `reconstruction`.
+        dynamic_size: whether height and width may be any multiples of `patch_size`, from two units on; otherwise they
+            are `image_size`.
+        opset: version of ONNX's operators.
+
+    Returns:
+        The largest absolute difference from PyTorch, at most `TOLERANCE`.
+
+    Raises:
+        ValueError: if the model cannot do this, a package is missing, or onnxruntime differs by more than `TOLERANCE`;
+            no file is left then.
+    """
+    if task not in tasks_of(model):
+        raise ValueError(f"A {type(model).__name__} cannot be exported for {task!r}: it does {tasks_of(model)}.")
+    if dynamic_size and task == "reconstruction":
+        raise ValueError("A reconstruction has a fixed size, as the number of visible units follows from it.")
+    if opset not in OPSETS:
+        raise ValueError(f"opset must be from {OPSETS[0]} to {OPSETS[-1]}, got {opset}. Leave it out.")
+    try:
+        import onnx
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"ONNX needs {error.name}: pip install 'hivit-hf[onnx]'.") from error
+
+    with _exportable(model):
+        wrapper = _WRAPPERS[task](model).eval()
+        inputs = _example(model, task, batch_size=2, grid=(3, 5) if dynamic_size else model.config.grid_size)
+        shapes = {name: {0: torch.export.Dim("batch")} for name in inputs}
+        if dynamic_size:
+            patch_size = model.config.patch_size
+            shapes["pixel_values"] |= {
+                axis: patch_size * torch.export.Dim(name, min=2, max=1024) for axis, name in [(2, "rows"), (3, "cols")]
+            }
+        # exported apart: torch.onnx.export would fall back to a fixed batch size without a word
+        program = torch.export.export(wrapper, (), kwargs=inputs, dynamic_shapes=shapes, strict=False)
+        outputs = OUTPUTS[task][: len(wrapper(**inputs))]
+        exported = torch.onnx.export(
+            program,
+            (),
+            kwargs=inputs,
+            input_names=list(inputs),
+            output_names=outputs,
+            opset_version=opset,
+            custom_translation_table={torch.ops.aten.sort.stable: _stable_sort()},
+            dynamo=True,
+            verbose=False,
+        )
+        onnx_model = exported.model_proto
+        del onnx_model.graph.value_info[:]  # names of inner dimensions, some of which are wrong for other sizes
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        onnx.save(onnx_model, path)
+        difference = largest_difference(model, path, task, dynamic_size)
+    if not difference <= TOLERANCE:
+        Path(path).unlink()
+        raise ValueError(f"onnxruntime differs from PyTorch by {difference:.1e} in {task}, more than {TOLERANCE:g}.")
+    return difference
+
+
+@torch.no_grad()
+def largest_difference(model: HiViTPreTrainedModel, path: Path, task: str, dynamic_size: bool = False) -> float:
+    """The largest absolute difference between onnxruntime on a file and PyTorch, over several batches and sizes."""
+    session = cpu_session(path)
+    wrapper, own = _WRAPPERS[task](model).eval(), model.config.grid_size
+    grids = [own, (2, 3), (own[0] + 3, own[1] + 1)] if dynamic_size else [own]
+    largest = 0.0
+    for batch_size in (1, 3):
+        for grid in grids:
+            inputs = _example(model, task, batch_size, grid)
+            found = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+            for ours, theirs in zip(wrapper(**inputs), found):
+                largest = max(largest, (ours.double() - torch.from_numpy(theirs).double()).abs().max().item())
+    return largest
+
+
+def cpu_session(path: Path):
+    """An `onnxruntime.InferenceSession` on the CPU, quiet."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _stable_sort():
+    """How ONNX sorts, which the exporter does not know: TopK puts the lower of equal indices first, so it is stable."""
+    from onnxscript import FLOAT, opset18
+
+    def stable_sort(self, stable: bool | None = None, dim: int = -1, descending: bool = False):
+        values = opset18.Cast(self, to=FLOAT.dtype)
+        length = opset18.Gather(opset18.Shape(self), opset18.Constant(value_ints=[dim]))
+        ordered, indices = opset18.TopK(values, length, axis=dim, largest=int(descending))
+        return opset18.CastLike(ordered, self), indices
+
+    return stable_sort
+
+
+def quantize(path: Path, out_path: Path):
+    """Writes the file with its matrices as 8-bit integers, scaled while it runs (dynamic quantization)."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with _quiet():
+        quantize_dynamic(path, out_path, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
+
+
+def labelled_pictures(path: Path, config: HiViTConfig) -> list[tuple[Image.Image, int]]:
+    """
+    Pictures with the numbers of their classes.
+
+    Args:
+        path: a folder with a folder of pictures for each class, or a dataset saved with `save_to_disk` with the columns
+            `image` and `label`; classes have the names of `config.id2label`.
+
+    Raises:
+        ValueError: if there are none, or their classes are not those of the model.
+    """
+    from datasets import load_dataset, load_from_disk
+
+    try:
+        if (path / "dataset_info.json").exists():
+            dataset = load_from_disk(str(path))
+        else:
+            dataset = load_dataset("imagefolder", data_dir=str(path), split="train")
+        names = dataset.features["label"].names
+        examples = [(example["image"], names[example["label"]]) for example in dataset]
+    except (OSError, KeyError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{path} holds no labelled pictures: give a folder with a folder of pictures for each class, or a dataset "
+            "saved with `save_to_disk` that has the columns image and label."
+        ) from error
+    numbers = {name: number for number, name in config.id2label.items()}
+    unknown = sorted({name for _, name in examples} - set(numbers))
+    if unknown:
+        raise ValueError(f"{path} has the classes {unknown[:5]}, but the model knows {list(numbers)[:5]}: give others.")
+    if not examples:
+        raise ValueError(f"{path} holds no pictures: give some whose classes are known.")
+    return [(picture.convert("RGB"), numbers[name]) for picture, name in examples]
+
+
+def int8_cost(
+    path: Path,
+    quantized_path: Path,
+    processor: BitImageProcessor,
+    pictures: list[tuple[Image.Image, int]],
+    batch_size: int = 32,
+) -> dict[str, float | int]:
+    """Quantizes a classifier, and measures the accuracy of both on labelled pictures."""
+    quantize(path, quantized_path)
+    hits = dict.fromkeys(("float32", "int8"), 0)
+    sessions = {"float32": cpu_session(path), "int8": cpu_session(quantized_path)}
+    for start in tqdm(range(0, len(pictures), batch_size), desc="accuracy", unit="batch", disable=None):
+        batch, labels = zip(*pictures[start : start + batch_size])
+        pixel_values = processor(list(batch), return_tensors="np").pixel_values
+        for name, session in sessions.items():
+            logits = session.run(["logits"], {"pixel_values": pixel_values})[0]
+            hits[name] += int((logits.argmax(axis=1) == np.array(labels)).sum())
+    accuracy = {f"accuracy_{name}": count / len(pictures) for name, count in hits.items()}
+    drop = accuracy["accuracy_float32"] - accuracy["accuracy_int8"]
+    return {"pictures": len(pictures), **accuracy, "drop": drop}
+
+
+def _example(model: HiViTPreTrainedModel, task: str, batch_size: int, grid: tuple[int, int]) -> dict[str, torch.Tensor]:
+    generator, size = torch.Generator().manual_seed(0), [length * model.config.patch_size for length in grid]
+    inputs = {"pixel_values": torch.randn(batch_size, model.config.num_channels, *size, generator=generator)}
+    if task == "reconstruction":
+        inputs["noise"] = torch.rand(batch_size, grid[0] * grid[1], generator=generator)
+    return inputs
+
+
+@contextlib.contextmanager
+def _exportable(model: HiViTPreTrainedModel) -> Iterator[None]:
+    """The model in evaluation mode, in float32 on the CPU, with attention written out, and afterwards as it was."""
+    if {(parameter.dtype, parameter.device.type) for parameter in model.parameters()} != {(torch.float32, "cpu")}:
+        raise ValueError("ONNX files are made of float32 models on the CPU: call model.float().cpu() first.")
+    training, attention = model.training, model.config._attn_implementation
+    model.eval().set_attn_implementation("eager")
+    try:
+        with torch.no_grad(), _quiet():
+            yield
+    finally:
+        model.set_attn_implementation(attention)
+        model.train(training)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporters' remarks about themselves."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)

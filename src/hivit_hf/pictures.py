@@ -1,0 +1,59 @@
+# Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""Pictures of what a model sees, fills in and computes, for cards and demonstrations."""
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from transformers import BitImageProcessor
+
+
+MASK_GREY = 140
+GAP_PX = 8
+
+
+def pixels_to_picture(pixel_values: torch.Tensor, processor: BitImageProcessor) -> Image.Image:
+    """The picture whose processed pixels these are: (3, H, W), normalised."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
+    levels = ((pixel_values.float().cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+    return Image.fromarray(levels.permute(1, 2, 0).numpy())
+
+
+def masked_picture(picture: Image.Image, bool_masked_pos: torch.BoolTensor, grid: tuple[int, int]) -> Image.Image:
+    """The picture with its masked units grey. `bool_masked_pos` (N,), True = masked, of `grid` rows and columns."""
+    mask = Image.fromarray(bool_masked_pos.cpu().view(grid).to(torch.uint8).mul(255).numpy())
+    picture = picture.copy()
+    picture.paste((MASK_GREY,) * 3, mask=mask.resize(picture.size, Image.Resampling.NEAREST))
+    return picture
+
+
+def side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures of one size in a row, on white."""
+    width, height = pictures[0].size
+    row = Image.new("RGB", ((width + GAP_PX) * len(pictures) - GAP_PX, height), "white")
+    for number, picture in enumerate(pictures):
+        row.paste(picture, (number * (width + GAP_PX), 0))
+    return row
+
+
+def feature_picture(feature_map: torch.Tensor, size: tuple[int, int]) -> Image.Image:
+    """
+    A feature map as colours: its first three principal components over the picture are red, green and blue, so places
+    of like features have like colours.
+
+    Args:
+        feature_map: (C, rows, columns).
+        size: width and height in px of the picture; each place becomes a rectangle.
+    """
+    features = feature_map.detach().float().flatten(1).t()
+    features = features - features.mean(dim=0)
+    left, values, directions = torch.linalg.svd(features, full_matrices=False)
+    count = min(3, len(values))
+    components = torch.zeros(len(features), 3)
+    # the sign of a component is arbitrary: the largest weight is made positive, so that the same picture looks the same
+    signs = directions[:count].gather(1, directions[:count].abs().argmax(dim=1, keepdim=True)).sign()[:, 0]
+    components[:, :count] = (left[:, :count] * values[:count] * signs).cpu()
+    spread = components.std(dim=0, correction=0).clamp(min=1e-6)
+    levels = ((components / spread * 0.22 + 0.5) * 255).clamp(0, 255).to(torch.uint8)
+    picture = Image.fromarray(levels.view(*feature_map.shape[1:], 3).numpy())
+    return picture.resize(size, Image.Resampling.NEAREST)

@@ -1,0 +1,77 @@
+"""What people and programs send by mistake or on purpose, instead of a picture. All of it is answered in words."""
+
+import base64
+import io
+import random
+
+from PIL import Image
+
+
+def encoded(image: Image.Image, file_format: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format=file_format, **options)
+    return file.getvalue()
+
+
+def noise(width: int, height: int) -> Image.Image:
+    return Image.effect_noise((width, height), 90).convert("RGB")
+
+
+def animation() -> bytes:
+    """A GIF of a red, then a blue frame."""
+    frames = [Image.new("RGB", (20, 20), color) for color in ("red", "blue")]
+    return encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+
+
+def hundred_megapixels() -> bytes:
+    return encoded(Image.new("1", (10_000, 10_000)))
+
+
+def unusual_pictures() -> dict[str, bytes]:
+    """Pictures that can be read, all of them odd."""
+    return {
+        "animated GIF": animation(),
+        "transparent": encoded(Image.new("RGBA", (30, 30), (255, 0, 0, 0))),
+        "transparent palette": encoded(Image.new("P", (9, 9)), transparency=0),
+        "1x1": encoded(Image.new("RGB", (1, 1))),
+        "grey": encoded(Image.new("L", (9, 40))),
+        "16 bits": encoded(Image.new("I;16", (9, 9), 40_000)),
+        "1 bit": encoded(Image.new("1", (9, 9))),
+        "CMYK": encoded(Image.new("CMYK", (9, 9)), "JPEG"),
+        "WebP": encoded(noise(30, 20), "WEBP"),
+        "99 times as wide": encoded(Image.new("RGB", (99, 1))),
+    }
+
+
+def unreadable() -> dict[str, object]:
+    """Instead of a picture."""
+    whole, png = encoded(noise(40, 40), "JPEG"), encoded(noise(40, 40))
+    return {
+        "text": b"not a picture",
+        "HTML": b"<html><body>404</body></html>",
+        "nothing": b"",
+        "zeros": bytes(1000),
+        "cut off": whole[: len(whole) // 3],
+        "head of a PNG": encoded(noise(9, 9))[:20],
+        "broken PNG": png[:60] + bytes(len(png) - 60),
+        "100 megapixels": hundred_megapixels(),
+        "too thin": encoded(Image.new("1", (9000, 1))),
+        "address": "https://example.com/cat.jpg",
+        "local file": "file:///etc/hostname",
+        "path": "/etc/hostname",
+        "no base64": "what is this?",
+        "base64 of text": base64.b64encode(b"not a picture").decode(),
+        "data URI of nothing": "data:image/png;base64,",
+        "number": 7,
+        "yes": True,
+        "object": {"image": "x"},
+    }
+
+
+def random_bytes(number: int) -> bytes:
+    """Bytes of any kind, half of them behind the first bytes of a real picture."""
+    draw = random.Random(number)
+    head = draw.choice(
+        [b"", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"\xff\xd8\xff\xe0", b"RIFF\x10\0\0\0WEBP", b"BM", b"II*\0"]
+    )
+    return head + draw.randbytes(draw.randrange(200))

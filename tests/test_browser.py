@@ -1,0 +1,212 @@
+"""The page of examples/browser in a real browser, held against PyTorch."""
+
+import base64
+import functools
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import BitImageProcessor
+
+from chromium import BROWSER_EXAMPLE, browser, serve
+from hivit_hf import HiViTForImageClassification, HiViTForMaskedImageModeling
+from hivit_hf.onnx_export import export_onnx
+from nonsense import animation, encoded, hundred_megapixels, noise
+
+
+pytestmark = pytest.mark.slow
+PROCESSORS = {
+    "crop": BitImageProcessor(
+        size={"shortest_edge": 73}, crop_size={"height": 64, "width": 64}, resample=3, image_mean=[0.4, 0.5, 0.6]
+    ),
+    "squeeze": BitImageProcessor(size={"height": 64, "width": 64}, do_center_crop=False, resample=2),
+}
+
+
+def expected_pixels(processor, picture):
+    """What the processor's numbers say, with Pillow: (3, H, W)."""
+    size = processor.size
+    if size.height:
+        picture = picture.resize((size.width, size.height), Image.Resampling(processor.resample))
+    else:
+        short = min(picture.size)
+        wide = tuple(int(size.shortest_edge * side / short) for side in picture.size)
+        picture = picture.resize(wide, Image.Resampling(processor.resample))
+        left, top = ((side - 64) // 2 for side in picture.size)
+        picture = picture.crop((left, top, left + 64, top + 64))
+    levels = np.asarray(picture, np.float64).transpose(2, 0, 1) * processor.rescale_factor
+    mean, std = (np.array(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
+    return torch.from_numpy((levels - mean) / std).float()
+
+
+@pytest.fixture(scope="module")
+def models(tiny_network):
+    names = dict(enumerate(["tench", "goldfish", "great white shark"]))
+    return {
+        "classifier": tiny_network(HiViTForImageClassification, id2label=names),
+        "autoencoder": tiny_network(HiViTForMaskedImageModeling),
+    }
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory, models):
+    """The page with two models, which see pictures through different processors."""
+    root = tmp_path_factory.mktemp("site")
+    for path in BROWSER_EXAMPLE.glob("*.*"):
+        if path.suffix in (".html", ".js", ".css"):
+            shutil.copy(path, root)
+    (root / "node_modules").symlink_to(BROWSER_EXAMPLE / "node_modules")
+    for name, task, processor in [
+        ("classifier", "classification", "crop"),
+        ("autoencoder", "reconstruction", "squeeze"),
+    ]:
+        export_onnx(models[name], root / "models" / name / f"{task}.onnx", task)
+        models[name].config.save_pretrained(root / "models" / name)
+        PROCESSORS[processor].save_pretrained(root / "models" / name)
+    return root
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with browser() as running:
+        yield running
+
+
+@pytest.fixture
+def page(chromium, site):
+    """The page, ready; an error in it fails the test, and so does a request to anywhere else."""
+    page, errors = chromium.new_page(), []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    with serve(site) as address:
+        own = (address, "data:", "blob:")
+        page.on("request", lambda request: request.url.startswith(own) or errors.append(request.url))
+        page.goto(f"{address}/index.html")
+        page.wait_for_selector("html[data-ready]", timeout=30_000)
+        yield page
+        page.close()
+    assert errors == []
+
+
+def drop(page, content, name="picture.png"):
+    """Drops a file onto the page, as a mouse does, and waits for what it says."""
+    data = page.evaluate_handle(
+        """([bytes, name]) => {
+            const data = new DataTransfer();
+            data.items.add(new File([Uint8Array.from(atob(bytes), (c) => c.charCodeAt(0))], name));
+            return data;
+        }""",
+        [base64.b64encode(content).decode(), name],
+    )
+    page.dispatch_event("#zone", "drop", {"dataTransfer": data})
+    page.wait_for_function("document.getElementById('status').textContent !== 'Looking …'", timeout=30_000)
+
+
+def shown(page, kind, field):
+    """Numbers of what the page has computed last."""
+    return torch.tensor(page.evaluate(f"Array.from(window.hivit.current().{kind}.{field}, Number)"))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (200, 90), (31, 170), (9, 9)], ids=str)
+def test_pixels_and_numbers_are_pytorchs(page, models, size):
+    picture = noise(*size)
+    drop(page, encoded(picture))
+    assert page.inner_text("#status") == ""
+    pixels = expected_pixels(PROCESSORS["crop"], picture)
+    torch.testing.assert_close(shown(page, "classified", "pixelValues").view(3, 64, 64), pixels, atol=1e-5, rtol=0)
+    with torch.no_grad():
+        logits = models["classifier"](pixels[None]).logits[0]
+    torch.testing.assert_close(shown(page, "classified", "logits"), logits, atol=1e-3, rtol=0)
+
+    pixels = expected_pixels(PROCESSORS["squeeze"], picture)[None]
+    torch.testing.assert_close(shown(page, "reconstructed", "pixelValues").view_as(pixels), pixels, atol=1e-5, rtol=0)
+    random = shown(page, "reconstructed", "noise")[None]
+    mask = models["autoencoder"].draw_mask(pixels, random)
+    assert torch.equal(shown(page, "reconstructed", "mask")[None].bool(), mask)
+    filled = models["autoencoder"].reconstruct(pixels, bool_masked_pos=mask)
+    torch.testing.assert_close(shown(page, "reconstructed", "values").view_as(filled), filled, atol=1e-3, rtol=0)
+
+
+def test_what_a_visitor_sees(page, models):
+    assert not page.is_visible("#classification")
+    picture = noise(70, 70)
+    drop(page, encoded(picture))
+    with torch.no_grad():
+        scores = models["classifier"](expected_pixels(PROCESSORS["crop"], picture)[None]).logits[0].softmax(dim=0)
+    order = scores.argsort(descending=True).tolist()
+    rows = page.locator("#classes li").all_inner_texts()
+    names = models["classifier"].config.id2label
+    assert [row.split("\n")[0] for row in rows] == [names[number] for number in order]
+    assert [row.split("\n")[-1] for row in rows] == [f"{100 * scores[number]:.1f} %" for number in order]
+    assert page.inner_text("#masked-caption") == "what the model sees: 25 %"
+    before = shown(page, "reconstructed", "mask")
+    page.click("#again")
+    changed = "(before) => window.hivit.current().reconstructed.mask.some((masked, unit) => masked != before[unit])"
+    page.wait_for_function(changed, arg=before.tolist())
+    grey = page.evaluate(
+        """() => {
+            const canvas = document.getElementById("masked");
+            const data = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+            return window.hivit.current().reconstructed.mask.map((masked, unit) => {
+                const at = ((Math.floor(unit / 4) * 16 + 3) * canvas.width + (unit % 4) * 16 + 3) * 4;
+                return [masked, data[at] === 140 && data[at + 1] === 140 && data[at + 2] === 140];
+            });
+        }"""
+    )
+    assert all(masked == is_grey for masked, is_grey in grey)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "The file is empty."),
+        (b"not a picture", "not a picture that the browser can read"),
+        (encoded(noise(40, 40))[:40], "not a picture"),
+        (functools.partial(hundred_megapixels), "too large: 100 megapixels"),
+        (functools.partial(encoded, Image.new("1", (9000, 1))), "too long and thin: 9000x1 px"),
+    ],
+    ids=["empty", "text", "cut off", "100 megapixels", "too thin"],
+)
+def test_bad_files_are_answered_in_words(page, content, words):
+    drop(page, content() if callable(content) else content)
+    assert words in page.inner_text("#status")
+    assert "error" in page.get_attribute("#status", "class")
+    drop(page, encoded(noise(70, 70)))  # and it goes on
+    assert page.inner_text("#status") == ""
+    assert page.is_visible("#classification")
+
+
+def test_unusual_pictures(page):
+    drop(page, animation(), "moving.gif")
+    red, _, blue = page.evaluate("Array.from(window.hivit.current().picture.data.slice(0, 3))")
+    assert red > 200 and blue < 50  # the first frame
+    drop(page, encoded(Image.new("RGBA", (30, 30), (255, 0, 0, 0))))
+    assert page.evaluate("Array.from(window.hivit.current().picture.data.slice(0, 3))") == [255, 255, 255]
+    drop(page, encoded(Image.new("RGB", (1, 1), "blue")))
+    assert page.inner_text("#status") == ""
+
+
+def test_missing_models_are_said(chromium, site, tmp_path):
+    for path in Path(site).iterdir():
+        if path.name != "models":
+            (tmp_path / path.name).symlink_to(path)
+    page = chromium.new_page()
+    with serve(tmp_path) as address:
+        page.goto(f"{address}/index.html")
+        page.wait_for_selector("html[data-ready]", timeout=30_000)
+        assert "export the models first, as README.md says" in page.inner_text("#status")
+        assert page.is_disabled("#file")
+        page.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_narrow_windows_do_not_scroll_sideways(chromium, site, scheme):
+    page = chromium.new_page(viewport={"width": 360, "height": 700}, color_scheme=scheme)
+    with serve(site) as address:
+        page.goto(f"{address}/index.html")
+        page.wait_for_selector("html[data-ready]", timeout=30_000)
+        drop(page, encoded(noise(70, 70)))
+        assert page.evaluate("document.documentElement.scrollWidth") == 360
+        page.close()

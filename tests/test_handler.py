@@ -1,0 +1,163 @@
+"""The Inference Endpoint, called as the endpoint toolkit calls it: one object, one dict per request, JSON back."""
+
+import base64
+import importlib.util
+import io
+import json
+
+import numpy as np
+import orjson
+import pytest
+import torch
+from PIL import Image
+from transformers import BitImageProcessor, pipeline
+
+from hivit_hf import HiViTForImageClassification, HiViTForMaskedImageModeling, HiViTModel
+from hivit_hf.handler import MAX_MEGAPIXELS, RequestError, read_picture
+from hivit_hf.hub import export
+from nonsense import animation, encoded, noise, random_bytes, unreadable, unusual_pictures
+
+
+def toolkit(folder):
+    """What the toolkit makes of a repository: it imports handler.py as `handler`, from its path."""
+    spec = importlib.util.spec_from_file_location("handler", folder / "handler.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.EndpointHandler(str(folder))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, tiny_network):
+    root = tmp_path_factory.mktemp("endpoint")
+    export(tiny_network(HiViTForImageClassification), root / "classifier", onnx=False)
+    export(tiny_network(HiViTForMaskedImageModeling), root / "autoencoder", onnx=False)
+    return root
+
+
+@pytest.fixture(scope="module")
+def endpoint(folders):
+    return toolkit(folders / "classifier")
+
+
+def answer(endpoint, request):
+    """The answer after its way through the toolkit's serializer."""
+    return json.loads(orjson.dumps(endpoint(request), option=orjson.OPT_SERIALIZE_NUMPY))
+
+
+def test_every_way_to_send_a_picture(endpoint, folders):
+    picture = noise(80, 70)
+    file = encoded(picture)
+    text = base64.b64encode(file).decode()
+    folder = str(folders / "classifier")
+    expected = pipeline(
+        "image-classification",
+        model=HiViTForImageClassification.from_pretrained(folder),
+        image_processor=BitImageProcessor.from_pretrained(folder),
+    )(picture, top_k=5)
+    wrapped = "\n".join(text[start : start + 76] for start in range(0, len(text), 76))
+    for inputs in [picture, file, bytearray(file), text, wrapped, f"data:image/png;base64,{text}"]:
+        found = answer(endpoint, {"inputs": inputs})
+        assert [guess["label"] for guess in found] == [guess["label"] for guess in expected]
+        assert [guess["score"] for guess in found] == pytest.approx([guess["score"] for guess in expected], abs=1e-5)
+    assert answer(endpoint, json.loads(json.dumps({"inputs": text, "parameters": {}}))) == found
+
+
+def test_top_k_and_batches(endpoint):
+    pictures = [noise(64, 64), noise(70, 64)]
+    assert len(answer(endpoint, {"inputs": pictures[0], "parameters": {"top_k": 2}})) == 2
+    assert len(answer(endpoint, {"inputs": pictures[0], "parameters": {"top_k": 900}})) == 5  # that many classes
+    both = answer(endpoint, {"inputs": pictures, "parameters": {"top_k": 1}})
+    for found, picture in zip(both, pictures):
+        alone = answer(endpoint, {"inputs": picture, "parameters": {"top_k": 1}})
+        assert found[0]["label"] == alone[0]["label"]
+        assert found[0]["score"] == pytest.approx(alone[0]["score"], abs=1e-5)
+
+
+def test_an_encoder_gives_features(folders):
+    endpoint = toolkit(folders / "autoencoder")
+    picture = noise(64, 64)
+    pixel_values = BitImageProcessor.from_pretrained(folders / "autoencoder")(picture, return_tensors="pt").pixel_values
+    model = HiViTModel.from_pretrained(folders / "autoencoder", add_pooling_layer=False)
+    with torch.no_grad():
+        expected = model(pixel_values).last_hidden_state.mean(dim=1)[0]
+    found = answer(endpoint, {"inputs": picture})["features"]
+    torch.testing.assert_close(torch.tensor(found), expected, atol=1e-4, rtol=1e-4)
+    assert "top_k is for classifiers" in answer(endpoint, {"inputs": picture, "parameters": {"top_k": 1}})["error"]
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        (None, '"inputs"'),
+        ({}, '"inputs"'),
+        ([], '"inputs"'),
+        ("hello", '"inputs"'),
+        ({"inputs": None}, '"inputs"'),
+        ({"picture": "x"}, '"inputs"'),
+        ({"inputs": "", "parameters": {}}, "empty"),
+        ({"inputs": []}, "1 to 32 pictures, got 0"),
+        ({"inputs": [b""] * 33}, "1 to 32 pictures, got 33"),
+        ({"inputs": b"x", "image": b"y"}, "got image"),
+        ({"inputs": b"x", "parameters": [5]}, "must be an object"),
+        ({"inputs": b"x", "parameters": {"topk": 5}}, "got topk"),
+        ({"inputs": b"x", "parameters": {"top_k": 0}}, "at least 1"),
+        ({"inputs": b"x", "parameters": {"top_k": True}}, "whole number"),
+        ({"inputs": b"x", "parameters": {"top_k": "5"}}, "whole number"),
+        ({"inputs": b"x", "parameters": {"top_k": 2.5}}, "whole number"),
+    ],
+)
+def test_wrong_requests_are_answered_in_words(endpoint, request_, words):
+    found = answer(endpoint, request_)
+    assert list(found) == ["error"]
+    assert words in found["error"]
+
+
+@pytest.mark.parametrize("name", unreadable())
+def test_what_is_no_picture_is_answered_in_words(endpoint, name):
+    found = answer(endpoint, {"inputs": unreadable()[name]})
+    assert list(found) == ["error"]
+    assert found["error"].endswith(".")
+    assert "report it" not in found["error"]
+
+
+@pytest.mark.parametrize("name", unusual_pictures())
+def test_unusual_pictures_are_classified(endpoint, name):
+    assert len(answer(endpoint, {"inputs": unusual_pictures()[name]})) == 5
+
+
+def test_what_a_picture_becomes():
+    assert read_picture(animation()).getpixel((3, 3))[0] > 200  # the first frame, red
+    assert read_picture(unusual_pictures()["transparent"]).getpixel((3, 3)) == (255, 255, 255)
+    assert read_picture(unusual_pictures()["16 bits"]).getpixel((3, 3)) == (156, 156, 156)
+    upright = Image.new("RGB", (20, 10))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    assert read_picture(encoded(upright, "JPEG", exif=exif)).size == (10, 20)
+    array = np.zeros((8000, 8001), np.uint8)
+    with pytest.raises(RequestError, match=f"8001x8000 px are 64 megapixels, at most {MAX_MEGAPIXELS}"):
+        read_picture(Image.fromarray(array))
+
+
+@pytest.mark.slow
+def test_a_thousand_requests_of_nonsense(endpoint):
+    """Answered in words, all of them, and the endpoint still classifies as before."""
+    picture = encoded(noise(64, 64))
+    before = answer(endpoint, {"inputs": picture})
+    odd = [value for name, value in unreadable().items() if name != "100 megapixels"]
+    for number in range(1000):
+        inputs = odd[number % 40] if number % 40 < len(odd) else random_bytes(number)
+        if number == 500:
+            inputs = unreadable()["100 megapixels"]
+        request = [{"inputs": inputs}, {"inputs": [picture, inputs]}, {"inputs": io.BytesIO(b"x")}][number % 3]
+        found = answer(endpoint, request)
+        assert list(found) == ["error"], (number, found)
+        assert found["error"] and "report it" not in found["error"], (number, inputs, found)
+    assert answer(endpoint, {"inputs": picture}) == before
+
+
+def test_an_oversight_does_not_end_the_endpoint(endpoint, monkeypatch):
+    def broken(*arguments, **keywords):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(endpoint, "processor", broken)
+    assert "RuntimeError" in answer(endpoint, {"inputs": noise(64, 64)})["error"]

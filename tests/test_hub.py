@@ -1,0 +1,343 @@
+"""Exported folders and model cards: complete, true to their data, refused when they would not be."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from transformers import BitImageProcessor, pipeline
+
+import hivit_hf.hub as hub
+import push_to_hub
+from hivit_hf import HiViTBackbone, HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling
+from hivit_hf.cards import check_card, render_card
+from hivit_hf.checkpoints import CHECKPOINTS, Checkpoint
+from hivit_hf.folders import FolderError
+from nonsense import encoded, hundred_megapixels, noise
+
+
+ROOT = Path(__file__).parents[1]
+REPORT = {
+    "source": {"file": "x.pth", "size_bytes": 12345, "sha256": "ab" * 32, "title": "self-supervised"},
+    "proof": {"equal": 7, "compared": 7, "largest_difference": 0.0},
+}
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    for number, size in enumerate([(90, 70), (8, 8)]):
+        (folder / f"noise_{number}.png").write_bytes(encoded(noise(*size)))
+    return sorted(folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def classifier(tiny_network):
+    return tiny_network(HiViTForImageClassification, id2label={0: "tench", 1: "goldfish", 2: "shark"})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, classifier, samples):
+    """A classifier, exported with everything."""
+    about = dataclasses.replace(hub.undescribed(classifier, "fish"), title="Fish", license="mit")
+    return hub.export(
+        classifier, tmp_path_factory.mktemp("out") / "fish", about, samples=samples, conversion_report=REPORT
+    )
+
+
+def test_the_folder_is_complete(folder, classifier):
+    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert files == {
+        "README.md",
+        "config.json",
+        "configuration_hivit.py",
+        "conversion_report.json",
+        "handler.py",
+        "model.safetensors",
+        "modeling_hivit.py",
+        "onnx/model.onnx",
+        "preprocessor_config.json",
+        "requirements.txt",
+        "samples/noise_0.png",
+        "samples/noise_1.png",
+    }
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["HiViTForImageClassification"]
+    assert config["id2label"] == {"0": "tench", "1": "goldfish", "2": "shark"}
+    assert config["auto_map"] == hub.AUTO_MAP
+    assert len(hub.AUTO_MAP) == 6
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        assert torch.equal(tensor, classifier.state_dict()[name])
+    assert json.loads((folder / "conversion_report.json").read_text()) == REPORT
+    assert not hasattr(classifier.config, "auto_map")  # the model in memory is as it was
+
+
+def test_the_card_says_what_the_pipeline_says(folder, samples):
+    card = ModelCard.load(folder / "README.md")
+    classify = pipeline("image-classification", model=str(folder))
+    widget = card.data.widget
+    assert [entry["src"] for entry in widget] == ["samples/noise_0.png", "samples/noise_1.png"]
+    for entry in widget:
+        found = classify(str(folder / entry["src"]), top_k=3)
+        assert [guess["label"] for guess in entry["output"]] == [guess["label"] for guess in found]
+        for told, measured in zip(entry["output"], found):
+            assert told["score"] == pytest.approx(measured["score"], abs=6e-5)
+            assert f"{told['label']}: {100 * told['score']:.1f} %" in card.content
+    assert (card.data.license, card.data.library_name) == ("mit", "transformers")
+    assert "onnx" in card.data.tags
+    assert f"sha256 `{'ab' * 32}`" in card.content and "7 of 7 tensors" in card.content
+    for path in folder.rglob("*"):
+        assert path.is_dir() or path.relative_to(folder).as_posix() in card.content
+
+
+def test_the_cards_quick_start_runs(folder, tmp_path):
+    code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL).group(1)
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", code + "\nprint(classify.model.config.id2label)"]
+    finished = subprocess.run(command, cwd=folder.parent, env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert "goldfish" in finished.stdout
+
+
+@pytest.mark.slow
+def test_an_autoencoder_shows_reconstructions(tiny_network, samples, tmp_path):
+    model = tiny_network(HiViTForMaskedImageModeling)
+    folder = hub.export(model, tmp_path / "mae", samples=samples)
+    card = (folder / "README.md").read_text()
+    assert (folder / "onnx" / "reconstruction.onnx").is_file()
+    assert (folder / "onnx" / "model.onnx").is_file()
+    for sample in samples:
+        assert f"](samples/{sample.stem}_reconstructed.png)" in card
+        assert (folder / "samples" / f"{sample.stem}_reconstructed.png").is_file()
+    assert "included" in card
+    code = re.search(r"```python\n(.*?)```", card, flags=re.DOTALL).group(1)
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    (tmp_path / "picture.jpg").write_bytes(encoded(noise(70, 80), "JPEG"))
+    command = [sys.executable, "-c", code + "\nprint(tuple(features.shape), tuple(picture.shape))"]
+    finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert finished.stdout.strip() == "(1, 16, 32) (1, 3, 64, 64)"
+
+
+def test_what_cannot_be_exported_is_refused_before_anything_is_written(classifier, tiny_network, tmp_path, samples):
+    refusals = [
+        (ValueError, "got a Linear", lambda: hub.export(torch.nn.Linear(1, 1), tmp_path / "out")),
+        (ValueError, "the model is a HiViTForImage",
+         lambda: hub.export(classifier, tmp_path / "out", CHECKPOINTS["hivit-base-mae-1600ep"])),
+        (ValueError, "OWNER/NAME", lambda: hub.export(classifier, tmp_path / "out", push_to_hub=True)),
+        (ValueError, "at most 24", lambda: hub.export(classifier, tmp_path / "out", samples=[samples[0]] * 25)),
+        (ValueError, "Two samples", lambda: hub.export(classifier, tmp_path / "out", samples=[samples[0]] * 2)),
+        (ValueError, ".png files, got", lambda: hub.export(classifier, tmp_path / "out", samples=[Path("a.txt")])),
+        (ValueError, "cannot be read", lambda: hub.export(classifier, tmp_path / "out", samples=[Path("a.png")])),
+    ]  # fmt: skip
+    wide = tiny_network(HiViTForImageClassification, image_size=(32, 64))
+    refusals.append((ValueError, "give an image_processor", lambda: hub.export(wide, tmp_path / "out")))
+    (tmp_path / "huge.png").write_bytes(hundred_megapixels())
+    huge = [tmp_path / "huge.png"]
+    refusals.append((ValueError, "too large", lambda: hub.export(classifier, tmp_path / "out", samples=huge)))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    refusals += [
+        (FolderError, "exists", lambda: hub.export(classifier, tmp_path / "mine")),
+        (FolderError, "holds thesis.txt", lambda: hub.export(classifier, tmp_path / "mine", overwrite=True)),
+    ]
+    for kind, words, call in refusals:
+        with pytest.raises(kind, match=re.escape(words)):
+            call()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["huge.png", "mine"]
+
+
+def test_a_failed_export_leaves_nothing(classifier, tmp_path, monkeypatch):
+    def fail(*arguments, **keywords):
+        raise RuntimeError("on the way")
+
+    monkeypatch.setattr(hub, "render_card", fail)
+    with pytest.raises(RuntimeError, match="on the way"):
+        hub.export(classifier, tmp_path / "new" / "out", onnx=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_overwrite_replaces_only_an_export(classifier, tmp_path, samples):
+    out = hub.export(classifier, tmp_path / "out", samples=samples, onnx=False)
+    hub.export(classifier, out, onnx=False, overwrite=True)
+    assert not (out / "samples").exists()
+    (out / "samples").mkdir()
+    (out / "samples" / "notes.txt").write_text("mine")
+    with pytest.raises(FolderError, match=r"samples/notes\.txt"):
+        hub.export(classifier, out, onnx=False, overwrite=True)
+
+
+def test_nothing_is_uploaded_unless_asked(classifier, tmp_path, monkeypatch):
+    calls = []
+
+    class Api:
+        def create_repo(self, repo_id, private, exist_ok):
+            calls.append(("create", repo_id, private, exist_ok))
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            calls.append(("upload", repo_id, sorted(path.name for path in Path(folder_path).iterdir())[0]))
+            return type("Commit", (), {"commit_url": "https://huggingface.co/me/fish/commit/1"})
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    about = dataclasses.replace(hub.undescribed(classifier, "fish"), repo_id="me/fish")
+    hub.export(classifier, tmp_path / "a", about, onnx=False)
+    assert calls == []
+    hub.export(classifier, tmp_path / "b", about, onnx=False, push_to_hub=True)
+    assert calls == [("create", "me/fish", True, True), ("upload", "me/fish", "README.md")]
+
+
+def test_requirements_are_those_of_the_package():
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert set(dependencies) - set(hub.REQUIREMENTS) == {"jinja2>=3.1"}  # which renders cards, no more
+    assert set(hub.REQUIREMENTS) <= set(dependencies)
+
+
+def test_a_backbone_cannot_be_described_as_another_class(tiny_network, tmp_path):
+    with pytest.raises(ValueError, match="HiViTBackbone"):
+        hub.export(tiny_network(HiViTBackbone), tmp_path / "out", CHECKPOINTS["hivit-base"], onnx=False)
+
+
+# -- the command ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def push(tmp_path, monkeypatch, capsys):
+    """Runs the command in `tmp_path`; returns its exit code and what it printed."""
+
+    def run(*arguments):
+        monkeypatch.chdir(tmp_path)
+        try:
+            code = push_to_hub.main(list(map(str, arguments)))
+        except SystemExit as end:
+            code = end.code
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err
+
+    return run
+
+
+def test_the_command(classifier, samples, tmp_path, push):
+    classifier.save_pretrained(tmp_path / "model")
+    BitImageProcessor(size={"shortest_edge": 70}, crop_size={"height": 64, "width": 64}).save_pretrained(
+        tmp_path / "model"
+    )
+    (tmp_path / "model" / "conversion_report.json").write_text(json.dumps(REPORT))
+    code, printed = push("model", "out", "--no_onnx", "--dry_run")
+    assert code == 0, printed
+    assert "out/\n" in printed and "  modeling_hivit.py" in printed and "conversion_report.json" in printed
+    assert not (tmp_path / "out").exists()
+    code, printed = push("model", "out", "--no_onnx", "--title", "Fish", "--license", "mit", "--samples", samples[0])
+    assert code == 0, printed
+    assert "nothing was uploaded" in printed
+    assert ModelCard.load(tmp_path / "out" / "README.md").data.license == "mit"
+    assert BitImageProcessor.from_pretrained(tmp_path / "out").size["shortest_edge"] == 70
+    for arguments, words in [
+        (("model", "out"), "exists"),
+        (("nowhere", "out2"), "no folder of a model"),
+        (("model", "out2", "--checkpoint", "hivit-base-mae-1600ep"), "the model is a HiViTForImageClassification"),
+        (("model", "out2", "--license", "beer", "--no_onnx"), "license is 'beer'"),
+        (("model", "out2", "--push", "--dry_run"), "exclude each other"),
+        (("model", "out2", "--push"), "OWNER/NAME"),
+    ]:
+        code, printed = push(*arguments)
+        assert code == 2, printed
+        assert words in printed and "Traceback" not in printed
+        assert not (tmp_path / "out2").exists()
+
+
+@pytest.mark.slow
+def test_the_command_itself(tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "push_to_hub.py"), "nowhere", "out"]
+    finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (finished.returncode, finished.stdout) == (2, "")
+    assert finished.stderr == "error: nowhere is no folder of a model: it has no config.json with architectures.\n"
+
+
+# -- cards ----------------------------------------------------------------------------------------------------------
+
+
+def test_no_card_is_stale():
+    command = [sys.executable, str(ROOT / "model_cards" / "render.py"), "--check"]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_every_checkpoint_has_a_card_and_an_architecture():
+    parameters = {
+        "hivit-tiny": "19,181,668",
+        "hivit-small": "37,526,464",
+        "hivit-base": "66,418,952",
+        "hivit-base-mae-1600ep": "87,041,152",
+        "hivit-base-mae-1600ep-ft100ep": "66,418,952",
+    }
+    for name, about in CHECKPOINTS.items():
+        card = ModelCard.load(ROOT / "model_cards" / f"{name}.md")
+        check_card(str(card))
+        assert parameters.get(name, "") in card.content
+        assert ("**These weights were never published.**" in card.content) == (about.weights == "unpublished")
+        assert card.data.license == "unknown"
+        assert "widget" not in card.data.to_dict()  # nobody has run these weights here
+        assert about.uploaded == (about.revision is not None)
+    assert len({about.repo_id for about in CHECKPOINTS.values()}) == len(CHECKPOINTS)
+
+
+def test_every_figure_is_the_papers_or_of_a_result_file():
+    told = 0
+    for name, about in CHECKPOINTS.items():
+        card = (ROOT / "model_cards" / f"{name}.md").read_text()
+        rows = re.findall(r"^\| (.+?) \| (.+?) \| (paper .*|`benchmarks/results/.*`) \|$", card, flags=re.MULTILINE)
+        section = card.partition("## Figures")[2].partition("##")[0]
+        assert len(rows) == max(section.count("\n| ") - 1, 0)  # the head's row is the one without a source
+        for what, value, source in rows:
+            if source.startswith("paper"):
+                assert any((figure.what, figure.value) == (what, value) for figure in about.figures)
+            else:
+                told += 1
+                path = ROOT / re.search(r"`(.*)`", source).group(1)
+                text = path.read_text()
+                seconds = [f"{float(found):.2f} s" for found in re.findall(r'"median_s": ([\d.e-]+)', text)]
+                ratios = re.findall(r'"times_slower_than_ours": ([\d.e-]+)', text)
+                assert value in seconds + [f"{float(ratio):.2f} x the time" for ratio in ratios]
+    assert told >= 2
+
+
+def test_an_uploaded_checkpoint_is_pinned():
+    about = dataclasses.replace(CHECKPOINTS["hivit-base-mae-1600ep-ft100ep"], revision="0123abc")
+    card = render_card(about, HiViTConfig(**about.arguments))
+    assert f'"{about.repo_id}", trust_remote_code=True, revision="0123abc"' in card
+    assert "Not uploaded yet" not in card
+    assert ModelCard(card).data.eval_results[0].metric_value == 84.6
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"license": "beer"}, "license is 'beer'"), ({"license": "MIT"}, "choose from apache-2.0")],
+)
+def test_cards_outside_the_lists_are_refused(changes, words):
+    about = Checkpoint("T", "t", "HiViTModel", "d", "t", **changes)
+    with pytest.raises(ValueError, match=words):
+        render_card(about, HiViTConfig())
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("pipeline_tag: image-guessing", "pipeline_tag"),
+        ("tags: [cats]", "tags is 'cats'"),
+        ("library_name: timm", "library_name"),
+    ],
+)
+def test_what_hand_edits_may_break_is_noticed(line, words):
+    card = (ROOT / "model_cards" / "hivit-tiny.md").read_text()
+    key = line.partition(":")[0]
+    broken = re.sub(rf"^{key}:.*\n(- .*\n)*", f"{line}\n", card, count=1, flags=re.MULTILINE)
+    with pytest.raises(ValueError, match=words):
+        check_card(broken)

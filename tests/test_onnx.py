@@ -1,0 +1,175 @@
+"""ONNX files give PyTorch's numbers, at every batch and size, and what they cannot do is refused."""
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features
+from datasets import Image as ImageFeature
+from torch.testing import assert_close
+from transformers import BitImageProcessor
+
+import export_onnx as command
+import hivit_hf.onnx_export as onnx_export
+from hivit_hf import HiViTBackbone, HiViTForImageClassification, HiViTForMaskedImageModeling, HiViTModel
+from hivit_hf.onnx_export import OPSET, cpu_session, export_onnx, tasks_of
+from nonsense import noise
+
+
+def run(path, **inputs):
+    found = cpu_session(path).run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+    return [torch.from_numpy(array) for array in found]
+
+
+@pytest.fixture(scope="module")
+def classifier(tiny_network):
+    return tiny_network(HiViTForImageClassification, id2label={0: "dark", 1: "light"})
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tiny_network):
+    return tiny_network(HiViTForMaskedImageModeling)
+
+
+def test_classification_of_any_batch(classifier, tmp_path):
+    path = tmp_path / "model.onnx"
+    difference = export_onnx(classifier, path, "classification")
+    assert 0 < difference < 1e-4
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model.onnx"]  # one file, weights included
+    model = onnx.load(path)
+    onnx.checker.check_model(model)
+    assert {entry.domain: entry.version for entry in model.opset_import}[""] == OPSET
+    for batch_size in (1, 4, 7):
+        pixel_values = torch.randn(batch_size, 3, 64, 64)
+        with torch.no_grad():
+            assert_close(run(path, pixel_values=pixel_values)[0], classifier(pixel_values).logits, atol=1e-4, rtol=0)
+    assert classifier.config._attn_implementation == "sdpa"  # the model is as it was
+
+
+@pytest.mark.slow
+def test_features_of_any_size(tiny_network, tmp_path):
+    model = tiny_network(HiViTModel)
+    export_onnx(model, tmp_path / "model.onnx", "features", dynamic_size=True)
+    for size in [(64, 64), (32, 32), (48, 112), (160, 32), (96, 96)]:
+        pixel_values = torch.randn(2, 3, *size)
+        with torch.no_grad():
+            expected = model(pixel_values)
+        hidden, pooled = run(tmp_path / "model.onnx", pixel_values=pixel_values)
+        assert_close(hidden, expected.last_hidden_state, atol=1e-4, rtol=0)
+        assert_close(pooled, expected.pooler_output, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("target", ["pixels", "normalised pixels"])
+def test_reconstruction(target, tiny_network, tmp_path):
+    model = tiny_network(HiViTForMaskedImageModeling, norm_pix_loss=target != "pixels", mask_ratio=0.6)
+    export_onnx(model, tmp_path / "model.onnx", "reconstruction")
+    for batch_size in (1, 3):
+        pixel_values, random = torch.randn(batch_size, 3, 64, 64), torch.rand(batch_size, 16).round(decimals=1)
+        filled, mask = run(tmp_path / "model.onnx", pixel_values=pixel_values, noise=random)
+        assert torch.equal(mask, model.draw_mask(pixel_values, random))  # equal noise among it: the order is stable
+        assert_close(filled, model.reconstruct(pixel_values, noise=random), atol=1e-4, rtol=0)
+
+
+def test_features_of_an_autoencoder_have_no_pooling(autoencoder, tmp_path):
+    export_onnx(autoencoder, tmp_path / "model.onnx", "features")
+    pixel_values = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = autoencoder.hivit(pixel_values).last_hidden_state
+    (hidden,) = run(tmp_path / "model.onnx", pixel_values=pixel_values)
+    assert_close(hidden, expected, atol=1e-4, rtol=0)
+
+
+def test_what_a_model_cannot_do_is_refused(classifier, autoencoder, tiny_network, tmp_path, monkeypatch):
+    path = tmp_path / "new" / "model.onnx"
+    refusals = [
+        ("cannot be exported for 'reconstruction'", lambda: export_onnx(classifier, path, "reconstruction")),
+        ("cannot be exported for 'classification'", lambda: export_onnx(autoencoder, path, "classification")),
+        ("has a fixed size", lambda: export_onnx(autoencoder, path, "reconstruction", dynamic_size=True)),
+        ("float32 models on the CPU",
+         lambda: export_onnx(tiny_network(HiViTModel).to(torch.bfloat16), path, "features")),
+    ]  # fmt: skip
+    for words, call in refusals:
+        with pytest.raises(ValueError, match=words):
+            call()
+    assert not path.parent.exists()
+    assert tasks_of(tiny_network(HiViTBackbone)) == ["features"]
+    monkeypatch.setattr(onnx_export, "TOLERANCE", 1e-12)
+    with pytest.raises(ValueError, match="onnxruntime differs from PyTorch"):
+        export_onnx(classifier, path, "classification")
+    assert not path.exists()
+
+
+# -- the command ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Dark and light pictures in a folder each."""
+    for number in range(6):
+        for name, level in (("dark", 0.3), ("light", 1.0)):
+            (tmp_path / "pictures" / name).mkdir(parents=True, exist_ok=True)
+            noise(64, 64).point(lambda value, level=level: value * level).save(
+                tmp_path / "pictures" / name / f"{number}.png"
+            )
+    return tmp_path / "pictures"
+
+
+@pytest.fixture
+def model_folder(classifier, tmp_path):
+    classifier.save_pretrained(tmp_path / "model")
+    size = {"height": 64, "width": 64}
+    BitImageProcessor(size=size, do_center_crop=False).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.slow
+def test_the_command(classifier, model_folder, pictures, tmp_path, capsys):
+    out = tmp_path / "onnx"
+    assert command.main([str(model_folder), str(out), "--task", "classification", "--int8", str(pictures)]) == 0
+    record = json.loads((out / "onnx.json").read_text())
+    cost = record["files"]["classification_int8.onnx"]
+    assert record["opset"] == OPSET and record["files"]["classification.onnx"]["largest_difference"] < 1e-4
+    assert cost["pictures"] == 12
+    processor = BitImageProcessor.from_pretrained(model_folder)
+    for name in ("float32", "int8"):
+        session = cpu_session(out / f"classification{'_int8' * (name == 'int8')}.onnx")
+        hits = 0
+        for label, kind in enumerate(("dark", "light")):
+            for path in sorted((pictures / kind).iterdir()):
+                pixel_values = processor(onnx_export.Image.open(path), return_tensors="np").pixel_values
+                hits += int(np.argmax(session.run(None, {"pixel_values": pixel_values})[0]) == label)
+        assert cost[f"accuracy_{name}"] == pytest.approx(hits / 12)
+    assert cost["drop"] == pytest.approx(cost["accuracy_float32"] - cost["accuracy_int8"])
+    types = {tensor.data_type for tensor in onnx.load(out / "classification_int8.onnx").graph.initializer}
+    assert onnx.TensorProto.INT8 in types
+    assert f"a drop of {cost['drop']:.2%}" in capsys.readouterr().out
+    assert {"config.json", "preprocessor_config.json"} <= {path.name for path in out.iterdir()}
+
+
+@pytest.mark.slow
+def test_the_command_refuses(classifier, autoencoder, model_folder, tmp_path, capsys):
+    autoencoder.save_pretrained(tmp_path / "mae")
+    (tmp_path / "empty").mkdir()
+    names = ClassLabel(names=["cat", "dog"])
+    features = Features({"image": ImageFeature(), "label": names})
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    Dataset.from_dict({"image": [pixels], "label": [0]}, features=features).save_to_disk(tmp_path / "cats")
+    for arguments, words in [
+        (["nowhere", "out"], "no folder of a model"),
+        ([model_folder, "out", "--task", "reconstruction"], "cannot be exported for 'reconstruction'"),
+        ([tmp_path / "mae", "out", "--task", "features", "--int8", "x"], "for classifiers"),
+        ([model_folder, "out", "--int8", tmp_path / "empty"], "holds no labelled pictures"),
+        ([model_folder, "out", "--int8", tmp_path / "nowhere"], "holds no labelled pictures"),
+        (
+            [model_folder, "out", "--int8", tmp_path / "cats"],
+            "the classes ['cat'], but the model knows ['dark', 'light']",
+        ),
+        ([tmp_path / "mae", "out", "--task", "reconstruction", "--opset", "3"], "opset"),
+    ]:
+        assert command.main(list(map(str, arguments))) == 2, words
+        assert words in capsys.readouterr().err
+    with pytest.raises(SystemExit) as refusal:
+        command.main([str(model_folder), "out", "--task", "guess"])
+    assert refusal.value.code == 2

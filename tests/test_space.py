@@ -1,0 +1,235 @@
+"""The Space: what it computes, its page in a real browser, and what it says to nonsense."""
+
+import io
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+import yaml
+from PIL import Image
+from transformers import BitImageProcessor
+
+from chromium import browser
+from hivit_hf import HiViTBackbone, HiViTForImageClassification, HiViTForMaskedImageModeling
+from hivit_hf.checkpoints import CHECKPOINTS
+from hivit_hf.handler import RequestError
+from hivit_hf.pictures import feature_picture
+from nonsense import encoded, hundred_megapixels, noise, random_bytes, unreadable, unusual_pictures
+
+
+SPACE = Path(__file__).parents[1] / "examples" / "space"
+sys.path.append(str(SPACE))
+from studio import Studio  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, tiny_network):
+    root = tmp_path_factory.mktemp("space")
+    names = dict(enumerate(["tench", "goldfish", "great white shark"]))
+    tiny_network(HiViTForImageClassification, id2label=names).save_pretrained(root / "classifier")
+    tiny_network(HiViTForMaskedImageModeling).save_pretrained(root / "autoencoder")
+    for name in ("classifier", "autoencoder"):
+        size = {"height": 64, "width": 64}
+        BitImageProcessor(size=size, do_center_crop=False).save_pretrained(root / name)
+    (root / "picture.png").write_bytes(encoded(noise(64, 64)))
+    return root
+
+
+@pytest.fixture(scope="module")
+def studio(models):
+    return Studio(models / "classifier", models / "autoencoder")
+
+
+def test_it_computes_what_the_models_do(studio, models):
+    picture = Image.open(models / "picture.png")
+    pixel_values = BitImageProcessor.from_pretrained(models / "classifier")(picture, return_tensors="pt").pixel_values
+    with torch.no_grad():
+        scores = HiViTForImageClassification.from_pretrained(models / "classifier")(pixel_values).logits[0].softmax(0)
+    found = studio.classify(str(models / "picture.png"))
+    assert found == pytest.approx(dict(zip(["tench", "goldfish", "great white shark"], scores.tolist())), abs=1e-5)
+
+    mask = studio.draw_mask(0.75)
+    assert sum(mask) == 12
+    seen, filled = studio.reconstruct(str(models / "picture.png"), mask)
+    assert seen.size == filled.size == (448, 448)
+    seen_small, filled_small = (shown.resize((64, 64), Image.Resampling.NEAREST) for shown in (seen, filled))
+    for unit, masked in enumerate(mask):
+        box = (unit % 4 * 16, unit // 4 * 16, unit % 4 * 16 + 16, unit // 4 * 16 + 16)
+        is_grey = set(seen_small.crop(box).get_flattened_data()) == {(140, 140, 140)}
+        is_kept = filled_small.crop(box).tobytes() == picture.crop(box).tobytes()
+        assert (is_grey, is_kept) == (masked, not masked)
+    nothing_hidden = studio.reconstruct(str(models / "picture.png"), [False] * 16)[1]
+    assert nothing_hidden.resize((64, 64), Image.Resampling.NEAREST).tobytes() == picture.tobytes()
+
+    stages = studio.features(str(models / "picture.png"))
+    backbone = HiViTBackbone.from_pretrained(models / "autoencoder", out_features=["stage1", "stage2", "stage3"]).eval()
+    with torch.no_grad():
+        maps = backbone(pixel_values).feature_maps
+    for shown, feature_map in zip(stages, maps):
+        assert shown.tobytes() == feature_picture(feature_map[0], (448, 448)).tobytes()
+        assert len(set(shown.get_flattened_data())) > 3
+
+
+def test_like_features_have_like_colours():
+    feature_map = torch.zeros(8, 4, 4)
+    feature_map[:, :, 2:] = torch.randn(8)[:, None, None]
+    picture = feature_picture(feature_map, (4, 4))
+    colours = [picture.getpixel((column, 1)) for column in range(4)]
+    assert colours[0] == colours[1] != colours[2] == colours[3]
+
+
+def test_masks(studio):
+    assert [sum(studio.draw_mask(ratio)) for ratio in (0, 0.5, 0.95, 1)] == [0, 8, 15, 15]
+    assert studio.draw_mask(0.5) != studio.draw_mask(0.5)
+    mask = [False] * 16
+    assert studio.toggle(mask, 0.99, 0.0)[3]
+    assert studio.toggle(mask, 0.3, 0.8)[13]
+    assert mask == [False] * 16
+    last = [True] * 15 + [False]
+    with pytest.raises(RequestError, match="One square must stay visible"):
+        studio.toggle(last, 0.99, 0.99)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda studio: studio.classify(None), "no picture yet"),
+        (lambda studio: studio.classify("/nowhere.png"), "did not arrive"),
+        (lambda studio: studio.draw_mask("half"), "from 0 to 1"),
+        (lambda studio: studio.draw_mask(float("nan")), "from 0 to 1"),
+        (lambda studio: studio.reconstruct(None, [True] * 16), "must stay visible"),
+        (lambda studio: studio.reconstruct(None, [False] * 3), "16 truth values"),
+        (lambda studio: studio.reconstruct(None, "mask"), "16 truth values"),
+    ],
+)
+def test_mistakes_are_answered_in_words(studio, call, words):
+    with pytest.raises(RequestError, match=words):
+        call(studio)
+
+
+def test_its_card_names_checkpoints_of_the_table():
+    data = yaml.safe_load((SPACE / "README.md").read_text().split("---")[1])
+    assert set(data["models"]) <= {about.repo_id for about in CHECKPOINTS.values()}
+    pinned = (SPACE.parents[1] / "constraints.txt").read_text()
+    assert f"gradio=={data['sdk_version']}\n" in pinned
+
+
+# -- running --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def address(models):
+    """The Space, started as its users start it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, str(SPACE / "app.py"), "--port", str(port)]
+    command += ["--classifier", str(models / "classifier"), "--autoencoder", str(models / "autoencoder")]
+    environment = os.environ | {"GRADIO_TEMP_DIR": str(models / "uploads"), "GRADIO_ANALYTICS_ENABLED": "False"}
+    with open(models / "log.txt", "w") as log:
+        process = subprocess.Popen(command, cwd=models, env=environment, stdout=log, stderr=log)
+    try:
+        for _ in range(600):
+            assert process.poll() is None, (models / "log.txt").read_text()
+            try:
+                httpx.get(f"http://127.0.0.1:{port}/")
+                break
+            except httpx.TransportError:
+                time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}"
+        assert process.poll() is None, (models / "log.txt").read_text()[-2000:]
+    finally:
+        process.terminate()
+        process.wait(timeout=20)
+
+
+@pytest.mark.slow
+def test_in_a_browser(address, models, studio):
+    with browser() as chromium:
+        page, errors = chromium.new_page(viewport={"width": 1180, "height": 800}), []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(address)
+        page.set_input_files("#picture input[type=file]", str(models / "picture.png"))
+        best = max(studio.classify(str(models / "picture.png")).items(), key=lambda item: item[1])
+        page.wait_for_selector(f"#classes >> text={best[0]}")
+        assert f"{best[1]:.0%}" in page.inner_text("#classes")
+
+        page.get_by_role("tab", name="Reconstruct").click()
+        masked = page.locator(".masked img").first
+        masked.wait_for(state="visible")
+        before = masked.get_attribute("src")
+        size = masked.bounding_box()
+        masked.click(position={"x": 0.9 * size["width"], "y": 0.9 * size["height"]})
+        page.wait_for_function("(before) => document.querySelector('.masked img').src !== before", arg=before)
+        sources = before, masked.get_attribute("src")
+        before, after = (Image.open(io.BytesIO(httpx.get(source).content)) for source in sources)
+        changed = [unit for unit in range(16) if _unit(before, unit) != _unit(after, unit)]
+        assert changed == [15]
+        shown = masked.get_attribute("src")
+        page.get_by_role("button", name="Hide other squares").click()
+        page.wait_for_function("(before) => document.querySelector('.masked img').src !== before", arg=shown)
+
+        page.get_by_role("tab", name="Features").click()
+        page.wait_for_function(
+            "[...document.querySelectorAll('.pixels img')].filter((i) => i.offsetParent).length === 3"
+        )
+
+        (models / "text.png").write_bytes(b"not a picture")
+        page.goto(address)
+        page.set_input_files("#picture input[type=file]", str(models / "text.png"))
+        page.wait_for_selector("#words >> text=This is not a picture that can be read")
+        assert errors == []
+
+
+def _unit(shown: Image.Image, unit: int) -> bytes:
+    side = shown.width // 4
+    box = (unit % 4 * side, unit // 4 * side, unit % 4 * side + side, unit // 4 * side + side)
+    return shown.convert("RGB").crop(box).tobytes()
+
+
+@pytest.mark.slow
+def test_a_thousand_requests_of_nonsense(address, models):
+    """Over the network, as the page and scripts send them: words each time, and it classifies as before."""
+    with httpx.Client(base_url=f"{address}/gradio_api", timeout=60) as client:
+
+        def upload(content):
+            return {"path": client.post("/upload", files={"files": ("picture.png", content)}).json()[0],
+                    "meta": {"_type": "gradio.FileData"}}  # fmt: skip
+
+        good = upload((models / "picture.png").read_bytes())
+        before = client.post("/run/look", json={"data": [good, 0.5]}).json()["data"][0]
+        contents = [value for value in unreadable().values() if isinstance(value, bytes)]
+        contents += [random_bytes(number) for number in range(40)] + [hundred_megapixels()]
+        uploads = [upload(content) for content in contents]
+        foreign = [{"path": "/etc/hostname", "meta": {"_type": "gradio.FileData"}}, "x", 7, {}, []]
+        bodies = [{"data": [picture, 0.5]} for picture in uploads + foreign]
+        bodies += [{"data": [good, ratio]} for ratio in ("half", -1, 2, None, [], {})]
+        bodies += [{"data": []}, {"data": "x"}, {}, [], "x", None, {"data": [good] * 9}]
+        for number in range(1000):
+            answer = client.post("/run/look", json=bodies[number % len(bodies)])
+            words = answer.json()
+            told = words["data"][-1] if answer.status_code == 200 else words.get("error") or words.get("detail")
+            assert told, (bodies[number % len(bodies)], answer.text)
+            assert "Traceback" not in answer.text
+        for name, content in unusual_pictures().items():
+            assert client.post("/run/look", json={"data": [upload(content), 0.5]}).json()["data"][-1] == "", name
+        assert client.post("/run/look", json={"data": [good, 0.5]}).json()["data"][0] == before
+
+
+def test_without_models_it_says_what_to_do(tmp_path):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HIVIT_")}
+    for arguments, words in [
+        ([], "There is no classifier: run `make demo` first"),
+        (["--classifier", "nowhere", "--autoencoder", "nowhere"], "nowhere"),
+    ]:
+        command = [sys.executable, str(SPACE / "app.py"), *arguments]
+        finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        assert finished.returncode == 2
+        assert re.search(words, finished.stderr) and "Traceback" not in finished.stderr
