@@ -139,11 +139,9 @@ def confusion_matrix_figure(matrix: Sequence[Sequence[int]], class_names: Sequen
     return figure
 
 
-@torch.no_grad()
 def nearest_neighbour_accuracy(features: torch.Tensor, labels: torch.Tensor, neighbours: int = 20) -> float:
     """
-    Share of the second half of the pictures whose label is that of most of its nearest neighbours in the first half,
-    weighted by cosine similarity.
+    `nearest_neighbours` of the second half of the pictures in the first half.
 
     Args:
         features: (B, C), one row per picture.
@@ -151,11 +149,33 @@ def nearest_neighbour_accuracy(features: torch.Tensor, labels: torch.Tensor, nei
         neighbours: how many are asked.
     """
     half = len(features) // 2
-    features = torch.nn.functional.normalize(features.float(), dim=1)
-    similarity, index = (features[half:] @ features[:half].t()).topk(min(neighbours, half), dim=1)
-    votes = torch.zeros(len(features) - half, int(labels.max()) + 1, device=features.device)
-    votes.scatter_add_(1, labels[:half].to(features.device)[index], (similarity / 0.07).exp())
-    return (votes.argmax(dim=1).cpu() == labels[half:].cpu()).float().mean().item()
+    predicted = nearest_neighbours(features[:half], labels[:half], features[half:], neighbours)
+    return (predicted == labels[half:].cpu()).float().mean().item()
+
+
+@torch.no_grad()
+def nearest_neighbours(
+    known: torch.Tensor, labels: torch.Tensor, asked: torch.Tensor, neighbours: int = 20, temperature: float = 0.07
+) -> torch.LongTensor:
+    """
+    The label of most of each picture's nearest neighbours, weighted by exp(cosine similarity / temperature), as in
+    DINO (arXiv 2104.14294): (number asked,), on the CPU.
+
+    Args:
+        known: features of pictures with labels, (number known, C).
+        labels: their class numbers, (number known,).
+        asked: features of the others, (number asked, C).
+        neighbours: how many are asked.
+        temperature: how fast weights fall with distance.
+    """
+    known, asked = (torch.nn.functional.normalize(features.float(), dim=1) for features in (known, asked))
+    predicted = []
+    for part in asked.split(1024):
+        similarity, index = (part @ known.t()).topk(min(neighbours, len(known)), dim=1)
+        votes = torch.zeros(len(part), int(labels.max()) + 1, device=known.device)
+        votes.scatter_add_(1, labels.to(known.device)[index], (similarity / temperature).exp())
+        predicted.append(votes.argmax(dim=1).cpu())
+    return torch.cat(predicted)
 
 
 def figure_to_png(figure: Figure, dots_per_inch: int = 160) -> bytes:
