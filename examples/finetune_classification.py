@@ -11,6 +11,7 @@ import os
 import sys
 
 import datasets
+import torch
 import transformers
 from accelerate import PartialState
 
@@ -24,16 +25,19 @@ def main(argv: list[str] | None = None) -> int:
     datasets.disable_progress_bars()
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
-    state = PartialState()
+    state = PartialState(cpu=not torch.accelerator.is_available())  # else each process on CPUs would train alone
     try:
         run = FinetuneRun(recipe, say=state.print)
         if recipe.show_layer_table:
             state.print(run.layer_table())
             return 0
+        state.print(f"processes: {state.num_processes}, parameters: {run.model.num_parameters():,}")
         run.train()
     except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
         # an error of a loader's worker comes with its traceback; the last line is what happened
-        sentence = str(error).strip().splitlines()[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
+        sentence = (
+            str(error).strip().splitlines()[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
+        )
         print(f"error: {sentence}", file=sys.stderr, flush=True)
         if state.num_processes > 1:
             os._exit(2)  # the others may wait for this process in a collective; the launcher stops them

@@ -62,8 +62,8 @@ def upright_size(picture: Image.Image) -> tuple[int, int]:
 
 def upright(picture: Image.Image, num_channels: int) -> Image.Image:
     """
-    An opened picture decoded and turned as its EXIF orientation says. Palette, CMYK and animated pictures are converted;
-    16-bit ones keep their upper 8 bits.
+    An opened picture decoded and turned as its EXIF orientation says. Palette, CMYK and animated pictures are
+    converted; 16-bit ones keep their upper 8 bits.
 
     Raises:
         UnreadablePictureError: if it is truncated or otherwise damaged.

@@ -75,9 +75,9 @@ def load_classifier(
     draw_relative_tables: bool = False,
 ) -> Start:
     """
-    A classifier with the weights of a pre-training or of another classifier. The decoder is left aside; what the weights
-    lack (after the published pre-training the head, its norm and the relative tables) starts fresh and is named in a note.
-    The head of another classifier is kept only if it has the same names in the same order.
+    A classifier with the weights of a pre-training or of another classifier. The decoder is left aside; what the
+    weights lack (after the published pre-training the head, its norm and the relative tables) starts fresh and is named
+    in a note. The head of another classifier is kept only if it has the same names in the same order.
 
     Args:
         name: a folder, or a repository of the Hub.

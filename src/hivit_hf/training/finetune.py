@@ -69,6 +69,14 @@ class ClassifierTrainer(Trainer):
         super().__init__(**keywords)
         self.loss_is_scaled_for_ga = False  # the losses are means
 
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        """Whole batches only, as in the original. `Trainer` has one switch for this and evaluations, which need all."""
+        self.args.dataloader_drop_last = True
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.args.dataloader_drop_last = False
+
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """AdamW over `layerwise_parameter_groups`."""
         if self.optimizer is None:
@@ -231,7 +239,12 @@ class FinetuneRun:
         recipe = self.recipe
         return layer_table(
             layerwise_parameter_groups(
-                self.model, self.config, recipe.weight_decay, recipe.learning_rate, recipe.layer_decay, recipe.count_stem
+                self.model,
+                self.config,
+                recipe.weight_decay,
+                recipe.learning_rate,
+                recipe.layer_decay,
+                recipe.count_stem,
             )
         )
 
@@ -257,6 +270,8 @@ class FinetuneRun:
         checkpoint = self._checkpoint()
         for pictures in (self.train_pictures, self.eval_pictures):
             check_pictures(pictures, self.recipe.check_images)
+        if self.recipe.gradient_checkpointing:  # the argument of `Trainer` changes its name between versions
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
         trainer = self._trainer(args)
         if self.recipe.ema_decay is not None:
             trainer.start_average(checkpoint)
@@ -300,10 +315,9 @@ class FinetuneRun:
             bf16=recipe.mixed_precision == "bf16",
             fp16=recipe.mixed_precision == "fp16",
             torch_compile=recipe.compile,
-            gradient_checkpointing=recipe.gradient_checkpointing,
-            dataloader_drop_last=True,
             dataloader_num_workers=recipe.num_workers,
             dataloader_pin_memory=torch.accelerator.is_available(),
+            use_cpu=not torch.accelerator.is_available(),  # without it, no bfloat16 there
             remove_unused_columns=False,
             label_names=["labels"],
             restore_callback_states_from_checkpoint=True,
@@ -365,8 +379,8 @@ class FinetuneRun:
             for name, value in was.items():
                 if now.get(name) != value:
                     raise ValueError(
-                        f"{output} was begun with {name}={value}, now it is {now.get(name)}: a resumption must be of the "
-                        "same recipe. Set it back, or begin a new run in another --output_dir."
+                        f"{output} was begun with {name}={value}, now it is {now.get(name)}: a resumption must be of "
+                        "the same recipe. Set it back, or begin a new run in another --output_dir."
                     )
         return found
 
@@ -397,9 +411,8 @@ class _FiniteLoss(TrainerCallback):
 
 
 def _not_finite(loss: float, step: int) -> str:
-    return (
-        f"The loss is {loss} in step {step}. Lower the learning rate, lengthen the warm-up, or check the images for NaN."
-    )
+    hints = "Lower the learning rate, lengthen the warm-up, or check the images for NaN."
+    return f"The loss is {loss} in step {step}. {hints}"
 
 
 def _sample(length: int, limit: int | None, seed: int) -> list[int]:

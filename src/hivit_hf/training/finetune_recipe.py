@@ -117,9 +117,7 @@ class FinetuneRecipe(Recipe):
         if self.from_scratch and not self.architecture:
             raise ValueError(f"--from_scratch needs --architecture: one of {', '.join(ARCHITECTURES)}.")
         if self.architecture is not None and self.architecture not in ARCHITECTURES:
-            raise ValueError(
-                f"There is no architecture {self.architecture!r}. Choose from {', '.join(ARCHITECTURES)}."
-            )
+            raise ValueError(f"There is no architecture {self.architecture!r}. Choose from {', '.join(ARCHITECTURES)}.")
         choices = {"mixed_precision": ("bf16", "fp16", "no"), "tracker": ("tensorboard", "wandb", "none")}
         for name, allowed in (choices | {"problem_type": tuple(PROBLEM_TYPES)}).items():
             if getattr(self, name) not in allowed:
@@ -127,7 +125,9 @@ class FinetuneRecipe(Recipe):
         if self.eval_split and self.eval_fraction:
             raise ValueError("Give --eval_split or --eval_fraction, not both.")
         if self.lora_rank is not None and (self.draw_relative_tables or self.ema_decay):
-            raise ValueError("--lora_rank keeps the weights as they are: leave out --draw_relative_tables, --ema_decay.")
+            raise ValueError(
+                "--lora_rank keeps the weights as they are: leave out --draw_relative_tables, --ema_decay."
+            )
         if (self.hub_model_id or self.hub_private_repo) and not self.push_to_hub:
             raise ValueError("--hub_model_id and --hub_private_repo are for --push_to_hub: give it too.")
 

@@ -29,7 +29,7 @@ _SHOWN = 5  # of long lists in messages
 
 def open_splits(name: str, config: str | None = None, revision: str | None = None) -> DatasetDict:
     """
-    All splits of a dataset of the Hub, of a saved dataset, or of a folder of pictures (one folder per class) or Parquet.
+    All splits of a dataset of the Hub, of a saved dataset, or of a folder of pictures (a folder per class) or Parquet.
 
     Raises:
         ValueError: if there is no such dataset, or it cannot be read.
@@ -150,15 +150,16 @@ class Labels:
         missing = sum(value is None or value == -1 for value in values)
         if missing:
             raise ValueError(
-                f"{missing} of {len(values)} rows of {split} have no label in {self.columns[0]!r}: choose another split."
+                f"{missing} of {len(values)} rows of {split} have no label in {self.columns[0]!r}: choose another "
+                "split."
             )
         if values and isinstance(values[0], str):
             positions = {name: number for number, name in enumerate(self.names)}
             unknown = sorted(set(values) - set(positions))
             if unknown:
                 raise ValueError(
-                    f"{split} has labels that are not among the {len(self.names)} classes: {_some(unknown)}. The splits "
-                    "must have the same labels."
+                    f"{split} has labels that are not among the {len(self.names)} classes: {_some(unknown)}. The "
+                    "splits must have the same labels."
                 )
             return [positions[value] for value in values]
         outside = sorted({value for value in values if not 0 <= value < len(self.names)})
@@ -279,8 +280,8 @@ def check_same_labels(train: Dataset, evaluation: Dataset, labels: Labels, targe
         lists.append(feature.names if isinstance(feature, ClassLabel) else None)
     if lists[0] != lists[1]:
         raise ValueError(
-            f"The splits have different lists of labels: {_some(lists[0])} to learn from, {_some(lists[1])} to evaluate "
-            "with. Give both the same, in the same order."
+            f"The splits have different lists of labels: {_some(lists[0])} to learn from, {_some(lists[1])} to "
+            "evaluate with. Give both the same, in the same order."
         )
     if labels.problem_type == SINGLE:
         never = sorted(set(targets[1].unique().tolist()) - set(targets[0].unique().tolist()))
@@ -305,7 +306,7 @@ class LabelledPictures(torch.utils.data.Dataset):
     """
     Pictures of a dataset with their targets, as items for `Trainer`.
 
-    What becomes of a picture depends on the seed, the epoch and its row alone: not on processes, workers or resumptions.
+    What becomes of a picture depends on the seed, the epoch and its row alone, not on processes, workers, resumptions.
 
     Args:
         dataset: one split.
@@ -474,7 +475,9 @@ class Batches:
         if "seed" in items[0]:
             if self.mix is not None:
                 if len(items) % 2:
-                    raise ValueError(f"mixup and cutmix mix pictures in pairs, got a batch of {len(items)}: make it even.")
+                    raise ValueError(
+                        f"mixup and cutmix mix pictures in pairs, got a batch of {len(items)}: make it even."
+                    )
                 with seeded(seed_of(*(item["seed"] for item in items))):
                     batch["pixel_values"], labels = self.mix(batch["pixel_values"], labels)
             elif self.label_smoothing:

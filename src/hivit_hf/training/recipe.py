@@ -264,7 +264,7 @@ def read_recipe(path: str | Path, recipe_class: type[Recipe] = PretrainRecipe) -
 
 
 def parse_recipe(recipe_class: type[Recipe], description: str, argv: list[str] | None = None) -> Recipe:
-    """The recipe that a command line asks for: a file's numbers, changed by flags. Leaves with code 2 if it cannot be."""
+    """The recipe that a command line asks for: a file's numbers, changed by flags. Exits with 2 if it cannot be."""
     parser = HfArgumentParser(recipe_class, description=description)
     parser.add_argument("--config", "--recipe", help="A recipe file; flags go before it.")
     known, _ = parser.parse_known_args(argv)
