@@ -99,7 +99,7 @@ def load_classifier(
     if pretrained:  # the published classifiers have it, the published pre-training has not
         changes.setdefault("use_relative_position_bias", True)
     same_labels = not pretrained and [config.id2label[i] for i in range(config.num_labels)] == list(names)
-    with _silent():
+    with silent_transformers():
         model, loading = HiViTForImageClassification.from_pretrained(
             name,
             **changes,
@@ -154,7 +154,7 @@ def read_config(name: str) -> HiViTConfig:
 
 def normalization(name: str, num_channels: int) -> tuple[list[float], list[float]]:
     """Mean and deviation of a folder's image processor; those of ImageNet if it has none."""
-    with _silent():
+    with silent_transformers():
         try:
             processor = AutoImageProcessor.from_pretrained(name)
             return list(processor.image_mean), list(processor.image_std)
@@ -255,7 +255,7 @@ def _named(fresh: set[str], num_tables: int) -> str:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
+def silent_transformers() -> Iterator[None]:
     """transformers reports each key that is not used or not there; the notes say what matters of it."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
