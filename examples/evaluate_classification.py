@@ -1,5 +1,5 @@
 """
-python examples/evaluate_classification.py --model_name_or_path MODEL --dataset_name DATASET --output_dir runs/evaluation
+python examples/evaluate_classification.py --model_name_or_path MODEL --dataset_name DATASET --output_dir runs/judged
 
 Judges a classifier through `evaluate` and a pipeline: top-1, top-5, pictures per second, confusion matrix, calibration.
 --robustness damages the pictures as well. --soup makes one classifier of several folders first.

@@ -1,8 +1,8 @@
 """
 python examples/extract_features.py --model_name_or_path MODEL --dataset_name DATASET --output embeddings.parquet
 
-Embeddings of pictures, as a Parquet file with a row per picture: a list of numbers per kind of features, and all columns
-of the dataset but the pictures themselves.
+Embeddings of pictures, as a Parquet file with a row per picture: a list of numbers per kind of features, and all
+columns of the dataset but the pictures themselves.
 """
 
 import argparse

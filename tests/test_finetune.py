@@ -339,6 +339,7 @@ def test_every_recipe_takes_two_steps(path, digits, tmp_path, base_mae, monkeypa
         small["dataset_name"] = several_labels(digits, tmp_path / "several")
     published = FinetuneRecipe(**values, dataset_name="data", output_dir="out", **start)
     rates = {"finetune_base_100ep": 2e-3, "finetune_base_chest_xray": 2e-3, "finetune_smoke_cpu": 5e-4}
+    rates["finetune_digits"] = 5e-4
     assert published.learning_rate == pytest.approx(rates.get(path.stem, 1e-3))
     recipe = replace(published, **small, base_learning_rate=published.learning_rate * 256 / 2)
     recipe.check()

@@ -207,7 +207,7 @@ def piece_counts(grid: int) -> list[int]:
 
 
 class Crops:
-    """The transform of evaluations without its last step: (channels, H, W), uint8, to be damaged and then normalised."""
+    """The transform of evaluations but for its last step: (channels, H, W), uint8, to be damaged, then normalised."""
 
     def __init__(self, processor: BitImageProcessor):
         self.processor = processor
