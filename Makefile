@@ -21,6 +21,7 @@ bench: $(VENV)/installed  ## Speed and memory against the peers: benchmarks/resu
 	$(RUN) benchmarks/inference.py
 	$(RUN) benchmarks/conversion.py
 	$(RUN) benchmarks/loader.py
+	$(RUN) benchmarks/finetuning.py
 	$(RUN) benchmarks/table.py
 
 kill-test: $(VENV)/installed  ## 20 SIGKILLs in each of 8 pre-trainings, held against uninterrupted ones, bit for bit (an hour)
