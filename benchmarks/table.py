@@ -84,14 +84,12 @@ def digits_tables() -> str:
         unit = "{:.3f}" if key.endswith("auc") else "{:.1%}"
         lines.append(f"| {name} | {' | '.join(unit.format(value).replace('%', ' %') for value in values)} |")
     damage = record["evaluation"]["robustness"]
-    half, shuffled = (
-        100 * damage[kind][strength] for kind, strength in (("patch drop", "0.5"), ("patch shuffle", "4"))
-    )
+    half, shuffled = 100 * damage["patch drop"]["0.5"], 100 * damage["patch shuffle"]["4"]
+    error = 100 * record["evaluation"]["expected_calibration_error"]
     lines += [
         "",
-        f"With half of the units left out, the fine-tuned classifier is right for {half:.1f} %, with all of them shuffled "
-        f"for {shuffled:.1f} %; its expected calibration error is "
-        f"{100 * record['evaluation']['expected_calibration_error']:.1f} %.",
+        f"With half of the units left out, the fine-tuned classifier is right for {half:.1f} %, with all of them "
+        f"shuffled for {shuffled:.1f} %; its expected calibration error is {error:.1f} %.",
     ]
     return "\n".join([*lines, ""])
 
