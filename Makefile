@@ -30,6 +30,7 @@ bench: $(VENV)/installed  ## Speed and memory against the peers: benchmarks/resu
 	$(RUN) benchmarks/loader.py
 	$(RUN) benchmarks/hub_folder.py
 	$(RUN) benchmarks/onnx_inference.py
+	$(RUN) benchmarks/finetuning.py
 	$(RUN) benchmarks/table.py
 
 cards: $(VENV)/installed  ## The model cards, and the tables of checkpoints, from the data

@@ -1,8 +1,8 @@
 """
 python benchmarks/table.py [--check]
 
-Writes the tables of README.md between its `benchmark` and `deployment` marks from benchmarks/results/*.json; with
---check it only says whether they are what the files hold.
+Writes the tables of README.md and examples/README.md between their marks from benchmarks/results/*.json; with --check
+it only says whether they are what the files hold.
 """
 
 import argparse
@@ -12,8 +12,7 @@ import sys
 from measure import PRECISIONS, RESULTS
 
 
-README = RESULTS.parents[1] / "README.md"
-MARK = "<!-- {}: {} -->\n"
+ROOT = RESULTS.parents[1]
 
 
 def step_time_table(record: dict) -> list[str]:
@@ -87,21 +86,60 @@ def tables() -> str:
     return "\n".join([about, "", *step_time_table(step), "", *inference_table(inference), ""])
 
 
+def digits_tables() -> str:
+    """The section of examples/README.md, from the result file."""
+    record = json.loads((RESULTS / "finetuning_digits_cpu.json").read_text())
+    runs = len(record["finetuned_accuracy"]["pretrained"]["per_seed"])
+    about = (
+        f"scikit-learn's 1,797 digits, a quarter of them held out; the network of the demonstration, after "
+        f"{record['pretrain_epochs']} epochs of masked pre-training and with random weights; "
+        f"{'one run' if runs == 1 else f'means of {runs} runs'} each."
+    )
+    lines = [about, "", "| features | L-BFGS, pre-trained | random | LARS, pre-trained | random | kNN | random |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    learnt, random = (record["probes"][start] for start in ("pretrained", "random"))
+    for name in learnt:
+        cells = [f"{100 * probes[name][m]:.1f} %" for m in ("lbfgs", "lars", "knn") for probes in (learnt, random)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", "| after fine-tuning | pre-trained | random |", "|---|---|---|"]
+    for key, name in (
+        ("finetuned_accuracy", "accuracy, `finetune_digits.yaml`"),
+        ("several_labels_mean_auc", "mean area under the curve of four labels, 2 epochs"),
+        ("lora_accuracy", "accuracy with `--lora_rank 8`"),
+    ):
+        values = [record[key][start]["mean"] for start in ("pretrained", "random")]
+        unit = "{:.3f}" if key.endswith("auc") else "{:.1%}"
+        lines.append(f"| {name} | {' | '.join(unit.format(value).replace('%', ' %') for value in values)} |")
+    damage = record["evaluation"]["robustness"]
+    half, shuffled = 100 * damage["patch drop"]["0.5"], 100 * damage["patch shuffle"]["4"]
+    error = 100 * record["evaluation"]["expected_calibration_error"]
+    lines += [
+        "",
+        f"With half of the units left out, the fine-tuned classifier is right for {half:.1f} %, with all of them "
+        f"shuffled for {shuffled:.1f} %; its expected calibration error is {error:.1f} %.",
+    ]
+    return "\n".join([*lines, ""])
+
+
+PAGES = {
+    ROOT / "README.md": {"benchmark": tables, "deployment": deployment_table},
+    ROOT / "examples" / "README.md": {"digits": digits_tables},
+}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--check", action="store_true", help="Change nothing; exit with 1 if the README is out of date."
-    )
+    parser.add_argument("--check", action="store_true", help="Change nothing; exit with 1 if a page is out of date.")
     check = parser.parse_args().check
-    text = README.read_text()
-    updated = text
-    for name, content in [("benchmark", tables()), ("deployment", deployment_table())]:
-        begin, end = MARK.format(name, "begin"), MARK.format(name, "end")
-        before, rest = updated.split(begin)
-        updated = before + begin + content + end + rest.split(end)[1]
-    if check:
-        sys.exit(0 if updated == text else "README.md is out of date: run python benchmarks/table.py")
-    README.write_text(updated)
+    for page, sections in PAGES.items():
+        text = updated = page.read_text()
+        for mark, section in sections.items():
+            begin, end = (f"<!-- {mark}: {side} -->\n" for side in ("begin", "end"))
+            before, rest = updated.split(begin)
+            updated = before + begin + section() + end + rest.split(end)[1]
+        if check and updated != text:
+            sys.exit(f"{page.relative_to(ROOT)} is out of date: run python benchmarks/table.py")
+        page.write_text(updated)
 
 
 if __name__ == "__main__":

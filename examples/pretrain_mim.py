@@ -14,30 +14,13 @@ import warnings
 import datasets
 from accelerate import Accelerator
 from accelerate.utils import is_wandb_available
-from transformers import HfArgumentParser
 
-from hivit_hf.training.recipe import PretrainRecipe, read_recipe
+from hivit_hf.training.recipe import PretrainRecipe, parse_recipe
 from hivit_hf.training.run import PretrainRun
 
 
-def parse(argv: list[str] | None = None) -> PretrainRecipe:
-    parser = HfArgumentParser(PretrainRecipe, description=__doc__)
-    parser.add_argument("--config", help="A recipe file; flags go before it.")
-    known, _ = parser.parse_known_args(argv)
-    try:
-        if known.config:
-            parser.set_defaults(**read_recipe(known.config))
-        arguments = vars(parser.parse_args(argv))
-        arguments.pop("config")
-        recipe = PretrainRecipe(**arguments)
-        recipe.check()
-    except (ValueError, TypeError) as error:
-        parser.error(str(error))
-    return recipe
-
-
 def main(argv: list[str] | None = None) -> int:
-    recipe = parse(argv)
+    recipe = parse_recipe(PretrainRecipe, __doc__, argv)
     datasets.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata's, in every run

@@ -1,6 +1,7 @@
 """The README says what is so: its code runs, its figures are those of the result files and of the network."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -52,3 +53,23 @@ def test_the_code_under_use_runs(tmp_path, monkeypatch):
     assert names["classifier"].config.num_labels == 10
     shapes = [tuple(feature_map.shape) for feature_map in names["backbone"](names["pixel_values"]).feature_maps]
     assert f"# {shapes}" in code
+
+
+def test_every_example_has_a_line_and_a_command_that_its_flags_allow():
+    page = (ROOT / "examples" / "README.md").read_text()
+    scripts = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+    commands = re.search(r"```\n(.*?)```", page, flags=re.DOTALL).group(1).splitlines()
+    assert sorted(re.findall(r"^\| \[`(\w+\.py)`\]", page, flags=re.MULTILINE)) == scripts
+    assert sorted(re.search(r"examples/(\w+\.py)", command).group(1) for command in commands) == scripts
+    for command in commands:
+        words = command.split()
+        help_text = subprocess.run(
+            [sys.executable, str(ROOT / next(word for word in words if word.endswith(".py"))), "--help"],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+        ).stdout
+        for flag in (word for word in words if word.startswith("--")):
+            assert flag in help_text, (command, flag)
+        for path in (word for word in words if word.startswith("examples/")):
+            assert (ROOT / path).exists(), path

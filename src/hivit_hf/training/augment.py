@@ -60,9 +60,9 @@ def upright_size(picture: Image.Image) -> tuple[int, int]:
     return (picture.width, picture.height) if turned else (picture.height, picture.width)
 
 
-def decode(picture: Image.Image, num_channels: int) -> torch.Tensor:
+def upright(picture: Image.Image, num_channels: int) -> Image.Image:
     """
-    An opened picture upright, as (num_channels, height, width), uint8. Palette, CMYK and animated pictures are
+    An opened picture decoded and turned as its EXIF orientation says. Palette, CMYK and animated pictures are
     converted; 16-bit ones keep their upper 8 bits.
 
     Raises:
@@ -72,10 +72,14 @@ def decode(picture: Image.Image, num_channels: int) -> torch.Tensor:
         picture = ImageOps.exif_transpose(picture)
         if picture.mode.startswith("I;16") or picture.mode == "I":
             picture = picture.convert("I").point(lambda value: value * (1 / 257)).convert("L")
-        picture = picture.convert(MODES[num_channels])
+        return picture.convert(MODES[num_channels])
     except Exception as error:
         raise UnreadablePictureError(f"damaged: {error}") from error
-    return v2.functional.pil_to_tensor(picture)
+
+
+def decode(picture: Image.Image, num_channels: int) -> torch.Tensor:
+    """As `upright`, as (num_channels, height, width), uint8. Raises as it does."""
+    return v2.functional.pil_to_tensor(upright(picture, num_channels))
 
 
 def decode_jpeg(data: bytes, picture: Image.Image, num_channels: int, factor: int) -> torch.Tensor:

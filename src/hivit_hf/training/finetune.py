@@ -1,16 +1,22 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""Fine-tuning for image classification with `transformers.Trainer`."""
+"""Training of classifiers with `transformers.Trainer`: from a recipe, or from a few numbers."""
 
+import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import (
+    EarlyStoppingCallback,
     EvalPrediction,
     PrinterCallback,
     Trainer,
@@ -18,10 +24,426 @@ from transformers import (
     TrainerControl,
     TrainerState,
     TrainingArguments,
+    set_seed,
 )
+from transformers.trainer_utils import get_last_checkpoint
 
+from ..hub import evaluation_processor
 from ..modeling_hivit import HiViTForImageClassification
-from .optim import cosine_learning_rate, parameter_groups
+from .classifier import Start, add_lora, load_classifier, random_classifier
+from .finetune_recipe import FinetuneRecipe
+from .labelled import (
+    SINGLE,
+    Batches,
+    Evaluating,
+    LabelledPictures,
+    Labels,
+    check_pictures,
+    check_same_labels,
+    find_labels,
+    open_splits,
+    picture_column,
+    train_and_eval,
+    training_transform,
+)
+from .metrics import metrics_of
+from .optim import cosine_learning_rate, layer_table, layerwise_parameter_groups, parameter_groups
+
+
+AVERAGE = "average.safetensors"  # beside the weights of a checkpoint, if a moving average is kept
+
+
+class ClassifierTrainer(Trainer):
+    """
+    `Trainer` with the published recipe: layer-wise decay, its schedule, mixed and smoothed targets, moving average.
+
+    Args:
+        recipe: the numbers.
+        config: of the HiViT, which `model` may wrap.
+        keywords: of `Trainer`.
+    """
+
+    def __init__(self, recipe: FinetuneRecipe, config, **keywords):
+        self.recipe, self.hivit_config = recipe, config
+        self.average: AveragedModel | None = None
+        super().__init__(**keywords)
+        self.loss_is_scaled_for_ga = False  # the losses are means
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        """Whole batches only, as in the original. `Trainer` has one switch for this and evaluations, which need all."""
+        self.args.dataloader_drop_last = True
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.args.dataloader_drop_last = False
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """AdamW over `layerwise_parameter_groups`."""
+        if self.optimizer is None:
+            recipe, model = self.recipe, self.model if model is None else model
+            groups = layerwise_parameter_groups(
+                model,
+                self.hivit_config,
+                recipe.weight_decay,
+                recipe.learning_rate,
+                recipe.layer_decay,
+                recipe.count_stem,
+            )
+            groups = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in groups]
+            self.optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=tuple(recipe.adam_betas))
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """The schedule of all epochs, also where `max_steps` ends the training earlier."""
+        if self.lr_scheduler is None:
+            recipe, args = self.recipe, self.args
+            per_epoch = -(-len(self.get_train_dataloader()) // args.gradient_accumulation_steps)
+            total = max(1, math.ceil(recipe.epochs * per_epoch))
+            warmup = min(recipe.warmup_epochs * per_epoch, total - 1)
+            rates = (recipe.learning_rate, recipe.min_learning_rate, recipe.warmup_learning_rate)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer,
+                lambda step: cosine_learning_rate(min(step, total), total, warmup, *rates) / recipe.learning_rate,
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        """Cross-entropy against class numbers or probabilities; other problems leave the loss to the model."""
+        if self.hivit_config.problem_type != SINGLE or "labels" not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        outputs = model(pixel_values=inputs["pixel_values"])
+        loss = torch.nn.functional.cross_entropy(outputs.logits.float(), inputs["labels"])
+        return (loss, outputs) if return_outputs else loss
+
+    # -- the moving average, which is what is evaluated and kept; the weights themselves go on being trained
+
+    def start_average(self, checkpoint: str | None):
+        """Begins the moving average, where the training begins or where a checkpoint left it."""
+        self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(self.recipe.ema_decay))
+        if checkpoint is not None:
+            self.average.load_state_dict(load_file(Path(checkpoint) / AVERAGE))
+        self.average.to(self.args.device)
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Inside, the model has the averaged weights."""
+        pairs = list(zip(self.model.parameters(), self.average.module.parameters())) if self.average else []
+        for weights, averaged in pairs:
+            weights.data, averaged.data = averaged.data, weights.data
+        try:
+            yield
+        finally:
+            for weights, averaged in pairs:
+                weights.data, averaged.data = averaged.data, weights.data
+
+    def evaluate(self, *arguments, **keywords) -> dict[str, float]:
+        with self.averaged_weights():
+            return super().evaluate(*arguments, **keywords)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
+        super()._save(output_dir, state_dict)
+        if self.average is not None and self.args.should_save:
+            weights = {name: tensor.contiguous() for name, tensor in self.average.state_dict().items()}
+            save_file(weights, Path(output_dir or self.args.output_dir) / AVERAGE)
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        if self.average is not None:
+            self.average.load_state_dict(load_file(Path(self.state.best_model_checkpoint) / AVERAGE))
+
+    def keep_average(self):
+        """Ends the moving average: the model has its weights from now on."""
+        if self.average is not None:
+            self.model.load_state_dict(self.average.module.state_dict())
+            self.average = None
+
+
+class _Following(TrainerCallback):
+    """Tells the pictures which epoch it is, and the moving average that a step was taken."""
+
+    def __init__(self, pictures: LabelledPictures):
+        self.pictures, self.trainer = pictures, None
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        self.pictures.epoch = int(state.epoch or 0)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        if self.trainer.average is not None:
+            self.trainer.average.update_parameters(self.trainer.model)
+
+
+class FinetuneRun:
+    """
+    Everything of one training, made from a recipe; `train` does it.
+
+    Args:
+        recipe: the numbers, checked.
+        say: takes a sentence for the user.
+
+    Raises:
+        ValueError: for data, labels and weights that do not fit the recipe or each other.
+    """
+
+    def __init__(self, recipe: FinetuneRecipe, say: Callable[[str], None] = print):
+        set_seed(recipe.seed)
+        self.recipe, self.say = recipe, say
+        splits = open_splits(recipe.dataset_name, recipe.dataset_config, recipe.dataset_revision)
+        train, evaluation = train_and_eval(
+            splits, recipe.train_split, recipe.eval_split, recipe.eval_fraction, recipe.seed
+        )
+        column = picture_column(train, recipe.image_column)
+        picture_column(evaluation, column)
+        self.labels = find_labels(train, recipe.problem_type, recipe.label_column, recipe.label_names)
+        targets = [self.labels.targets(split, name) for split, name in ((train, "train"), (evaluation, "eval"))]
+        check_same_labels(train, evaluation, self.labels, targets)
+        self.start = _start(recipe, self.labels)
+        for note in self.start.notes:
+            say(note)
+        self.model = self.start.model
+        self.config = self.model.config
+        self._make_pictures(train, evaluation, targets, column)
+        if recipe.lora_rank is not None:
+            self.model = add_lora(self.model, recipe.lora_rank)
+
+    def _make_pictures(self, train, evaluation, targets, column):
+        recipe, config = self.recipe, self.config
+        if not isinstance(config.image_size, int):
+            raise ValueError(f"The network sees {config.image_size} px: give one --image_size for square pictures.")
+        mean, std = recipe.image_mean or self.start.mean, recipe.image_std or self.start.std
+        if not len(mean) == len(std) == config.num_channels:
+            raise ValueError(f"image_mean and image_std need {config.num_channels} numbers, got {mean} and {std}.")
+        self.processor = evaluation_processor(config.image_size, mean, std, recipe.crop_pct)
+        transform = training_transform(
+            config.image_size,
+            mean,
+            std,
+            recipe.crop_scale,
+            recipe.flip_probability,
+            recipe.auto_augment,
+            recipe.color_jitter,
+            recipe.random_erasing,
+        )
+        limits = (recipe.max_train_samples, recipe.max_eval_samples)
+        rows = [_sample(len(split), limit, recipe.seed) for split, limit in zip((train, evaluation), limits)]
+        train, evaluation = train.select(rows[0]), evaluation.select(rows[1])
+        targets = [target[torch.tensor(row)] for target, row in zip(targets, rows)]
+        channels = config.num_channels
+        self.train_pictures = LabelledPictures(train, column, transform, targets[0], channels, recipe.seed, "train")
+        self.eval_pictures = LabelledPictures(
+            evaluation, column, Evaluating(self.processor), targets[1], channels, name="eval"
+        )
+
+    def layer_table(self) -> str:
+        """Ids, learning rates and decay of the parameters."""
+        recipe = self.recipe
+        return layer_table(
+            layerwise_parameter_groups(
+                self.model,
+                self.config,
+                recipe.weight_decay,
+                recipe.learning_rate,
+                recipe.layer_decay,
+                recipe.count_stem,
+            )
+        )
+
+    def train(self) -> dict[str, float]:
+        """
+        Trains, evaluates, and writes the model, its processor and all figures to the output folder.
+
+        Returns:
+            The metrics of the last evaluation, of the best weights if training stops early.
+
+        Raises:
+            ValueError: for a folder that holds another run, too few pictures, and pictures that cannot be read.
+            FloatingPointError: if the loss is not finite.
+        """
+        args = self._training_arguments()
+        together = self.recipe.batch_size * args.world_size
+        if len(self.train_pictures) < together:
+            raise ValueError(
+                f"{len(self.train_pictures)} pictures to learn from are fewer than the {together} of one batch: lower "
+                "--batch_size."
+            )
+        args.gradient_accumulation_steps = self.recipe.accumulation_steps(args.world_size)
+        checkpoint = self._checkpoint()
+        for pictures in (self.train_pictures, self.eval_pictures):
+            check_pictures(pictures, self.recipe.check_images)
+        if self.recipe.gradient_checkpointing:  # the argument of `Trainer` changes its name between versions
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        trainer = self._trainer(args)
+        if self.recipe.ema_decay is not None:
+            trainer.start_average(checkpoint)
+        if trainer.is_world_process_zero():
+            self._remember()
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.keep_average()
+        vars(self.config).pop("use_cache", None)  # Trainer sets it, and it would be saved; HiViT has no cache
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+        self._save(trainer)
+        trainer.accelerator.wait_for_everyone()  # a process that leaves first may take the others with it
+        trainer.accelerator.end_training()
+        return {name.removeprefix("eval_"): value for name, value in metrics.items()}
+
+    def _training_arguments(self) -> TrainingArguments:
+        recipe = self.recipe
+        _, best, greater = metrics_of(recipe.problem_type, self.labels.names)
+        strategy = "epoch" if recipe.evaluate_every_steps is None else "steps"
+        early = recipe.early_stopping_patience is not None
+        return TrainingArguments(
+            output_dir=recipe.output_dir,
+            num_train_epochs=recipe.epochs,
+            max_steps=recipe.max_steps or -1,
+            per_device_train_batch_size=recipe.batch_size,
+            per_device_eval_batch_size=recipe.eval_batch_size,
+            max_grad_norm=recipe.clip_norm or 0.0,
+            eval_strategy=strategy,
+            save_strategy=strategy,
+            eval_steps=recipe.evaluate_every_steps,
+            save_steps=recipe.evaluate_every_steps or 500,
+            save_total_limit=recipe.keep_last,
+            load_best_model_at_end=early,
+            metric_for_best_model=best,
+            greater_is_better=greater,
+            logging_steps=recipe.log_every_steps,
+            logging_first_step=True,
+            logging_nan_inf_filter=False,  # it would hide a loss that is not finite
+            report_to=recipe.tracker,
+            bf16=recipe.mixed_precision == "bf16",
+            fp16=recipe.mixed_precision == "fp16",
+            torch_compile=recipe.compile,
+            dataloader_num_workers=recipe.num_workers,
+            dataloader_pin_memory=torch.accelerator.is_available(),
+            use_cpu=not torch.accelerator.is_available(),  # without it, no bfloat16 there
+            remove_unused_columns=False,
+            label_names=["labels"],
+            restore_callback_states_from_checkpoint=True,
+            push_to_hub=recipe.push_to_hub,
+            hub_model_id=recipe.hub_model_id,
+            hub_private_repo=recipe.hub_private_repo or None,
+            hub_strategy="end",
+            seed=recipe.seed,
+            data_seed=recipe.seed,
+        )
+
+    def _trainer(self, args: TrainingArguments) -> ClassifierTrainer:
+        recipe = self.recipe
+        compute_metrics, _, _ = metrics_of(recipe.problem_type, self.labels.names)
+        following = _Following(self.train_pictures)
+        callbacks = [following, _FiniteLoss()]
+        if recipe.early_stopping_patience is not None:
+            callbacks.append(EarlyStoppingCallback(recipe.early_stopping_patience))
+        trainer = following.trainer = ClassifierTrainer(
+            recipe,
+            self.config,
+            model=self.model,
+            args=args,
+            train_dataset=self.train_pictures,
+            eval_dataset=self.eval_pictures,
+            data_collator=Batches(
+                len(self.labels.names),
+                recipe.mixup,
+                recipe.cutmix,
+                recipe.mixup_probability,
+                recipe.mixup_switch_probability,
+                recipe.label_smoothing,
+            ),
+            processing_class=self.processor,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+        )
+        return trainer
+
+    def _checkpoint(self) -> str | None:
+        """Where to go on from. ValueError if there is none, it is of another recipe, or one would be overwritten."""
+        recipe, output = self.recipe, Path(self.recipe.output_dir)
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{output} cannot be written ({error.strerror}). Choose another --output_dir.") from error
+        latest = get_last_checkpoint(str(output))
+        if recipe.resume is None:
+            if latest is not None:
+                raise ValueError(
+                    f"{output} holds a run, at {Path(latest).name}: give --resume latest, or another --output_dir."
+                )
+            return None
+        found = latest if recipe.resume == "latest" else recipe.resume
+        if found is None or not (Path(found) / "trainer_state.json").exists():
+            raise ValueError(f"There is no checkpoint to resume at {found or output}: leave out --resume to begin.")
+        if (output / "recipe.json").exists():
+            was, now = json.loads((output / "recipe.json").read_text()), recipe.identity()
+            for name, value in was.items():
+                if now.get(name) != value:
+                    raise ValueError(
+                        f"{output} was begun with {name}={value}, now it is {now.get(name)}: a resumption must be of "
+                        "the same recipe. Set it back, or begin a new run in another --output_dir."
+                    )
+        return found
+
+    def _remember(self):
+        path = Path(self.recipe.output_dir) / "recipe.json"
+        path.write_text(json.dumps(self.recipe.identity(), indent=1) + "\n")
+
+    def _save(self, trainer: ClassifierTrainer):
+        """The folder that pipelines load. An adapter lies beside the weights that it changes."""
+        recipe, output = self.recipe, self.recipe.output_dir
+        if recipe.lora_rank is not None and trainer.is_world_process_zero():
+            for lora in self.model.peft_config.values():
+                lora.base_model_name_or_path = recipe.hub_model_id or output
+        trainer.save_state()
+        if recipe.lora_rank is not None and trainer.is_world_process_zero():
+            _start(recipe, self.labels).model.save_pretrained(output)
+        trainer.save_model(_internal_call=True)  # which does not push
+        if recipe.push_to_hub:
+            trainer.push_to_hub(dataset=recipe.dataset_name, tags=["image-classification", "hivit"])
+
+
+class _FiniteLoss(TrainerCallback):
+    """Stops a run whose loss is not finite."""
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict, **kwargs):
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise FloatingPointError(_not_finite(logs["loss"], state.global_step))
+
+
+def _not_finite(loss: float, step: int) -> str:
+    hints = "Lower the learning rate, lengthen the warm-up, or check the images for NaN."
+    return f"The loss is {loss} in step {step}. {hints}"
+
+
+def _sample(length: int, limit: int | None, seed: int) -> list[int]:
+    """All rows, or `limit` of them at random, ascending."""
+    if limit is None or limit >= length:
+        return list(range(length))
+    return sorted(torch.randperm(length, generator=torch.Generator().manual_seed(seed))[:limit].tolist())
+
+
+def _start(recipe: FinetuneRecipe, labels: Labels) -> Start:
+    """The classifier that a recipe begins with, the same for the same seed."""
+    set_seed(recipe.seed)
+    changes = recipe.model_changes()
+    own = [name for name in ("image_size", "drop_path_rate", "problem_type") if name in changes]
+    if own:
+        raise ValueError(f"--model sets {', '.join(own)}, which have flags of their own: use those.")
+    changes["drop_path_rate"] = recipe.drop_path_rate
+    fresh = (recipe.head_init_std, recipe.draw_relative_tables)
+    if recipe.from_scratch:
+        if recipe.image_size is not None:
+            changes["image_size"] = recipe.image_size
+        return random_classifier(recipe.architecture, labels.names, recipe.problem_type, changes, *fresh)
+    return load_classifier(
+        recipe.model_name_or_path,
+        labels.names,
+        recipe.problem_type,
+        recipe.architecture,
+        changes,
+        recipe.image_size,
+        *fresh,
+    )
 
 
 @dataclass
@@ -185,10 +607,7 @@ class _Progress(TrainerCallback):
         if "loss" not in logs:  # an evaluation, or the summary at the end
             return
         if not math.isfinite(logs["loss"]):
-            raise FloatingPointError(
-                f"The loss is {logs['loss']} in step {state.global_step}. Lower the learning rate, lengthen the "
-                "warm-up, or check the images for NaN."
-            )
+            raise FloatingPointError(_not_finite(logs["loss"], state.global_step))
         speed = state.global_step * self.batch_size * args.world_size / self.training_seconds
         self.bar.set_postfix(
             {"loss": f"{logs['loss']:.4f}", "lr": f"{logs['learning_rate']:.2e}", "img/s": f"{speed:.0f}"},

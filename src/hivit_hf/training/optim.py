@@ -2,8 +2,16 @@
 """What the optimizer decays, and the learning rate of each step."""
 
 import math
+import re
 
 from torch import nn
+
+from ..configuration_hivit import HiViTConfig
+
+
+# Not decayed in fine-tuning, though they are matrices; pre-training decays them.
+POSITION_PARAMETERS = ("position_embeddings", "relative_position_bias_table")
+_LAYER = re.compile(r"(?:^|\.)stages\.(\d)\.(?:layers\.(\d+)|merge)\.")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -23,27 +31,130 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trainable:
         raise ValueError("The model has no trainable parameter: call requires_grad_(True) on what shall be trained.")
-    decayed = [parameter for name, parameter in trainable if parameter.ndim > 1 and not name.endswith("bias")]
-    exempt = [parameter for name, parameter in trainable if parameter.ndim <= 1 or name.endswith("bias")]
+    decayed = [parameter for name, parameter in trainable if _is_decayed(name, parameter)]
+    exempt = [parameter for name, parameter in trainable if not _is_decayed(name, parameter)]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
-def cosine_learning_rate(
-    step: int | float, total_steps: int, warmup_steps: int | float, base: float, minimum: float = 0.0
-) -> float:
+def _is_decayed(name: str, parameter: nn.Parameter, exempt: tuple[str, ...] = ()) -> bool:
+    return parameter.ndim > 1 and not name.endswith(("bias", *exempt))
+
+
+def number_of_layer_ids(config: HiViTConfig, count_stem: bool = True) -> int:
+    """How many ids `layer_id` gives: the embedding, each counted layer, and the head."""
+    return (config.num_hidden_layers if count_stem else config.depths[2]) + 2
+
+
+def layer_id(name: str, config: HiViTConfig, count_stem: bool = True) -> int:
     """
-    The learning rate of one step, as MAE and HiViT set it: linear from 0 in the warm-up, then half a cosine.
+    The layer of a parameter for layer-wise decay, as in one of the two numberings of the original.
+
+    The patch and the position embedding are 0. With `count_stem`, as in fine-tuning for classification, every layer
+    counts (1 to 28 in base), a merge has the id of the layer before it, and the rest is the head (29). Without, as in
+    detection and segmentation, the whole stem is 0, merges included, and only the main stage counts (1 to 20, head 21).
 
     Args:
-        step: steps taken before this one, so the first step of a warm-up has learning rate 0.
+        name: of the parameter, with or without prefixes such as that of PEFT.
+        config: of the network.
+        count_stem: which numbering.
+    """
+    if "decoder." not in name:
+        if re.search(r"(?:^|\.)(?:embeddings\.|position_embeddings$)", name):
+            return 0
+        if found := _LAYER.search(name):
+            stage, layers = int(found[1]), config.stage_layers
+            layer = layers[stage] if found[2] is None else int(found[2]) + 1
+            if count_stem:
+                return sum(layers[:stage]) + layer
+            return layer if stage == 2 else 0
+    return number_of_layer_ids(config, count_stem) - 1
+
+
+def layerwise_parameter_groups(
+    model: nn.Module,
+    config: HiViTConfig,
+    weight_decay: float,
+    learning_rate: float,
+    layer_decay: float = 1.0,
+    count_stem: bool = True,
+) -> list[dict]:
+    """
+    The trainable parameters by layer, each with the rate `learning_rate * layer_decay ** (last id - its id)`.
+
+    Vectors, biases, the position embedding and relative tables are not decayed.
+
+    Args:
+        model: a classifier, or anything with a HiViT inside; frozen parameters are left out.
+        config: of the HiViT.
+        weight_decay: of the matrices.
+        learning_rate: of the head.
+        layer_decay: factor from one layer to the one below.
+        count_stem: which numbering, see `layer_id`.
+
+    Returns:
+        Groups for an optimizer, in the order of their ids; also with `layer_id`, `scale` and `names` for people.
+
+    Raises:
+        ValueError: if the weight decay is negative, the layer decay is not in (0, 1], or nothing is trainable.
+    """
+    if not 0 < layer_decay <= 1:
+        raise ValueError(f"layer_decay must be in (0, 1], got {layer_decay}. Published: 0.85 for base; 1 for none.")
+    parameter_groups(model, weight_decay)  # refuses the same
+    last, groups = number_of_layer_ids(config, count_stem) - 1, {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        layer, decayed = layer_id(name, config, count_stem), _is_decayed(name, parameter, POSITION_PARAMETERS)
+        scale = layer_decay ** (last - layer)
+        numbers = {"lr": learning_rate * scale, "weight_decay": weight_decay if decayed else 0.0}
+        group = groups.setdefault(
+            (layer, not decayed), {"params": [], "names": [], "layer_id": layer, "scale": scale, **numbers}
+        )
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return [groups[key] for key in sorted(groups)]
+
+
+def layer_table(groups: list[dict]) -> str:
+    """What `layerwise_parameter_groups` decided, as a table: one line per group."""
+    lines = [f"{'id':>3} {'scale':>7} {'learning rate':>13} {'decay':>6} {'tensors':>7} {'weights':>11}  parameters"]
+    for group in groups:
+        weights = sum(parameter.numel() for parameter in group["params"])
+        prefixes = dict.fromkeys(_short(name) for name in group["names"])
+        lines.append(
+            f"{group['layer_id']:>3} {group['scale']:>7.4f} {group['lr']:>13.3e} {group['weight_decay']:>6.3g} "
+            f"{len(group['names']):>7} {weights:>11,}  {', '.join(prefixes)}"
+        )
+    return "\n".join(lines)
+
+
+def _short(name: str) -> str:
+    found = _LAYER.search(name)
+    return found[0].strip(".") if found else name.removeprefix("hivit.")
+
+
+def cosine_learning_rate(
+    step: int | float,
+    total_steps: int,
+    warmup_steps: int | float,
+    base: float,
+    minimum: float = 0.0,
+    start: float = 0.0,
+) -> float:
+    """
+    The learning rate of one step, as MAE and HiViT set it: linear in the warm-up, then half a cosine.
+
+    Args:
+        step: steps taken before this one, so the first step of a warm-up has learning rate `start`.
         total_steps: steps of the whole training, warm-up included.
         warmup_steps: steps of the warm-up; 0 for none.
         base: the highest learning rate, which the warm-up leads to.
         minimum: what the cosine ends at.
+        start: what the warm-up begins with.
 
     Raises:
-        ValueError: if the warm-up is not within the training, the step is not, or `minimum` exceeds `base`.
+        ValueError: if the warm-up or the step is not within the training, or `minimum` or `start` exceeds `base`.
     """
     if not 0 <= warmup_steps < total_steps:
         raise ValueError(
@@ -52,9 +163,10 @@ def cosine_learning_rate(
         )
     if not 0 <= step <= total_steps:
         raise ValueError(f"step must be between 0 and total_steps {total_steps}, got {step}.")
-    if not 0 <= minimum <= base:
-        raise ValueError(f"minimum must be between 0 and base {base}, got {minimum}.")
+    for name, value in (("minimum", minimum), ("start", start)):
+        if not 0 <= value <= base:
+            raise ValueError(f"{name} must be between 0 and base {base}, got {value}.")
     if step < warmup_steps:
-        return base * step / warmup_steps
+        return start + (base - start) * step / warmup_steps
     progress = (step - warmup_steps) / (total_steps - warmup_steps)
     return minimum + (base - minimum) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,5 +1,5 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""A pre-training as numbers: what YAML files hold, what flags change, and what a resumption must agree with."""
+"""A training as numbers: what YAML files hold, what flags change, and what a resumption must agree with."""
 
 import json
 import math
@@ -10,6 +10,7 @@ from types import NoneType, UnionType
 from typing import get_args, get_origin, get_type_hints
 
 import yaml
+from transformers import HfArgumentParser
 
 from ..configuration_hivit import ARCHITECTURES, HiViTConfig
 from .stream import Source
@@ -48,8 +49,45 @@ def _as(kind, value, name: str):
     raise ValueError(f"{name} must be a {wanted.__name__}, got {value!r}.")
 
 
+class Recipe:
+    """What recipes share: values are brought to the types of their fields, and batches add up to the published ones."""
+
+    def __post_init__(self):
+        if isinstance(self.model, dict):
+            self.model = json.dumps(self.model)
+        for name, kind in get_type_hints(type(self)).items():  # HfArgumentParser changes the types in `fields`
+            setattr(self, name, _as(kind, getattr(self, name), name))
+
+    def model_changes(self) -> dict:
+        """What `model` changes in the configuration. Raises ValueError if it is not JSON."""
+        try:
+            changes = json.loads(self.model)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"--model must be a JSON object such as '{{\"patch_size\": 8}}', got {self.model}."
+            ) from error
+        if not isinstance(changes, dict):
+            raise ValueError(f"--model must be a JSON object, got {self.model}.")
+        return changes
+
+    def accumulation_steps(self, num_processes: int) -> int:
+        """Forward passes per optimizer step. Raises ValueError if they do not come out even."""
+        together = self.batch_size * num_processes
+        if self.effective_batch_size % together:
+            raise ValueError(
+                f"effective_batch_size {self.effective_batch_size} is no multiple of {self.batch_size} pictures on "
+                f"{num_processes} processes: choose batch_size so that it is."
+            )
+        return self.effective_batch_size // together
+
+    @property
+    def learning_rate(self) -> float:
+        """The highest one, by the linear rule of MAE: for 256 pictures, times the pictures per step."""
+        return self.base_learning_rate * self.effective_batch_size / 256
+
+
 @dataclass
-class PretrainRecipe:
+class PretrainRecipe(Recipe):
     """A masked pre-training. Every field is a flag of `examples/pretrain_mim.py` and a key of a recipe file."""
 
     title: str = _field("", "What the recipe is, in a line.")
@@ -121,12 +159,6 @@ class PretrainRecipe:
     hub_model_id: str | None = _field(None, "Repository of the Hub that checkpoints go to, in the background.")
     hub_private: bool = _field(True, "Whether that repository is private, if it has to be made.")
 
-    def __post_init__(self):
-        if isinstance(self.model, dict):
-            self.model = json.dumps(self.model)
-        for name, kind in get_type_hints(type(self)).items():  # HfArgumentParser changes the types in `fields`
-            setattr(self, name, _as(kind, getattr(self, name), name))
-
     def check(self):
         """
         Everything that can be known before anything is read.
@@ -197,14 +229,7 @@ class PretrainRecipe:
 
     def model_config(self) -> HiViTConfig:
         """The network. Raises ValueError if its numbers do not fit."""
-        try:
-            changes = json.loads(self.model)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"--model must be a JSON object such as '{{\"patch_size\": 8}}', got {self.model}."
-            ) from error
-        if not isinstance(changes, dict):
-            raise ValueError(f"--model must be a JSON object, got {self.model}.")
+        changes = self.model_changes()
         own = {"image_size": self.image_size, "mask_ratio": self.mask_ratio, "drop_path_rate": self.drop_path_rate}
         twice = sorted(set(changes) & set(own))
         if twice:
@@ -227,16 +252,6 @@ class PretrainRecipe:
             config, column, revision = config or self.dataset_config, column or self.image_column, self.dataset_revision
         return Source(self.eval_dataset_name, config, self.eval_split, revision, column, label_column=self.label_column)
 
-    def accumulation_steps(self, num_processes: int) -> int:
-        """Forward passes per optimizer step. Raises ValueError if they do not come out even."""
-        together = self.batch_size * num_processes
-        if self.effective_batch_size % together:
-            raise ValueError(
-                f"effective_batch_size {self.effective_batch_size} is no multiple of {self.batch_size} pictures on "
-                f"{num_processes} processes: choose batch_size so that it is."
-            )
-        return self.effective_batch_size // together
-
     @property
     def steps_per_epoch(self) -> float:
         return self.images_per_epoch / self.effective_batch_size
@@ -250,28 +265,23 @@ class PretrainRecipe:
     def warmup_steps(self) -> float:
         return min(self.warmup_epochs * self.steps_per_epoch, self.total_steps - 1)
 
-    @property
-    def learning_rate(self) -> float:
-        """The highest one, by the linear rule of MAE: for 256 pictures, times the pictures per step."""
-        return self.base_learning_rate * self.effective_batch_size / 256
-
     def identity(self) -> dict:
         """The numbers that a resumption must share with its run."""
         return {name: value for name, value in asdict(self).items() if name not in RUNTIME | TOPOLOGY}
 
 
-def read_recipe(path: str | Path) -> dict:
+def read_recipe(path: str | Path, recipe_class: type[Recipe] = PretrainRecipe) -> dict:
     """
     The keys of a recipe file.
 
     Raises:
-        ValueError: if it cannot be read, or has a key that no recipe has.
+        ValueError: if it cannot be read, or has a key that no such recipe has.
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"The recipe {path} cannot be read: {error}") from error
-    known = [item.name for item in fields(PretrainRecipe)]
+    known = [item.name for item in fields(recipe_class)]
     unknown = sorted(set(values) - set(known)) if isinstance(values, dict) else None
     if unknown is None:
         raise ValueError(f"The recipe {path} must hold keys and values, got a {type(values).__name__}.")
@@ -280,3 +290,20 @@ def read_recipe(path: str | Path) -> dict:
             f"The recipe {path} has {', '.join(unknown)}, which no recipe has. The keys are {', '.join(known)}."
         )
     return values
+
+
+def parse_recipe(recipe_class: type[Recipe], description: str, argv: list[str] | None = None) -> Recipe:
+    """The recipe that a command line asks for: a file's numbers, changed by flags. Exits with 2 if it cannot be."""
+    parser = HfArgumentParser(recipe_class, description=description)
+    parser.add_argument("--config", "--recipe", help="A recipe file; flags go before it.")
+    known, _ = parser.parse_known_args(argv)
+    try:
+        if known.config:
+            parser.set_defaults(**read_recipe(known.config, recipe_class))
+        arguments = vars(parser.parse_args(argv))
+        arguments.pop("config")
+        recipe = recipe_class(**arguments)
+        recipe.check()
+    except (ValueError, TypeError) as error:
+        parser.error(str(error))
+    return recipe

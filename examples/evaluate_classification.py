@@ -1,0 +1,119 @@
+"""
+python examples/evaluate_classification.py --model_name_or_path MODEL --dataset_name DATASET --output_dir runs/judged
+
+Judges a classifier through `evaluate` and a pipeline: top-1, top-5, pictures per second, confusion matrix, calibration.
+--robustness damages the pictures as well. --soup makes one classifier of several folders first.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import datasets
+import evaluate
+import torch
+
+from hivit_hf.training import evaluation, monitor
+from hivit_hf.training.evaluation import SEVERITIES
+from hivit_hf.training.labelled import LabelledPictures, check_pictures, choose_split, open_splits, picture_column
+from hivit_hf.training.metrics import calibration
+
+
+METRICS = Path(__file__).parent / "metrics"
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", nargs="+", required=True, help="A classifier, or several for a soup.")
+    parser.add_argument("--soup", choices=["uniform", "greedy"], help="Average all classifiers, or those that help.")
+    parser.add_argument("--soup_split", default="validation", help="Split that a greedy soup chooses with.")
+    parser.add_argument("--dataset_name", required=True, help="Dataset of the Hub, or a folder, as in fine-tuning.")
+    parser.add_argument("--dataset_config", help="Configuration of the Hub dataset.")
+    parser.add_argument("--split", default="test", help="Split to judge with.")
+    parser.add_argument("--image_column", help="The column with the pictures, if it cannot be told.")
+    parser.add_argument("--label_column", help="The column with the labels, if it cannot be told.")
+    parser.add_argument("--max_samples", type=int, help="Judge with the first so many pictures only.")
+    parser.add_argument(
+        "--check_images", type=int, default=1000, help="Pictures that are decoded first, to find bad ones."
+    )
+    parser.add_argument("--robustness", action="store_true", help="Judge with damaged, dropped and shuffled parts too.")
+    parser.add_argument("--severities", type=int, nargs="+", default=SEVERITIES, choices=SEVERITIES, help="How strong.")
+    parser.add_argument("--batch_size", type=int, default=32, help="Pictures per forward pass.")
+    parser.add_argument(
+        "--output_dir", type=Path, required=True, help="Folder for results.json, pictures and the soup."
+    )
+    arguments = parser.parse_args(argv)
+    if len(arguments.model_name_or_path) > 1 and not arguments.soup:
+        parser.error("Several --model_name_or_path make a soup: add --soup uniform or --soup greedy.")
+    for name in ("batch_size", "max_samples"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}.")
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse(argv)
+    datasets.disable_progress_bars()
+    try:
+        results = judge(arguments)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    (arguments.output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    for name in ("accuracy", "top5_accuracy", "expected_calibration_error", "samples_per_second"):
+        print(f"{name:<28}{results[name]:.4g}")
+    for kind, row in results.get("robustness", {}).items():
+        print(f"{kind:<28}" + "  ".join(f"{strength}: {share:.3f}" for strength, share in row.items()))
+    return 0
+
+
+def judge(arguments: argparse.Namespace) -> dict:
+    """All numbers; the pictures are drawn on the way."""
+    splits = open_splits(arguments.dataset_name, arguments.dataset_config)
+    pictures = choose_split(splits, arguments.split, "split")
+    pictures = pictures.select(range(min(len(pictures), arguments.max_samples or len(pictures))))
+    column = picture_column(pictures, arguments.image_column)
+    check_pictures(LabelledPictures(pictures, column, transform=None, name=arguments.split), arguments.check_images)
+    model, processor, made = classifier(arguments, splits, column)
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    targets = evaluation.targets_for(model, pictures, arguments.split, arguments.label_column)
+    work = (model, processor, pictures, column, targets)
+    numbers, probabilities = evaluation.evaluate_pictures(*work, arguments.batch_size)
+    confidence = calibration(probabilities, targets.numpy())
+    confusion = evaluate.load(str(METRICS / "confusion_matrix"), keep_in_memory=True).compute(
+        predictions=probabilities.argmax(axis=1), references=targets, num_labels=model.config.num_labels
+    )
+    names = [model.config.id2label[number] for number in range(model.config.num_labels)]
+    figures = {
+        "confusion_matrix": monitor.confusion_matrix_figure(confusion["confusion_matrix"], names),
+        "calibration": monitor.calibration_figure(confidence["bins"], confidence["expected_calibration_error"]),
+    }
+    results = {"images": len(pictures), **numbers, **confidence, **confusion, **made}
+    if arguments.robustness:
+        results["robustness"] = evaluation.robustness(*work, sorted(set(arguments.severities)), arguments.batch_size)
+        figures["robustness"] = monitor.robustness_figure(results["robustness"])
+    for name, figure in figures.items():
+        (arguments.output_dir / f"{name}.png").write_bytes(monitor.figure_to_png(figure))
+    return results
+
+
+def classifier(arguments: argparse.Namespace, splits: datasets.DatasetDict, column: str) -> tuple:
+    """What is judged: the classifier of a folder, or a soup of several, which is saved."""
+    if not arguments.soup:
+        return *evaluation.load_for_evaluation(arguments.model_name_or_path[0]), {}
+
+    def accuracy(model: torch.nn.Module) -> float:
+        held_out = choose_split(splits, arguments.soup_split, "soup_split")
+        targets = evaluation.targets_for(model, held_out, arguments.soup_split, arguments.label_column)
+        processor = evaluation.load_for_evaluation(arguments.model_name_or_path[0])[1]
+        return evaluation.accuracy_of(model, processor, held_out, column, targets, arguments.batch_size)
+
+    model, processor, made = evaluation.soup(arguments.model_name_or_path, arguments.soup, accuracy)
+    for part in (model, processor):
+        part.save_pretrained(arguments.output_dir / "soup")
+    return model, processor, {"soup": made}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""
+python examples/extract_features.py --model_name_or_path MODEL --dataset_name DATASET --output embeddings.parquet
+
+Embeddings of pictures, as a Parquet file with a row per picture: a list of numbers per kind of features, and all
+columns of the dataset but the pictures themselves.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import datasets
+from datasets import Dataset, Features, List, Value, concatenate_datasets
+
+from hivit_hf.training.features import FEATURES, extract, load_encoder
+from hivit_hf.training.labelled import choose_split, open_splits, picture_column
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", required=True, help="Folder or Hub name of a HiViT.")
+    parser.add_argument("--dataset_name", required=True, help="Dataset of the Hub, or a folder, as in fine-tuning.")
+    parser.add_argument("--dataset_config", help="Configuration of the Hub dataset.")
+    parser.add_argument("--split", default="train", help="Split to read.")
+    parser.add_argument("--image_column", help="The column with the pictures, if it cannot be told.")
+    parser.add_argument("--image_size", type=int, help="Side of the pictures in px; that of the model if not given.")
+    parser.add_argument("--features", nargs="+", choices=FEATURES, default=["stage3"], help="What is written.")
+    parser.add_argument("--batch_size", type=int, default=64, help="Pictures per forward pass.")
+    parser.add_argument("--num_workers", type=int, default=4, help="Processes that read and decode.")
+    parser.add_argument("--output", type=Path, required=True, help="The Parquet file to write.")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse(argv)
+    datasets.disable_progress_bars()
+    try:
+        splits = open_splits(arguments.dataset_name, arguments.dataset_config)
+        pictures = choose_split(splits, arguments.split, "split")
+        column = picture_column(pictures, arguments.image_column)
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        encoder = load_encoder(arguments.model_name_or_path, arguments.image_size)
+        found = extract(encoder, pictures, column, arguments.batch_size, arguments.num_workers, arguments.split)
+        embeddings = Dataset.from_dict(
+            {name: found[name].numpy() for name in arguments.features},
+            features=Features({name: List(Value("float32")) for name in arguments.features}),
+        )
+        rest = pictures.remove_columns(column)
+        table = concatenate_datasets([rest, embeddings], axis=1) if rest.column_names else embeddings
+        table.to_parquet(arguments.output)
+    except (ValueError, OSError) as error:
+        print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+        return 2
+    widths = ", ".join(f"{name} ({found[name].shape[1]})" for name in arguments.features)
+    print(f"{len(table)} rows with {widths}: {arguments.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

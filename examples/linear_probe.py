@@ -1,0 +1,107 @@
+"""
+python examples/linear_probe.py --model_name_or_path MODEL --dataset_name DATASET --output_dir runs/probe
+
+How good are the features of a pre-trained HiViT, without training it? They are computed once and kept; then linear
+classifiers (L-BFGS or LARS) and nearest neighbours are judged with them, for each stage and for all stages together.
+--random_weights gives the yardstick: what the network does without having learnt anything.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import datasets
+from tqdm.auto import tqdm
+
+from hivit_hf.training.features import FEATURES, cached_features, load_encoder, probe_lars, probe_lbfgs
+from hivit_hf.training.labelled import SINGLE, check_same_labels, find_labels, open_splits, picture_column
+from hivit_hf.training.labelled import train_and_eval as choose
+from hivit_hf.training.metrics import top_k_accuracy
+from hivit_hf.training.monitor import nearest_neighbours
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", required=True, help="Folder or Hub name of a HiViT.")
+    parser.add_argument("--random_weights", action="store_true", help="Take its network, but with random weights.")
+    parser.add_argument("--dataset_name", required=True, help="Dataset of the Hub, or a folder, as in fine-tuning.")
+    parser.add_argument("--dataset_config", help="Configuration of the Hub dataset.")
+    parser.add_argument("--train_split", default="train", help="Split to learn from.")
+    parser.add_argument("--eval_split", help="Split to evaluate with; 'validation' or 'test' if not given.")
+    parser.add_argument("--eval_fraction", type=float, help="Hold out this share of the training split instead.")
+    parser.add_argument("--image_column", help="The column with the pictures, if it cannot be told.")
+    parser.add_argument("--label_column", help="The column with the labels, if it cannot be told.")
+    parser.add_argument("--image_size", type=int, help="Side of the pictures in px; that of the model if not given.")
+    parser.add_argument("--features", nargs="+", choices=FEATURES, default=FEATURES, help="What is judged.")
+    methods = ("lbfgs", "lars", "knn")
+    parser.add_argument("--methods", nargs="+", choices=methods, default=methods, help="What it is judged by.")
+    parser.add_argument("--neighbours", type=int, default=20, help="Nearest neighbours that are asked.")
+    parser.add_argument("--strength", type=float, default=1.0, help="Regularisation of the L-BFGS probe.")
+    parser.add_argument(
+        "--lars_epochs", type=int, default=90, help="Epochs of the LARS probe, a ninth of them warm-up."
+    )
+    parser.add_argument("--lars_learning_rate", type=float, default=6.4, help="The highest rate of the LARS probe.")
+    parser.add_argument("--batch_size", type=int, default=64, help="Pictures per forward pass.")
+    parser.add_argument("--num_workers", type=int, default=4, help="Processes that read and decode.")
+    parser.add_argument("--output_dir", type=Path, required=True, help="Folder for results.json and kept features.")
+    arguments = parser.parse_args(argv)
+    for name in ("neighbours", "strength", "lars_epochs", "lars_learning_rate", "batch_size"):
+        if not getattr(arguments, name) > 0:
+            parser.error(f"--{name} must be positive, got {getattr(arguments, name)}.")
+    return arguments
+
+
+def probe(arguments: argparse.Namespace) -> dict:
+    """Top-1 of each method with each kind of features."""
+    splits = open_splits(arguments.dataset_name, arguments.dataset_config)
+    train, other = choose(splits, arguments.train_split, arguments.eval_split, arguments.eval_fraction, seed=0)
+    column = picture_column(train, arguments.image_column)
+    labels = find_labels(train, SINGLE, [arguments.label_column] if arguments.label_column else ())
+    known, wanted = labels.targets(train, "train"), labels.targets(other, "eval")
+    check_same_labels(train, other, labels, (known, wanted))
+    encoder = load_encoder(arguments.model_name_or_path, arguments.image_size, arguments.random_weights)
+    kept = (arguments.output_dir / "features", arguments.batch_size, arguments.num_workers)
+    (seen, before), (unseen, _) = (
+        cached_features(encoder, split, column, *kept, name) for split, name in ((train, "train"), (other, "eval"))
+    )
+    print(f"{len(train)} pictures to learn from, {len(other)} held out; features {'kept' if before else 'computed'}")
+    results = {}
+    for name in tqdm(arguments.features, desc="probing", unit="kind", delay=2):
+        scores = {
+            "lbfgs": lambda a, b: probe_lbfgs(a, known, b, arguments.strength),
+            "lars": lambda a, b: probe_lars(
+                a, known, b, arguments.lars_learning_rate, arguments.lars_epochs, arguments.lars_epochs // 9
+            ),
+        }
+        results[name] = {}
+        for method in arguments.methods:
+            if method == "knn":
+                predicted = nearest_neighbours(seen[name], known, unseen[name], arguments.neighbours)
+                results[name][method] = (predicted == wanted).float().mean().item()
+            else:
+                scored = scores[method](seen[name], unseen[name])
+                results[name][method] = top_k_accuracy(scored, wanted.numpy(), 1)
+    return results
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse(argv)
+    datasets.disable_progress_bars()
+    try:
+        results = probe(arguments)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{'features':<10}" + "".join(f"{method:>8}" for method in arguments.methods))
+    for name, row in results.items():
+        print(f"{name:<10}" + "".join(f"{row[method]:>8.3f}" for method in arguments.methods))
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
+    (arguments.output_dir / "results.json").write_text(
+        json.dumps({"settings": settings, "accuracy": results}, indent=1) + "\n"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

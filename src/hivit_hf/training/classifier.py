@@ -1,0 +1,269 @@
+# Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""Classifiers to begin with: from a pre-training, from another classifier, at random, or with a LoRA adapter."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoImageProcessor
+from transformers.utils import logging
+
+from ..configuration_hivit import ARCHITECTURES, HiViTConfig
+from ..hub import IMAGENET_MEAN, IMAGENET_STD
+from ..modeling_hivit import HiViTAttention, HiViTForImageClassification, resize_table
+
+
+@dataclass(frozen=True)
+class Start:
+    """
+    What a classifier begins with.
+
+    Args:
+        model: the classifier, with the names of the dataset in its configuration.
+        mean, std: of each channel, as the start has learnt from.
+        notes: what a user should know, a sentence each.
+    """
+
+    model: HiViTForImageClassification
+    mean: list[float]
+    std: list[float]
+    notes: list[str]
+
+
+def random_classifier(
+    architecture: str,
+    names: Sequence[str],
+    problem_type: str,
+    changes: dict | None = None,
+    head_init_std: float | None = None,
+    draw_relative_tables: bool = False,
+) -> Start:
+    """
+    A classifier with random weights.
+
+    Args:
+        architecture: one of `ARCHITECTURES`.
+        names: of its outputs.
+        problem_type: what it learns.
+        changes: keywords of the configuration.
+        head_init_std: deviation of the classifier's weights; as all others if not given.
+        draw_relative_tables: whether relative tables start at random, as in the original's supervised training, or at
+            zero, as in its fine-tuning.
+    """
+    config = HiViTConfig.from_architecture(architecture, **(changes or {}), **_labels(names, problem_type))
+    model = HiViTForImageClassification(config)
+    if head_init_std is not None:
+        draw_head(model, head_init_std)
+    if draw_relative_tables:
+        draw_tables(model)
+    channels = config.num_channels
+    mean, std = (list(v) if channels == 3 else [0.5] * channels for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return Start(model, mean, std, [])
+
+
+def load_classifier(
+    name: str,
+    names: Sequence[str],
+    problem_type: str,
+    architecture: str | None = None,
+    changes: dict | None = None,
+    image_size: int | None = None,
+    head_init_std: float | None = None,
+    draw_relative_tables: bool = False,
+) -> Start:
+    """
+    A classifier with the weights of a pre-training or of another classifier. The decoder is left aside; what the
+    weights lack (after the published pre-training the head, its norm and the relative tables) starts fresh and is named
+    in a note. The head of another classifier is kept only if it has the same names in the same order.
+
+    Args:
+        name: a folder, or a repository of the Hub.
+        names: of the outputs.
+        problem_type: what it learns.
+        architecture: what the network must be, if given.
+        changes: keywords of the configuration that do not change the shapes of other weights.
+        image_size: side of the pictures in px; position embedding and relative tables are interpolated to it.
+        head_init_std, draw_relative_tables: as in `random_classifier`, for what starts fresh.
+
+    Raises:
+        ValueError: if there is no HiViT, it is another network than the recipe's, or weights do not fit.
+    """
+    config = read_config(name)
+    if architecture is not None:
+        _check_architecture(config, architecture, name)
+    changes, notes = dict(changes or {}), []
+    pretrained = any("MaskedImageModeling" in kind for kind in config.architectures or [])
+    if pretrained:  # the published classifiers have it, the published pre-training has not
+        changes.setdefault("use_relative_position_bias", True)
+    same_labels = not pretrained and [config.id2label[i] for i in range(config.num_labels)] == list(names)
+    with silent_transformers():
+        model, loading = HiViTForImageClassification.from_pretrained(
+            name,
+            **changes,
+            **_labels(names, problem_type),
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    fresh = set(loading["missing_keys"]) | {key for key, *_ in loading["mismatched_keys"]}
+    allowed = ("classifier.", "hivit.layernorm.")
+    lacking = sorted(
+        key for key in fresh if not key.startswith(allowed) and not key.endswith("relative_position_bias_table")
+    )
+    tables_of_other_sizes = [key for key, *_ in loading["mismatched_keys"] if "relative_position" in key]
+    if lacking or tables_of_other_sizes:
+        raise ValueError(
+            f"The weights of {name} do not fit the network: {(lacking or tables_of_other_sizes)[0]} and "
+            f"{len(lacking or tables_of_other_sizes) - 1} more are missing or of another shape. Leave the sizes in "
+            "--model as they are, or choose another start."
+        )
+    if not pretrained and not same_labels:
+        fresh |= {"classifier.weight", "classifier.bias"}
+        notes.append(
+            f"The classifier of {name} has {config.num_labels} labels that are not the {len(names)} of this dataset: "
+            "its head starts fresh."
+        )
+    if "classifier.weight" in fresh:
+        draw_head(model, config.initializer_range if head_init_std is None else head_init_std)
+    tables = [key for key in fresh if key.endswith("relative_position_bias_table")]
+    if tables and draw_relative_tables:
+        draw_tables(model)
+    if fresh and (pretrained or same_labels):
+        notes.append(f"Not in {name}, so they start fresh: {_named(fresh, len(tables))}.")
+    if image_size is not None:
+        resize_for(model, image_size)
+    mean, std = normalization(name, config.num_channels)
+    return Start(model, mean, std, notes)
+
+
+def read_config(name: str) -> HiViTConfig:
+    """The configuration of a HiViT. ValueError if there is none at that place, or of another kind of model."""
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise ValueError(f"There is no folder {name}. Check the path.")
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"There is no model at {name}: {str(error).splitlines()[0]}") from error
+    if config.model_type != HiViTConfig.model_type:
+        raise ValueError(f"{name} is a {config.model_type}, not a HiViT: choose another start.")
+    return config
+
+
+def normalization(name: str, num_channels: int) -> tuple[list[float], list[float]]:
+    """Mean and deviation of a folder's image processor; those of ImageNet if it has none."""
+    with silent_transformers():
+        try:
+            processor = AutoImageProcessor.from_pretrained(name)
+            return list(processor.image_mean), list(processor.image_std)
+        except (OSError, ValueError):
+            pass
+    if num_channels == 3:
+        return list(IMAGENET_MEAN), list(IMAGENET_STD)
+    return [0.5] * num_channels, [0.5] * num_channels
+
+
+def draw_head(model: HiViTForImageClassification, std: float):
+    """A new classifier: truncated normal weights, no bias."""
+    nn.init.trunc_normal_(model.classifier.weight, std=std)
+    nn.init.zeros_(model.classifier.bias)
+
+
+def draw_tables(model: nn.Module):
+    """Relative tables drawn from a truncated normal, as the original's supervised training begins."""
+    for module in model.modules():
+        if isinstance(module, HiViTAttention) and module.relative_position_bias_table is not None:
+            nn.init.trunc_normal_(module.relative_position_bias_table, std=model.config.initializer_range)
+
+
+@torch.no_grad()
+def resize_for(model: HiViTForImageClassification, image_size: int):
+    """
+    Interpolates position embedding and relative tables in place to the grid of pictures of `image_size` px.
+
+    Raises:
+        ValueError: if that is no multiple of the patch size.
+    """
+    config, before = model.config, model.config.grid_size
+    config.image_size = image_size
+    config.check()
+    grid = config.grid_size
+    if grid == before:
+        return
+    if model.hivit.position_embeddings is not None:
+        resized = resize_table(model.hivit.position_embeddings[0], before, grid)
+        model.hivit.position_embeddings = nn.Parameter(resized[None].contiguous())
+    for module in model.modules():
+        if isinstance(module, HiViTAttention) and module.relative_position_bias_table is not None:
+            size = tuple(2 * length - 1 for length in grid)
+            resized = resize_table(module.relative_position_bias_table, module.table_size, size)
+            module.relative_position_bias_table = nn.Parameter(resized.contiguous())
+            module.table_size = size
+
+
+def add_lora(model: HiViTForImageClassification, rank: int):
+    """
+    The classifier with LoRA (arXiv 2106.09685) on the attention's projections; head and its norm are learnt whole.
+
+    Raises:
+        ValueError: if the rank is larger than the layers are wide.
+    """
+    from peft import LoraConfig, get_peft_model  # seconds that only LoRA should take
+
+    if rank > model.config.hidden_size:
+        raise ValueError(f"lora_rank {rank} is more than the {model.config.hidden_size} channels: try 8 or 16.")
+    whole = ["classifier", *(["layernorm"] if model.config.pooler_layernorm else [])]
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["qkv", "proj"], modules_to_save=whole)
+    return get_peft_model(model, lora)
+
+
+def _labels(names: Sequence[str], problem_type: str) -> dict:
+    return {
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: index for index, name in enumerate(names)},
+        "problem_type": problem_type,
+    }
+
+
+def _check_architecture(config: HiViTConfig, architecture: str, name: str):
+    wanted = HiViTConfig.from_architecture(architecture)
+    for key in ("hidden_size", "depths", "stem_blocks_per_depth", "num_attention_heads"):
+        if getattr(config, key) != getattr(wanted, key):
+            raise ValueError(
+                f"The recipe is for {architecture}, whose {key} is {getattr(wanted, key)}, but that of {name} is "
+                f"{getattr(config, key)}: choose a recipe for its size, or set --architecture to "
+                f"{_architecture_of(config) or 'what it is in a recipe of your own'}."
+            )
+
+
+def _architecture_of(config: HiViTConfig) -> str | None:
+    keys = ("hidden_size", "depths", "stem_blocks_per_depth", "num_attention_heads")
+    for name in ARCHITECTURES:
+        known = HiViTConfig.from_architecture(name)
+        if all(getattr(known, key) == getattr(config, key) for key in keys):
+            return name
+    return None
+
+
+def _named(fresh: set[str], num_tables: int) -> str:
+    parts = ["the classifier"] if "classifier.weight" in fresh else []
+    parts += ["its norm"] if any(key.startswith("hivit.layernorm.") for key in fresh) else []
+    parts += [f"{num_tables} relative position tables"] if num_tables else []
+    return ", ".join(parts)
+
+
+@contextmanager
+def silent_transformers() -> Iterator[None]:
+    """transformers reports each key that is not used or not there; the notes say what matters of it."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,219 @@
+# Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""Frozen features: computed once and kept, then judged by linear classifiers and nearest neighbours."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from sklearn.linear_model import LogisticRegression
+from timm.optim import Lars
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import BitImageProcessor
+
+from ..hub import evaluation_processor
+from ..modeling_hivit import HiViTModel
+from .classifier import normalization, read_config, silent_transformers
+from .labelled import Batches, Evaluating, LabelledPictures
+from .optim import cosine_learning_rate
+
+
+STAGES = ("stem", "stage1", "stage2", "stage3")
+FUSED = "fused"  # stages 1 to 3 side by side, as the published decoder reads them
+FEATURES = (*STAGES, FUSED)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """
+    A frozen HiViT with what turns pictures into its pixels.
+
+    Args:
+        model: the encoder.
+        processor: the image processor of its folder, or the published evaluation transform.
+        identity: of its weights, for the cache.
+    """
+
+    model: HiViTModel
+    processor: BitImageProcessor
+    identity: str
+
+
+def load_encoder(name: str, image_size: int | None = None, random_weights: bool = False) -> Encoder:
+    """
+    The encoder of a pre-training or classifier, on the accelerator if there is one.
+
+    Args:
+        name: a folder, or a repository of the Hub.
+        image_size: side of the pictures in px; that of the model if not given.
+        random_weights: forget what was learnt: the yardstick for features.
+
+    Raises:
+        ValueError: if there is no HiViT.
+    """
+    config = read_config(name)
+    if random_weights:
+        torch.manual_seed(0)
+        model = HiViTModel(config, add_pooling_layer=False)
+    else:
+        with silent_transformers():
+            model = HiViTModel.from_pretrained(name, add_pooling_layer=False, dtype=torch.float32)
+    if image_size is None and not isinstance(config.image_size, int):
+        raise ValueError(f"The network sees {config.image_size} px: give one --image_size for square pictures.")
+    size = image_size or config.image_size
+    if size % config.patch_size:
+        raise ValueError(f"image_size must be a multiple of patch_size {config.patch_size}, got {size}.")
+    processor = evaluation_processor(size, *normalization(name, config.num_channels))
+    digest = hashlib.sha256(json.dumps(processor.to_dict(), default=str, sort_keys=True).encode())
+    for key, tensor in model.state_dict().items():
+        digest.update(key.encode() + tensor.contiguous().numpy().tobytes())
+    return Encoder(
+        model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu").eval(),
+        processor,
+        digest.hexdigest(),
+    )
+
+
+@torch.no_grad()
+def stage_features(model: HiViTModel, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The mean over all tokens of the embedding and of each stage, and the stages side by side: (B, channels) each."""
+    stages = model(pixel_values, output_stage_hidden_states=True).stage_hidden_states
+    means = dict(zip(STAGES, (stage.flatten(1, -2).mean(dim=1).float() for stage in stages)))
+    return means | {FUSED: torch.cat([means[name] for name in STAGES[1:]], dim=1)}
+
+
+def extract(
+    encoder: Encoder, dataset: Dataset, column: str, batch_size: int = 64, num_workers: int = 0, name: str = "pictures"
+) -> dict[str, torch.Tensor]:
+    """
+    Features of all pictures, on the CPU: name of `FEATURES` -> (pictures, channels), float32.
+
+    Args:
+        encoder: from `load_encoder`.
+        dataset: the pictures.
+        column: where they are.
+        batch_size: pictures per forward pass.
+        num_workers: processes that read and decode.
+        name: what the progress bar says.
+
+    Raises:
+        ValueError: for a picture that cannot be read, with its row.
+    """
+    channels = encoder.model.config.num_channels
+    pictures = LabelledPictures(dataset, column, Evaluating(encoder.processor), num_channels=channels, name=name)
+    loader = DataLoader(pictures, batch_size=batch_size, num_workers=num_workers, collate_fn=Batches(0))
+    parts = []
+    for batch in tqdm(loader, desc=f"features of {name}", unit="batch", delay=2):
+        features = stage_features(encoder.model, batch["pixel_values"].to(encoder.model.device))
+        parts.append({key: value.cpu() for key, value in features.items()})
+    return {key: torch.cat([part[key] for part in parts]) for key in FEATURES}
+
+
+def cached_features(
+    encoder: Encoder,
+    dataset: Dataset,
+    column: str,
+    cache: Path,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    name: str = "",
+) -> tuple[dict[str, torch.Tensor], bool]:
+    """
+    As `extract`, kept in a file that depends on the weights, the transform and the pictures.
+
+    Returns:
+        The features, and whether they had been kept before.
+    """
+    key = hashlib.sha256(f"{encoder.identity} {dataset._fingerprint} {column}".encode()).hexdigest()[:16]
+    path = cache / f"{name}-{key}.safetensors"
+    if path.exists():
+        return load_file(path), True
+    features = extract(encoder, dataset, column, batch_size, num_workers, name)
+    cache.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in features.items()}, path.with_suffix(".part"))
+    path.with_suffix(".part").rename(path)
+    return features, False
+
+
+# -- linear classifiers ---------------------------------------------------------------------------------------------
+
+
+def standardize(train: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both with the mean and deviation that `train` has per channel taken out."""
+    mean, std = train.mean(dim=0), train.std(dim=0).clamp(min=1e-6)
+    return (train - mean) / std, (other - mean) / std
+
+
+def probe_lbfgs(
+    train: torch.Tensor, labels: torch.Tensor, other: torch.Tensor, strength: float = 1.0, steps: int = 1000
+) -> np.ndarray:
+    """
+    Scores of a logistic regression fitted by L-BFGS (scikit-learn's): (other, classes that occur in `labels`).
+
+    Args:
+        train: features to learn from, (pictures, C).
+        labels: their class numbers.
+        other: features to score.
+        strength: of the regularisation; the inverse of scikit-learn's C.
+        steps: at most so many.
+    """
+    train, other = standardize(train, other)
+    fitted = LogisticRegression(C=1 / strength, max_iter=steps).fit(train.numpy(), labels.numpy())
+    scores = np.full((len(other), int(labels.max()) + 1), -np.inf)
+    scores[:, fitted.classes_] = fitted.predict_log_proba(other.numpy())
+    return scores
+
+
+def probe_lars(
+    train: torch.Tensor,
+    labels: torch.Tensor,
+    other: torch.Tensor,
+    learning_rate: float = 6.4,
+    epochs: int = 90,
+    warmup_epochs: int = 10,
+    batch_size: int = 16384,
+    seed: int = 0,
+) -> np.ndarray:
+    """
+    Scores of the linear probe of MAE (arXiv 2111.06377, appendix A.1): a batch norm without weights, then a linear
+    layer, learnt by LARS with momentum 0.9, no decay, warm-up and cosine: (other, classes).
+
+    Args:
+        train: features to learn from, (pictures, C).
+        labels: their class numbers.
+        other: features to score.
+        learning_rate: the highest one; MAE's is 0.1 for 256 of its 16384 pictures per step. It is not made smaller for
+            fewer pictures, as LARS scales it by the weights and there are fewer steps.
+        epochs, warmup_epochs: over the features.
+        batch_size: features per step, all at most.
+        seed: of the order and the first weights.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    batch_size = min(batch_size, len(train))
+    norm = nn.BatchNorm1d(train.shape[1], affine=False, eps=1e-6)
+    linear = nn.Linear(train.shape[1], int(labels.max()) + 1)
+    nn.init.trunc_normal_(linear.weight, std=0.01, generator=generator)
+    nn.init.zeros_(linear.bias)
+    head = nn.Sequential(norm, linear).train()
+    # layer-wise rates for the matrix only; timm leaves them out where nothing is decayed, unless it is told
+    groups = [{"params": [linear.weight], "always_adapt": True}, {"params": [linear.bias]}]
+    optimizer = Lars(groups, lr=learning_rate, momentum=0.9)
+    per_epoch = len(train) // batch_size
+    for step in tqdm(range(epochs * per_epoch), desc="linear probe (LARS)", unit="step", delay=2):
+        if step % per_epoch == 0:
+            order = torch.randperm(len(train), generator=generator)
+        rows = order[step % per_epoch * batch_size :][:batch_size]
+        for group in optimizer.param_groups:
+            group["lr"] = cosine_learning_rate(step, epochs * per_epoch, warmup_epochs * per_epoch, learning_rate)
+        loss = nn.functional.cross_entropy(head(train[rows]), labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        return head.eval()(other).numpy()
