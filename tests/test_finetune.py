@@ -276,10 +276,13 @@ def test_from_a_classifier_folder(tmp_path):
 
 
 def test_another_image_size_interpolates_what_depends_on_it(tmp_path):
-    folder = start_folder(tmp_path / "pretrained")
+    folder = start_folder(tmp_path / "pretrained", use_relative_position_bias=False)
     small = load_classifier(folder, ["a"], "regression", draw_relative_tables=True).model.eval()
     pixel_values = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
+        for layer in small.hivit.stages[2].layers:
+            layer.attention.relative_position_bias_table.mul_(100)  # so that they matter
+        small.classifier.weight.mul_(50)
         expected = small(pixel_values).logits
         resize_for(small, 64)
         assert small.config.image_size == 64 and small.hivit.position_embeddings.shape[1] == 64
