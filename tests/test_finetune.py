@@ -276,10 +276,13 @@ def test_from_a_classifier_folder(tmp_path):
 
 
 def test_another_image_size_interpolates_what_depends_on_it(tmp_path):
-    folder = start_folder(tmp_path / "pretrained")
+    folder = start_folder(tmp_path / "pretrained", use_relative_position_bias=False)
     small = load_classifier(folder, ["a"], "regression", draw_relative_tables=True).model.eval()
     pixel_values = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
+        for layer in small.hivit.stages[2].layers:
+            layer.attention.relative_position_bias_table.mul_(100)  # so that they matter
+        small.classifier.weight.mul_(50)
         expected = small(pixel_values).logits
         resize_for(small, 64)
         assert small.config.image_size == 64 and small.hivit.position_embeddings.shape[1] == 64
@@ -446,7 +449,10 @@ def test_switches_of_mixing(make_run):
 def test_moving_average_is_what_is_kept(make_run, tmp_path):
     slow, fast = make_run(ema_decay=0.999999), make_run(ema_decay=1e-9)
     before = {name: p.detach().clone() for name, p in slow.model.named_parameters()}
-    slow.train()
+    metrics = slow.train()
+    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    on_the_way = next(record["eval_loss"] for record in history if "eval_loss" in record)  # after the last step too
+    assert on_the_way == pytest.approx(metrics["loss"], rel=1e-6)
     saved = HiViTForImageClassification.from_pretrained(tmp_path / "run")
     moved = 0
     for name, parameter in saved.named_parameters():
@@ -501,6 +507,14 @@ def test_resuming_gives_the_uninterrupted_run(extras, digits, tmp_path):
     parts = outcome(flagged_run(digits, tmp_path / "parts", resume="latest", **numbers), tmp_path / "parts")
     assert len(whole["losses"]) == 9
     assert parts == whole
+
+
+def test_each_epoch_augments_anew(make_run):
+    run, epochs = make_run(epochs=3), []
+    original = run.train_pictures.transform
+    run.train_pictures.transform = lambda picture: (epochs.append(run.train_pictures.epoch), original(picture))[1]
+    run.train()
+    assert epochs == [0] * 48 + [1] * 48 + [2] * 48
 
 
 def test_compiled_and_checkpointed_runs_take_the_same_steps(digits, plain, tmp_path, monkeypatch):

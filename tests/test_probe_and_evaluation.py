@@ -28,6 +28,7 @@ from hivit_hf.training.evaluation import (
     piece_counts,
     robustness,
     shuffle_pieces,
+    soup,
     targets_for,
 )
 from hivit_hf.training.features import extract, load_encoder, probe_lars, probe_lbfgs, stage_features
@@ -280,8 +281,8 @@ def test_uniform_soup_is_the_mean(classifiers, data, tmp_path):
     results = judge(classifiers, data, tmp_path, "--soup", "uniform", "--max_samples", "10")
     assert results["soup"]["ingredients"] == classifiers
     states = [load_file(Path(folder) / "model.safetensors") for folder in classifiers]
-    soup = load_file(tmp_path / "soup" / "model.safetensors")
-    for name, tensor in soup.items():
+    stirred = load_file(tmp_path / "soup" / "model.safetensors")
+    for name, tensor in stirred.items():
         assert_close(tensor, torch.stack([state[name] for state in states]).mean(dim=0))
     assert load_for_evaluation(str(tmp_path / "soup"))[1].size == digits_processor().size
 
@@ -292,10 +293,25 @@ def test_greedy_soup_takes_what_does_no_harm(classifiers, data, tmp_path):
     assert scores[taken[0]] == max(scores.values())
     held_out = DatasetDict.load_from_disk(data / "few")["train"]
     model, processor = load_for_evaluation(str(tmp_path / "soup"))
-    soup = accuracy_of(model, processor, held_out, "image", targets_for(model, held_out, "train"))
-    assert soup >= max(scores.values())
+    reached = accuracy_of(model, processor, held_out, "image", targets_for(model, held_out, "train"))
+    assert reached >= max(scores.values())
     states = [load_file(Path(folder) / "model.safetensors") for folder in taken]
     assert_close(model.classifier.weight.data, torch.stack([s["classifier.weight"] for s in states]).mean(dim=0))
+
+
+def test_greedy_soup_leaves_out_what_harms(classifiers):
+    weights = [load_file(Path(folder) / "model.safetensors")["classifier.weight"] for folder in classifiers]
+    best = (weights[0] + weights[1]) / 2
+    tried = []
+
+    def closeness(model) -> float:
+        tried.append(-(model.classifier.weight - best).abs().sum().item())
+        return tried[-1]
+
+    model, _, made = soup([classifiers[i] for i in (2, 0, 1)], "greedy", closeness)
+    assert set(made["ingredients"]) == set(classifiers[:2])
+    assert_close(model.classifier.weight.data, best)
+    assert len(tried) == 5
 
 
 # -- what is refused ------------------------------------------------------------------------------------------------
