@@ -36,7 +36,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
         # an error of a loader's worker comes with its traceback; the last line is what happened
         sentence = (
-            str(error).strip().splitlines()[-1].removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
+            (str(error).strip() or type(error).__name__)
+            .splitlines()[-1]
+            .removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
         )
         print(f"error: {sentence}", file=sys.stderr, flush=True)
         if state.num_processes > 1:

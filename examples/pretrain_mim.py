@@ -41,7 +41,9 @@ def main(argv: list[str] | None = None) -> int:
         accelerator.init_trackers("hivit")
         finished = run.train()
     except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
-        text = str(error).splitlines()[-1].removeprefix("ValueError: ")  # a worker's comes with its stack
+        text = (
+            (str(error).strip() or type(error).__name__).splitlines()[-1].removeprefix("ValueError: ")
+        )  # a worker's comes with its stack
         if accelerator.num_processes == 1:
             print(f"error: {text}", file=sys.stderr)
             return 2

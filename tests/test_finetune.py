@@ -458,6 +458,8 @@ def test_moving_average_is_what_is_kept(make_run, tmp_path):
     for name, parameter in saved.named_parameters():
         moved = max(moved, (parameter - before[name]).abs().max().item())
     assert moved < 2e-3  # torch's average begins as a copy after the first step, and stays there
+    raw = HiViTForImageClassification.from_pretrained(tmp_path / "run" / "checkpoint-3")
+    assert any(not torch.equal(p, saved.get_parameter(name)) for name, p in raw.named_parameters())
     fast.recipe.output_dir = str(tmp_path / "fast")
     fast.train()
     fast_model = HiViTForImageClassification.from_pretrained(tmp_path / "fast")
@@ -701,3 +703,30 @@ def test_two_processes_give_the_metrics_of_one(digits, tmp_path):
     assert [r["loss"] for r in log_of_two] == pytest.approx([r["loss"] for r in log], rel=1e-4)
     assert metrics_of_two["eval_accuracy"] == metrics["eval_accuracy"]
     assert metrics_of_two["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-4)
+
+
+def test_one_process_does_not_take_several_gpus(make_run, monkeypatch):
+    run = make_run()
+    args = run._training_arguments()
+    args._n_gpu = 4
+    monkeypatch.setattr(run, "_training_arguments", lambda: args)
+    with pytest.raises(ValueError, match=r"One process sees 4 GPUs: start with torchrun --nproc_per_node 4, or set"):
+        run.train()
+
+
+def test_a_checkpoint_of_another_folder_must_be_of_the_same_recipe(make_run, tmp_path):
+    make_run(max_steps=2).train()
+    other = {"resume": str(tmp_path / "run" / "checkpoint-2"), "output_dir": str(tmp_path / "other")}
+    with pytest.raises(ValueError, match=r"run was begun with base_learning_rate=.*, now it is 0.123: a resumption"):
+        make_run(**other, base_learning_rate=0.123).train()
+
+
+def test_networks_of_one_channel_are_trained_and_evaluated(make_run, tmp_path):
+    run = make_run(
+        model_name_or_path=start_folder(tmp_path / "grey", num_channels=1),
+        from_scratch=False,
+        architecture=None,
+        model="{}",
+    )
+    assert run.model.config.num_channels == 1
+    assert 0 <= run.train()["accuracy"] <= 1

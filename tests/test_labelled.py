@@ -76,6 +76,7 @@ def good(tmp_path) -> str:
     [
         (["--label_column", "kind"], "train has no column 'kind'; its columns are image, label"),
         (["--image_column", "photo"], "There is no column 'photo'; the columns are image, label"),
+        (["--image_column", "label"], "'label' holds ClassLabel(names=['cat', 'dog']), not pictures. Name another"),
         (["--train_split", "training"], "There is no split 'training': the dataset has train, test"),
         (["--eval_split", "val"], "There is no split 'val'"),
         (["--eval_fraction", "0.01"], "eval_fraction 0.01 of 40 pictures leaves one side empty"),
@@ -93,7 +94,7 @@ def good(tmp_path) -> str:
         (["--auto_augment", "rnd-m9"], "auto_augment 'rnd-m9' is no policy: try rand-m9-mstd0.5-inc1"),
         (
             ["--batch_size", "64", "--effective_batch_size", "64"],
-            "40 pictures to learn from are fewer than the 64 of one",
+            "40 pictures to learn from are fewer than effective_batch_size 64: lower it",
         ),
         (["--batch_size", "12"], "effective_batch_size 32 is no multiple of 12 pictures on 1 processes"),
         (["--image_size", "30"], "image_size must be a positive multiple of patch_size 8"),
@@ -190,6 +191,7 @@ def test_more_labels_than_names(tmp_path, capsys):
     [
         ([[0], None], [], "Row 1 of train has no list of labels; an empty list is a picture without any"),
         ([[0], [5]], [], "train has the label 5, but there are 2 classes"),
+        ([[0, 1], [1, 1]], [], "Row 1 of train names a label twice, 1, 1: a list holds each label of a picture once"),
         ([[0], [1]], ["a", "b"], "Row 1 of train must have a 0 or 1 for each class, got [0, 3]"),
     ],
 )
@@ -336,3 +338,19 @@ def test_a_head_for_a_classifier_of_other_labels_is_announced(tmp_path, capsys):
     arguments += ["--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--num_workers", "0"]
     assert finetune_classification.main([*arguments, "--batch_size", "8", "--effective_batch_size", "8"]) == 0
     assert "has 7 labels that are not the 2 of this dataset: its head starts fresh" in capsys.readouterr().out
+
+
+def test_a_picture_that_is_missing_is_named(tmp_path, capsys):
+    split = Dataset.from_dict(
+        {"image": [*pictures(39), None], "label": [0, 1] * 20}, features=Features({"image": Image(), "label": CLASSES})
+    )
+    said = finetune(capsys, tmp_path, saved(tmp_path / "data", train=split, test=table([0, 1])))
+    assert "Picture 39 of train cannot be read" in said
+
+
+def test_names_for_columns():
+    dataset = table([0, 1], a=[0, 1], b=[1, 0])
+    assert find_labels(dataset, MULTI, ["a", "b"], ["Fine", "Bad"]).names == ("Fine", "Bad")
+    assert find_labels(dataset, REGRESSION, ["a"], ["Age"]).names == ("Age",)
+    with pytest.raises(ValueError, match=r"--label_names needs 2 names, one for each of a, b, got Fine"):
+        find_labels(dataset, MULTI, ["a", "b"], ["Fine"])

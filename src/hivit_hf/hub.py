@@ -68,6 +68,7 @@ def evaluation_processor(
         resample=3,  # bicubic
         image_mean=list(mean),
         image_std=list(std),
+        do_convert_rgb=len(mean) == 3,
     )
 
 

@@ -95,7 +95,7 @@ def load_classifier(
     if architecture is not None:
         _check_architecture(config, architecture, name)
     changes, notes = dict(changes or {}), []
-    pretrained = any("MaskedImageModeling" in kind for kind in config.architectures or [])
+    pretrained = not any("ImageClassification" in kind for kind in config.architectures or [])
     if pretrained:  # the published classifiers have it, the published pre-training has not
         changes.setdefault("use_relative_position_bias", True)
     same_labels = not pretrained and [config.id2label[i] for i in range(config.num_labels)] == list(names)

@@ -70,7 +70,10 @@ class ClassifierTrainer(Trainer):
         self.loss_is_scaled_for_ga = False  # the losses are means
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
-        """Whole batches only, as in the original. `Trainer` has one switch for this and evaluations, which need all."""
+        """
+        Whole batches only, as in the original; the last step of an epoch may add up fewer of them.
+        `Trainer` has one switch for this and evaluations, which need all.
+        """
         self.args.dataloader_drop_last = True
         try:
             return super().get_train_dataloader()
@@ -260,11 +263,16 @@ class FinetuneRun:
             FloatingPointError: if the loss is not finite.
         """
         args = self._training_arguments()
-        together = self.recipe.batch_size * args.world_size
+        if args.n_gpu > 1:  # Trainer would split the model's batches over them, on top of the published batch
+            raise ValueError(
+                f"One process sees {args.n_gpu} GPUs: start with torchrun --nproc_per_node {args.n_gpu}, or set "
+                "CUDA_VISIBLE_DEVICES=0."
+            )
+        together = self.recipe.effective_batch_size
         if len(self.train_pictures) < together:
             raise ValueError(
-                f"{len(self.train_pictures)} pictures to learn from are fewer than the {together} of one batch: lower "
-                "--batch_size."
+                f"{len(self.train_pictures)} pictures to learn from are fewer than effective_batch_size {together}: "
+                "lower it, and the learning rate goes with it."
             )
         args.gradient_accumulation_steps = self.recipe.accumulation_steps(args.world_size)
         checkpoint = self._checkpoint()
@@ -374,13 +382,14 @@ class FinetuneRun:
         found = latest if recipe.resume == "latest" else recipe.resume
         if found is None or not (Path(found) / "trainer_state.json").exists():
             raise ValueError(f"There is no checkpoint to resume at {found or output}: leave out --resume to begin.")
-        if (output / "recipe.json").exists():
-            was, now = json.loads((output / "recipe.json").read_text()), recipe.identity()
+        path = Path(found).resolve().parent / "recipe.json"
+        if path.exists():
+            was, now = json.loads(path.read_text()), recipe.identity()
             for name, value in was.items():
                 if now.get(name) != value:
                     raise ValueError(
-                        f"{output} was begun with {name}={value}, now it is {now.get(name)}: a resumption must be of "
-                        "the same recipe. Set it back, or begin a new run in another --output_dir."
+                        f"{path.parent} was begun with {name}={value}, now it is {now.get(name)}: a resumption must be "
+                        "of the same recipe. Set it back, or begin a new run in another --output_dir."
                     )
         return found
 
@@ -399,7 +408,8 @@ class FinetuneRun:
             _start(recipe, self.labels).model.save_pretrained(output)
         trainer.save_model(_internal_call=True)  # which does not push
         if recipe.push_to_hub:
-            trainer.push_to_hub(dataset=recipe.dataset_name, tags=["image-classification", "hivit"])
+            named = None if Path(recipe.dataset_name).exists() else recipe.dataset_name  # no path of this machine
+            trainer.push_to_hub(dataset=named, tags=["image-classification", "hivit"])
 
 
 class _FiniteLoss(TrainerCallback):

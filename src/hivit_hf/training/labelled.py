@@ -98,6 +98,10 @@ def picture_column(dataset: Dataset, given: str | None = None) -> str:
     if column not in dataset.features:
         what = f"There is no column {given!r}" if given else "There is no single column of pictures"
         raise ValueError(f"{what}; the columns are {', '.join(dataset.features)}. Name one with --image_column.")
+    feature = dataset.features[column]
+    is_bytes = isinstance(feature, Value) and "binary" in feature.dtype
+    if not (isinstance(feature, (Image, dict)) or is_bytes):
+        raise ValueError(f"{column!r} holds {feature}, not pictures. Name another column with --image_column.")
     return column
 
 
@@ -142,6 +146,11 @@ class Labels:
         for row, numbers in enumerate(values):
             if numbers is None:
                 raise ValueError(f"Row {row} of {split} has no list of labels; an empty list is a picture without any.")
+            if len(set(numbers)) < len(numbers):
+                raise ValueError(
+                    f"Row {row} of {split} names a label twice, {_some(numbers)}: a list holds each label of a picture "
+                    "once. Zeros and ones belong into a column for each label."
+                )
             targets[row, self._numbers(numbers, split)] = 1.0
         return targets
 
@@ -206,7 +215,7 @@ def find_labels(
     for column in columns:
         _check_column(dataset, column, split)
     if len(columns) > 1:
-        return Labels(problem_type, columns, columns)
+        return Labels(problem_type, columns, _as_many(names, columns))
     column, feature = columns[0], dataset.features[columns[0]]
     is_list = isinstance(feature, (List, LargeList))
     if problem_type == MULTI and not is_list:
@@ -219,9 +228,20 @@ def find_labels(
     if problem_type == REGRESSION:
         if not isinstance(item, Value) or item.dtype == "string":
             raise ValueError(f"Regression needs numbers, but {column!r} of {split} holds {item}.")
-        width = len(dataset[0][column]) if is_list else 1
-        return Labels(problem_type, columns, tuple(f"{column}_{i}" for i in range(width)) if is_list else columns)
+        if not is_list:
+            return Labels(problem_type, columns, _as_many(names, columns))
+        width = next((len(row) for row in dataset[column] if row is not None), 0)
+        return Labels(problem_type, columns, _as_many(names, tuple(f"{column}_{i}" for i in range(width))))
     return Labels(problem_type, columns, _class_names(dataset, column, item, is_list, names), item)
+
+
+def _as_many(names: Sequence[str], columns: tuple[str, ...]) -> tuple[str, ...]:
+    """The names that were given, or those of the columns."""
+    if names and len(names) != len(columns):
+        raise ValueError(
+            f"--label_names needs {len(columns)} names, one for each of {_some(columns)}, got {_some(names)}."
+        )
+    return tuple(names or columns)
 
 
 def _class_names(dataset: Dataset, column: str, item, is_list: bool, names: Sequence[str]) -> tuple[str, ...]:
@@ -343,7 +363,9 @@ class LabelledPictures(torch.utils.data.Dataset):
             data, path = picture_of(self.dataset[row], self.column)
             return upright(open_picture(data, MAX_PIXELS), self.num_channels)
         except UnreadablePictureError as error:
-            named = f" ({path})" if (path := self.dataset[row][self.column].get("path")) else ""
+            value = self.dataset[row][self.column]
+            path = value.get("path") if isinstance(value, dict) else None
+            named = f" ({path})" if path else ""
             raise UnreadablePictureError(
                 f"Picture {row} of {self.name}{named} cannot be read, {error}: repair it or leave it out."
             ) from error

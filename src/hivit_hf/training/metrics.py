@@ -1,6 +1,7 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
 """What a classifier is judged by, from its outputs and the targets."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -80,7 +81,7 @@ def _single_label(prediction: EvalPrediction) -> dict[str, float]:
 def _multi_label(prediction: EvalPrediction, names: Sequence[str]) -> dict[str, float]:
     areas = areas_under_curve(prediction.predictions, prediction.label_ids)
     known = {f"auc_{name}": area for name, area in zip(names, areas) if area is not None}
-    return {"mean_auc": float(np.mean(list(known.values()))) if known else 0.0, **known}
+    return {"mean_auc": float(np.mean(list(known.values()))) if known else math.nan, **known}
 
 
 def _regression(prediction: EvalPrediction) -> dict[str, float]:
