@@ -721,12 +721,7 @@ def test_a_checkpoint_of_another_folder_must_be_of_the_same_recipe(make_run, tmp
         make_run(**other, base_learning_rate=0.123).train()
 
 
-def test_networks_of_one_channel_are_trained_and_evaluated(make_run, tmp_path):
-    run = make_run(
-        model_name_or_path=start_folder(tmp_path / "grey", num_channels=1),
-        from_scratch=False,
-        architecture=None,
-        model="{}",
-    )
+def test_networks_of_one_channel_are_trained_and_evaluated(make_run):
+    run = make_run(model={"num_channels": 1})
     assert run.model.config.num_channels == 1
     assert 0 <= run.train()["accuracy"] <= 1
