@@ -225,7 +225,7 @@ def test_a_card_is_of_its_own_network_only(classifier, tmp_path):
     original = dataclasses.replace(CHECKPOINTS["hivit-base-mae-1600ep-ft100ep"], **own)
     with pytest.raises(ValueError, match="no conversion report"):
         hub.export(classifier, tmp_path / "out", original, onnx=False)
-    with pytest.raises(ValueError, match="not one of conversion/convert.py"):
+    with pytest.raises(ValueError, match=r"not one of conversion/convert\.py"):
         hub.export(classifier, tmp_path / "out", original, conversion_report={"source": []}, onnx=False)
     more = dataclasses.replace(original, arguments={**TINY, "num_labels": 4})
     with pytest.raises(ValueError, match="differs in num_labels"):
@@ -443,9 +443,10 @@ def test_every_figure_is_the_papers_or_of_a_result_file():
 
 
 def test_every_file_that_cards_name_exists():
-    for name, recipe in [("tiny", "supervised_tiny"), ("small", "supervised_small"), ("base", "supervised_base"),
-                         ("base-mae-1600ep-ft100ep", "finetune_base_100ep"), ("base-mae-1600ep", "mae_base_1600")]:  # fmt: skip
-        assert f"examples/recipes/{recipe}" in (ROOT / "model_cards" / f"hivit-{name}.md").read_text()
+    recipes = {f"hivit-{name}": f"supervised_{name}_300ep" for name in ("tiny", "small", "base")}
+    recipes |= {"hivit-base-mae-1600ep-ft100ep": "finetune_base_100ep", "hivit-base-mae-1600ep": "mae_base_1600ep"}
+    for name, recipe in recipes.items():
+        assert f"examples/recipes/{recipe}.yaml" in (ROOT / "model_cards" / f"{name}.md").read_text()
     for path in (ROOT / "model_cards").glob("*.md"):
         for named in re.findall(r"(?:examples|conversion)/[\w/]+\.(?:py|yaml)", path.read_text()):
             assert (ROOT / named).is_file(), (path.name, named)
