@@ -17,7 +17,7 @@ from pathlib import Path
 from transformers import logging
 
 from hivit_hf.hub import load_folder, load_processor
-from hivit_hf.onnx_export import OPSET, TOLERANCE, export_onnx, int8_cost, labelled_pictures, tasks_of
+from hivit_hf.onnx_export import OPSET, TOLERANCE, check_exportable, export_onnx, int8_cost, labelled_pictures, tasks_of
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -41,17 +41,25 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def dynamic_size(arguments: argparse.Namespace, task: str) -> bool:
+    return arguments.size == "dynamic" and task != "reconstruction"
+
+
 def run(arguments: argparse.Namespace):
+    if arguments.out_dir.exists() and not arguments.out_dir.is_dir():
+        raise ValueError(f"{arguments.out_dir} is a file, not a folder. Choose another name.")
     model = load_folder(arguments.model)
     tasks = tasks_of(model) if arguments.task == "all" else [arguments.task]
     if arguments.int8 and "classification" not in tasks:
         raise ValueError("--int8 is measured by accuracy: it is for classifiers. Leave it out.")
+    for task in tasks:
+        check_exportable(model, task, dynamic_size(arguments, task), arguments.opset)
     processor = load_processor(arguments.model, model)
     pictures = labelled_pictures(arguments.int8, model.config) if arguments.int8 else None
 
     record = {"opset": arguments.opset, "tolerance": TOLERANCE, "files": {}}
     for task in tasks:
-        dynamic = arguments.size == "dynamic" and task != "reconstruction"
+        dynamic = dynamic_size(arguments, task)
         path = arguments.out_dir / f"{task}.onnx"
         difference = export_onnx(model, path, task, dynamic, arguments.opset)
         record["files"][path.name] = {"task": task, "dynamic_size": dynamic, "largest_difference": difference}
@@ -75,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.disable_progress_bar()
     try:
         run(arguments)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -53,6 +53,13 @@ def describe(arguments: argparse.Namespace, model) -> Checkpoint:
     return replace(known, **given)
 
 
+def read_report(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: convert again, or delete it.") from error
+
+
 def run(arguments: argparse.Namespace):
     model = load_folder(arguments.model)
     report = arguments.model / "conversion_report.json"
@@ -60,7 +67,7 @@ def run(arguments: argparse.Namespace):
         "about": describe(arguments, model),
         "image_processor": load_processor(arguments.model, model),
         "samples": arguments.samples,
-        "conversion_report": json.loads(report.read_text()) if report.exists() else None,
+        "conversion_report": read_report(report) if report.exists() else None,
         "onnx": not arguments.no_onnx,
         "results_dir": RESULTS,
     }

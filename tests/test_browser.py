@@ -15,6 +15,7 @@ from chromium import BROWSER_EXAMPLE, browser, serve
 from hivit_hf import HiViTForImageClassification, HiViTForMaskedImageModeling
 from hivit_hf.onnx_export import export_onnx
 from nonsense import animation, encoded, hundred_megapixels, noise
+from patience import PATIENCE_S
 
 
 pytestmark = pytest.mark.slow
@@ -84,7 +85,7 @@ def page(chromium, site):
         own = (address, "data:", "blob:")
         page.on("request", lambda request: request.url.startswith(own) or errors.append(request.url))
         page.goto(f"{address}/index.html")
-        page.wait_for_selector("html[data-ready]", timeout=30_000)
+        page.wait_for_selector("html[data-ready]", timeout=1000 * PATIENCE_S)
         yield page
         page.close()
     assert errors == []
@@ -101,7 +102,7 @@ def drop(page, content, name="picture.png"):
         [base64.b64encode(content).decode(), name],
     )
     page.dispatch_event("#zone", "drop", {"dataTransfer": data})
-    page.wait_for_function("document.getElementById('status').textContent !== 'Looking …'", timeout=30_000)
+    page.wait_for_function("document.getElementById('status').textContent !== 'Looking …'", timeout=1000 * PATIENCE_S)
 
 
 def shown(page, kind, field):
@@ -195,7 +196,7 @@ def test_missing_models_are_said(chromium, site, tmp_path):
     page = chromium.new_page()
     with serve(tmp_path) as address:
         page.goto(f"{address}/index.html")
-        page.wait_for_selector("html[data-ready]", timeout=30_000)
+        page.wait_for_selector("html[data-ready]", timeout=1000 * PATIENCE_S)
         assert "export the models first, as README.md says" in page.inner_text("#status")
         assert page.is_disabled("#file")
         page.close()
@@ -206,7 +207,7 @@ def test_narrow_windows_do_not_scroll_sideways(chromium, site, scheme):
     page = chromium.new_page(viewport={"width": 360, "height": 700}, color_scheme=scheme)
     with serve(site) as address:
         page.goto(f"{address}/index.html")
-        page.wait_for_selector("html[data-ready]", timeout=30_000)
+        page.wait_for_selector("html[data-ready]", timeout=1000 * PATIENCE_S)
         drop(page, encoded(noise(70, 70)))
         assert page.evaluate("document.documentElement.scrollWidth") == 360
         page.close()

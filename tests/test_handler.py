@@ -62,6 +62,46 @@ def test_every_way_to_send_a_picture(endpoint, folders):
     assert answer(endpoint, json.loads(json.dumps({"inputs": text, "parameters": {}}))) == found
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"problem_type": "multi_label_classification"},
+        {"num_labels": 1},
+        {"problem_type": "regression"},
+        {"problem_type": "single_label_classification"},
+    ],
+    ids=str,
+)
+def test_scores_are_the_pipelines(tiny_network, tmp_path, changes):
+    folder, picture = (
+        export(tiny_network(HiViTForImageClassification, **changes), tmp_path / "m", onnx=False),
+        noise(64, 64),
+    )
+    expected = pipeline(
+        "image-classification",
+        model=HiViTForImageClassification.from_pretrained(folder),
+        image_processor=BitImageProcessor.from_pretrained(folder),
+    )(picture, top_k=5)
+    found = answer(toolkit(folder), {"inputs": picture})
+    assert [guess["label"] for guess in found] == [guess["label"] for guess in expected]
+    assert [guess["score"] for guess in found] == pytest.approx([guess["score"] for guess in expected], abs=1e-5)
+
+
+def test_huge_requests_are_read_one_by_one_and_end(endpoint, monkeypatch):
+    held = []
+    read = endpoint.__call__.__func__.__globals__["read_picture"]
+
+    def counted(source):
+        held.append(source)
+        return read(source)
+
+    monkeypatch.setitem(endpoint.__call__.__func__.__globals__, "read_picture", counted)
+    picture = Image.new("1", (8000, 7000))
+    found = answer(endpoint, {"inputs": [picture] * 32})
+    assert "more than 256 megapixels in all" in found["error"]
+    assert len(held) == 5  # the others were never read
+
+
 def test_top_k_and_batches(endpoint):
     pictures = [noise(64, 64), noise(70, 64)]
     assert len(answer(endpoint, {"inputs": pictures[0], "parameters": {"top_k": 2}})) == 2

@@ -12,11 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import load_file
 from transformers import BitImageProcessor, pipeline
 
+import export_onnx
 import hivit_hf.hub as hub
 import push_to_hub
+from conftest import TINY
 from hivit_hf import HiViTBackbone, HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling
 from hivit_hf.cards import check_card, render_card
 from hivit_hf.checkpoints import CHECKPOINTS, Checkpoint
@@ -56,6 +59,7 @@ def folder(tmp_path_factory, classifier, samples):
 def test_the_folder_is_complete(folder, classifier):
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert files == {
+        "LICENSE",
         "README.md",
         "config.json",
         "configuration_hivit.py",
@@ -175,23 +179,152 @@ def test_overwrite_replaces_only_an_export(classifier, tmp_path, samples):
         hub.export(classifier, out, onnx=False, overwrite=True)
 
 
-def test_nothing_is_uploaded_unless_asked(classifier, tmp_path, monkeypatch):
+def test_nothing_is_uploaded_unless_asked(classifier, samples, tmp_path, monkeypatch):
     calls = []
 
     class Api:
         def create_repo(self, repo_id, private, exist_ok):
             calls.append(("create", repo_id, private, exist_ok))
 
-        def upload_folder(self, repo_id, folder_path, commit_message):
-            calls.append(("upload", repo_id, sorted(path.name for path in Path(folder_path).iterdir())[0]))
+        def upload_folder(self, repo_id, folder_path, commit_message, delete_patterns):
+            calls.append(("upload", repo_id, delete_patterns, (Path(folder_path) / "README.md").read_text()))
             return type("Commit", (), {"commit_url": "https://huggingface.co/me/fish/commit/1"})
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     about = dataclasses.replace(hub.undescribed(classifier, "fish"), repo_id="me/fish")
     hub.export(classifier, tmp_path / "a", about, onnx=False)
     assert calls == []
-    hub.export(classifier, tmp_path / "b", about, onnx=False, push_to_hub=True)
-    assert calls == [("create", "me/fish", True, True), ("upload", "me/fish", "README.md")]
+    hub.export(classifier, tmp_path / "b", about, samples=samples, onnx=False, push_to_hub=True)
+    assert calls[0] == ("create", "me/fish", True, True)
+    kind, repo_id, deleted, card = calls[1]
+    assert (kind, repo_id) == ("upload", "me/fish")
+    assert "onnx/*.onnx" in deleted and "samples/*.png" in deleted and "*" not in deleted
+    assert "Not uploaded" not in card and "is the folder that" not in card
+    code = re.search(r"```python\n(.*?)```", card, flags=re.DOTALL).group(1)
+    assert 'pipeline("image-classification", "me/fish", trust_remote_code=True)' in code
+    assert 'classify(hf_hub_download("me/fish", "samples/noise_0.png"), top_k=3)' in code
+    compile(code, "card", "exec")
+
+
+def test_an_upload_that_fails_is_told_in_words(classifier, tmp_path, monkeypatch):
+    class Api:
+        def create_repo(self, *arguments, **keywords):
+            raise OfflineModeIsEnabled("Cannot reach the Hub: offline mode is enabled.")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    about = dataclasses.replace(hub.undescribed(classifier, "fish"), repo_id="me/fish")
+    with pytest.raises(ValueError, match=r"not uploaded to me/fish: Cannot reach the Hub"):
+        hub.export(classifier, tmp_path / "out", about, onnx=False, push_to_hub=True)
+    assert (tmp_path / "out" / "README.md").is_file()
+
+
+def test_a_card_is_of_its_own_network_only(classifier, tmp_path):
+    with pytest.raises(ValueError, match="another network, as it differs in image_size, hidden_size"):
+        hub.export(classifier, tmp_path / "out", CHECKPOINTS["hivit-base"], onnx=False)
+    own = {"arguments": {**TINY, "num_labels": 3}}
+    original = dataclasses.replace(CHECKPOINTS["hivit-base-mae-1600ep-ft100ep"], **own)
+    with pytest.raises(ValueError, match="no conversion report"):
+        hub.export(classifier, tmp_path / "out", original, onnx=False)
+    with pytest.raises(ValueError, match=r"not one of conversion/convert\.py"):
+        hub.export(classifier, tmp_path / "out", original, conversion_report={"source": []}, onnx=False)
+    more = dataclasses.replace(original, arguments={**TINY, "num_labels": 4})
+    with pytest.raises(ValueError, match="differs in num_labels"):
+        hub.export(classifier, tmp_path / "out", more, conversion_report=REPORT, onnx=False)
+    assert not (tmp_path / "out").exists()
+
+    card = hub.export(classifier, tmp_path / "out", original, conversion_report=REPORT, onnx=False) / "README.md"
+    assert ModelCard.load(card).data.eval_results[0].metric_value == 84.6
+    trained = dataclasses.replace(CHECKPOINTS["hivit-base"], **own)
+    text = (hub.export(classifier, tmp_path / "trained", trained, onnx=False) / "README.md").read_text()
+    assert "These are not the paper's weights" in text and "There are no weights" not in text
+    assert "| ImageNet-1k, top-1 at 224 px, the paper's own weights | 83.8 % |" in text
+    assert "With weights that you have trained" not in text
+
+
+def test_measured_figures_are_of_the_whole_network():
+    about, results = CHECKPOINTS["hivit-base"], ROOT / "benchmarks" / "results"
+    for changes, quoted in [({}, True), ({"drop_path_rate": 0.1}, True), ({"num_attention_heads": 4}, False),
+                            ({"stem_mlp_ratio": 2.0}, False), ({"num_labels": 10}, False)]:  # fmt: skip
+        card = render_card(about, HiViTConfig(**{**about.arguments, **changes}), results_dir=results)
+        assert ("inference_cpu.json" in card) == quoted, changes
+
+
+def test_odd_names_stay_what_they_are(tiny_network, tmp_path):
+    names = {0: "a|b", 1: "<script>", 2: "*c* `d` [e]"}
+    picture = tmp_path / "my fish.PNG"
+    picture.write_bytes(encoded(noise(64, 64)))
+    model = tiny_network(HiViTForImageClassification, id2label=names)
+    out = hub.export(model, tmp_path / "out", samples=[picture], onnx=False)
+    card = ModelCard.load(out / "README.md")
+    assert (out / "samples" / "my fish.png").is_file()
+    assert card.data.widget[0]["src"] == "samples/my%20fish.png"
+    assert {guess["label"] for guess in card.data.widget[0]["output"]} == set(names.values())
+    row = next(line for line in card.content.splitlines() if line.startswith("| <img"))
+    assert (
+        row.count("|") == 3 and "<script>" not in row and "a&#124;b: " in row and 'src="samples/my%20fish.png"' in row
+    )
+    assert '"out/samples/my fish.png"' in card.content
+    hub.export(model, out, samples=[picture], onnx=False, overwrite=True)
+
+
+def test_reconstructions_have_names_of_their_own(tiny_network, tmp_path):
+    names = ["a.png", "a.jpg", "a_reconstructed.png"]
+    for name in names:
+        (tmp_path / name).write_bytes(encoded(noise(64, 64)))
+    out = hub.export(
+        tiny_network(HiViTForMaskedImageModeling), tmp_path / "o", samples=[tmp_path / n for n in names], onnx=False
+    )
+    assert len(list((out / "samples").iterdir())) == 6
+    for name in names:
+        assert (out / "samples" / name).read_bytes() == (tmp_path / name).read_bytes()
+    assert len(set(re.findall(r"\]\((samples/.*?)\)", (out / "README.md").read_text()))) == 3
+
+
+def test_several_labels_are_scored_each_by_itself(tiny_network, samples, tmp_path):
+    model = tiny_network(HiViTForImageClassification, problem_type="multi_label_classification")
+    card = (hub.export(model, tmp_path / "out", samples=samples, onnx=False) / "README.md").read_text()
+    assert "sigmoid outputs" in card and "softmax" not in card
+
+
+def test_damaged_folders_are_refused_in_words(classifier, tiny_network, tmp_path, push):
+    def damaged(name, file, content):
+        folder = tmp_path / name
+        classifier.save_pretrained(folder)
+        BitImageProcessor(crop_size={"height": 64, "width": 64}).save_pretrained(folder)
+        (folder / file).write_text(content)
+        return name
+
+    config = json.loads((Path(tmp_path / damaged("whole", "x", "")) / "config.json").read_text())
+    tiny_network(HiViTForMaskedImageModeling).save_pretrained(tmp_path / "autoencoder")
+    path = tmp_path / "autoencoder" / "config.json"
+    path.write_text(path.read_text().replace("HiViTForMaskedImageModeling", "HiViTForImageClassification"))
+    (tmp_path / "file").write_text("mine")
+    for folder, words in [
+        (damaged("a", "model.safetensors", "garbage"), "a cannot be loaded"),
+        (damaged("b", "config.json", json.dumps({**config, "hidden_size": "wide"})), "b cannot be loaded"),
+        (damaged("c", "preprocessor_config.json", "garbage"), "preprocessor_config.json cannot be used"),
+        ("autoencoder", "its weights lack classifier.bias"),
+    ]:
+        for main, options in [(push_to_hub.main, ["--no_onnx"]), (export_onnx.main, [])]:
+            code, printed = push(folder, "out", *options, main=main)
+            assert code == 2 and words in printed, printed
+            assert "Traceback" not in printed and printed.count("error:") == 1
+    for report in ("garbage", "[]", '{"source": 1, "proof": 2}'):
+        code, printed = push(damaged("d", "conversion_report.json", report), "out", "--no_onnx")
+        assert code == 2 and "convert again" in printed, printed
+    for options in ((), ("--overwrite",)):
+        assert push("whole", "file", "--no_onnx", *options)[0] == 2
+    code, printed = push("whole", "file", main=export_onnx.main)
+    assert code == 2 and "is a file" in printed
+    assert not (tmp_path / "out").exists() and (tmp_path / "file").read_text() == "mine"
+
+
+def test_onnx_of_half_precision_is_refused_before_anything_is_written(tiny_network, tmp_path):
+    model = tiny_network(HiViTForImageClassification).to(torch.bfloat16)
+    with pytest.raises(ValueError, match="float32 models on the CPU"):
+        hub.export(model, tmp_path / "new" / "out")
+    assert list(tmp_path.iterdir()) == []
+    hub.export(model, tmp_path / "out", onnx=False)
 
 
 def test_requirements_are_those_of_the_package():
@@ -212,10 +345,10 @@ def test_a_backbone_cannot_be_described_as_another_class(tiny_network, tmp_path)
 def push(tmp_path, monkeypatch, capsys):
     """Runs the command in `tmp_path`; returns its exit code and what it printed."""
 
-    def run(*arguments):
+    def run(*arguments, main=push_to_hub.main):
         monkeypatch.chdir(tmp_path)
         try:
-            code = push_to_hub.main(list(map(str, arguments)))
+            code = main(list(map(str, arguments)))
         except SystemExit as end:
             code = end.code
         printed = capsys.readouterr()
@@ -307,6 +440,16 @@ def test_every_figure_is_the_papers_or_of_a_result_file():
                 ratios = re.findall(r'"times_slower_than_ours": ([\d.e-]+)', text)
                 assert value in seconds + [f"{float(ratio):.2f} x the time" for ratio in ratios]
     assert told >= 2
+
+
+def test_every_file_that_cards_name_exists():
+    recipes = {f"hivit-{name}": f"supervised_{name}_300ep" for name in ("tiny", "small", "base")}
+    recipes |= {"hivit-base-mae-1600ep-ft100ep": "finetune_base_100ep", "hivit-base-mae-1600ep": "mae_base_1600ep"}
+    for name, recipe in recipes.items():
+        assert f"examples/recipes/{recipe}.yaml" in (ROOT / "model_cards" / f"{name}.md").read_text()
+    for path in (ROOT / "model_cards").glob("*.md"):
+        for named in re.findall(r"(?:examples|conversion)/[\w/]+\.(?:py|yaml)", path.read_text()):
+            assert (ROOT / named).is_file(), (path.name, named)
 
 
 def test_an_uploaded_checkpoint_is_pinned():

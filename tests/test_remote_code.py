@@ -11,6 +11,7 @@ from PIL import Image
 
 from hivit_hf import HiViTForImageClassification, HiViTForMaskedImageModeling, HiViTModel
 from hivit_hf.hub import AUTO_MAP, export
+from patience import PATIENCE_S
 
 
 # `python` in a stranger's process: hivit_hf cannot be imported, nor what else is named, and nothing is on the path
@@ -105,7 +106,7 @@ def run_as_stranger(code, arguments, absent, folder):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home")}
     command = [sys.executable, "-c", STRANGER + code, ",".join(absent), *map(str, arguments)]
-    finished = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
+    finished = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
     assert finished.returncode == 0, finished.stderr[-4000:]
     return json.loads(finished.stdout.splitlines()[-1])
 

@@ -22,6 +22,7 @@ from hivit_hf.checkpoints import CHECKPOINTS
 from hivit_hf.handler import RequestError
 from hivit_hf.pictures import feature_picture
 from nonsense import encoded, hundred_megapixels, noise, random_bytes, unreadable, unusual_pictures
+from patience import PATIENCE_S
 
 
 SPACE = Path(__file__).parents[1] / "examples" / "space"
@@ -85,6 +86,46 @@ def test_like_features_have_like_colours():
     assert colours[0] == colours[1] != colours[2] == colours[3]
 
 
+def test_a_folder_without_the_weights_is_refused(models, tiny_network, tmp_path):
+    with pytest.raises(ValueError, match=r"weights lack classifier\.bias"):
+        Studio(models / "autoencoder", models / "autoencoder")
+    with pytest.raises(ValueError, match="weights lack decoder"):
+        Studio(models / "classifier", models / "classifier")
+    (tmp_path / "model.safetensors").write_text("garbage")
+    (tmp_path / "config.json").write_text((models / "classifier" / "config.json").read_text())
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        Studio(tmp_path, models / "autoencoder")
+
+
+def test_several_labels_are_scored_each_by_itself(models, tiny_network, tmp_path):
+    changes = {"problem_type": "multi_label_classification"}
+    model = tiny_network(HiViTForImageClassification, **changes)
+    model.save_pretrained(tmp_path)
+    processor = BitImageProcessor.from_pretrained(models / "classifier")
+    processor.save_pretrained(tmp_path)
+    pixel_values = processor(Image.open(models / "picture.png"), return_tensors="pt").pixel_values
+    with torch.no_grad():
+        expected = model(pixel_values).logits[0].sigmoid().tolist()
+    found = Studio(tmp_path, models / "autoencoder").classify(str(models / "picture.png"))
+    assert list(found.values()) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_port_that_cannot_be_had_is_said(models):
+    folders = ["--classifier", str(models / "classifier"), "--autoencoder", str(models / "autoencoder")]
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        for port, words in [("99999", "from 1 to 65535"), (str(taken.getsockname()[1]), "Give another --port")]:
+            command = [sys.executable, str(SPACE / "app.py"), *folders, "--port", port]
+            environment = os.environ | {"GRADIO_ANALYTICS_ENABLED": "False"}
+            finished = subprocess.run(
+                command, cwd=models, env=environment, capture_output=True, text=True, timeout=PATIENCE_S
+            )
+            assert finished.returncode == 2, finished.stderr
+            assert words in finished.stderr and "Traceback" not in finished.stderr
+
+
 def test_masks(studio):
     assert [sum(studio.draw_mask(ratio)) for ratio in (0, 0.5, 0.95, 1)] == [0, 8, 15, 15]
     assert studio.draw_mask(0.5) != studio.draw_mask(0.5)
@@ -136,8 +177,10 @@ def address(models):
     with open(models / "log.txt", "w") as log:
         process = subprocess.Popen(command, cwd=models, env=environment, stdout=log, stderr=log)
     try:
-        for _ in range(600):
+        end = time.monotonic() + PATIENCE_S
+        while True:
             assert process.poll() is None, (models / "log.txt").read_text()
+            assert time.monotonic() < end, (models / "log.txt").read_text()
             try:
                 httpx.get(f"http://127.0.0.1:{port}/")
                 break
@@ -147,13 +190,14 @@ def address(models):
         assert process.poll() is None, (models / "log.txt").read_text()[-2000:]
     finally:
         process.terminate()
-        process.wait(timeout=20)
+        process.wait(timeout=PATIENCE_S)
 
 
 @pytest.mark.slow
 def test_in_a_browser(address, models, studio):
     with browser() as chromium:
         page, errors = chromium.new_page(viewport={"width": 1180, "height": 800}), []
+        page.set_default_timeout(1000 * PATIENCE_S)
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(address)
         page.set_input_files("#picture input[type=file]", str(models / "picture.png"))
@@ -197,7 +241,7 @@ def _unit(shown: Image.Image, unit: int) -> bytes:
 @pytest.mark.slow
 def test_a_thousand_requests_of_nonsense(address, models):
     """Over the network, as the page and scripts send them: words each time, and it classifies as before."""
-    with httpx.Client(base_url=f"{address}/gradio_api", timeout=60) as client:
+    with httpx.Client(base_url=f"{address}/gradio_api", timeout=PATIENCE_S) as client:
 
         def upload(content):
             return {"path": client.post("/upload", files={"files": ("picture.png", content)}).json()[0],
@@ -230,6 +274,8 @@ def test_without_models_it_says_what_to_do(tmp_path):
         (["--classifier", "nowhere", "--autoencoder", "nowhere"], "nowhere"),
     ]:
         command = [sys.executable, str(SPACE / "app.py"), *arguments]
-        finished = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        finished = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE_S
+        )
         assert finished.returncode == 2
         assert re.search(words, finished.stderr) and "Traceback" not in finished.stderr

@@ -31,6 +31,18 @@ function prepare({ processor }, picture) {
   return { seen, pixelValues, tensor: new ort.Tensor("float32", pixelValues, [1, 3, seen.height, seen.width]) };
 }
 
+// As transformers' pipeline: where several classes may be right, each has a probability of its own.
+function classScores(logits, problemType) {
+  if (problemType === "regression") return logits;
+  if (problemType === "multi_label_classification" || logits.length === 1) {
+    return logits.map((logit) => 1 / (1 + Math.exp(-logit)));
+  }
+  const largest = Math.max(...logits);
+  const powers = logits.map((logit) => Math.exp(logit - largest));
+  const sum = powers.reduce((a, b) => a + b, 0);
+  return powers.map((power) => power / sum);
+}
+
 export class Classifier {
   static async load(folder) {
     return Object.assign(new Classifier(), await load(folder, "classification.onnx"));
@@ -42,10 +54,8 @@ export class Classifier {
     const start = performance.now();
     const logits = (await this.session.run({ pixel_values: tensor })).logits.data;
     const milliseconds = performance.now() - start;
-    const largest = Math.max(...logits);
-    const powers = Array.from(logits, (logit) => Math.exp(logit - largest));
-    const sum = powers.reduce((a, b) => a + b, 0);
-    const classes = powers.map((power, n) => ({ label: this.config.id2label[n] ?? `class ${n}`, score: power / sum }));
+    const scores = classScores(Array.from(logits), this.config.problem_type);
+    const classes = scores.map((score, n) => ({ label: this.config.id2label[n] ?? `class ${n}`, score }));
     classes.sort((a, b) => b.score - a.score);
     return { seen, pixelValues, logits, classes, milliseconds };
   }

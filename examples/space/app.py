@@ -38,13 +38,19 @@ A vision transformer that names a picture, fills in what is hidden of it, and sh
 ([paper](https://arxiv.org/abs/2205.14949))."""
 
 
+def port(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"must be a number from 1 to 65535, got {text!r}")
+    return int(text)
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in DEFAULTS:
         default = os.environ.get(f"HIVIT_{name.upper()}")
         parser.add_argument(f"--{name}", default=default, help="folder, or id on the Hub")
     parser.add_argument("--samples", type=Path, default=Path("demo_output/samples"), help="folder of sample pictures")
-    parser.add_argument("--port", type=int, help="the first free one from 7860 on if not given")
+    parser.add_argument("--port", type=port, help="the first free one from 7860 on if not given")
     return parser.parse_args(argv)
 
 
@@ -160,11 +166,17 @@ def main(argv: list[str] | None = None) -> int:
     try:
         studio = Studio(*sources)
     except (ValueError, OSError) as error:
-        print(f"error: {' and '.join(sources)} cannot be loaded: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     samples = sorted(str(path) for path in arguments.samples.glob("*.*")) if arguments.samples.is_dir() else []
     page = build(studio, samples)
-    page.launch(server_port=arguments.port, css=CSS, theme=THEME, footer_links=[], show_error=True)
+    try:
+        page.launch(server_port=arguments.port, css=CSS, theme=THEME, footer_links=[], show_error=True)
+    except OSError as error:
+        print(
+            f"error: no page on port {arguments.port or 'from 7860 on'}, {error} Give another --port.", file=sys.stderr
+        )
+        return 2
     return 0
 
 

@@ -7,7 +7,8 @@ from PIL import Image
 from transformers import BitImageProcessor
 
 from hivit_hf import HiViTBackbone, HiViTForImageClassification, HiViTForMaskedImageModeling
-from hivit_hf.handler import RequestError, read_picture
+from hivit_hf.handler import RequestError, class_scores, read_picture
+from hivit_hf.hub import load_model
 from hivit_hf.pictures import feature_picture, masked_picture, pixels_to_picture
 
 
@@ -21,13 +22,16 @@ class Studio:
 
     Args:
         classifier, autoencoder: folders, or repositories of the Hub, of the two models.
+
+    Raises:
+        ValueError: if one cannot be loaded, or lacks weights.
     """
 
     def __init__(self, classifier: str | Path, autoencoder: str | Path):
-        self.classifier = HiViTForImageClassification.from_pretrained(classifier).eval()
+        self.classifier = load_model(HiViTForImageClassification, classifier).eval()
         self.classifier_processor = BitImageProcessor.from_pretrained(classifier)
-        self.autoencoder = HiViTForMaskedImageModeling.from_pretrained(autoencoder).eval()
-        self.backbone = HiViTBackbone.from_pretrained(autoencoder, out_features=list(STAGES)).eval()
+        self.autoencoder = load_model(HiViTForMaskedImageModeling, autoencoder).eval()
+        self.backbone = load_model(HiViTBackbone, autoencoder, out_features=list(STAGES)).eval()
         self.autoencoder_processor = BitImageProcessor.from_pretrained(autoencoder)
         self.grid = self.autoencoder.config.grid_size
         self.mask_ratio = self.autoencoder.config.mask_ratio
@@ -36,7 +40,7 @@ class Studio:
     def classify(self, path: str | None) -> dict[str, float]:
         """Class -> probability, of all classes. RequestError for what is no picture, here as below."""
         pixel_values = self.classifier_processor(_read(path), return_tensors="pt").pixel_values
-        scores = self.classifier(pixel_values).logits[0].float().softmax(dim=0).tolist()
+        scores = class_scores(self.classifier(pixel_values).logits, self.classifier.config)[0].tolist()
         return {self.classifier.config.id2label[number]: score for number, score in enumerate(scores)}
 
     def draw_mask(self, ratio: float) -> list[bool]:

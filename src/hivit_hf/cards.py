@@ -2,9 +2,11 @@
 """Model cards, rendered from data: the configuration, the table of checkpoints, conversion reports, result files."""
 
 import json
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from urllib.parse import quote
 
 import jinja2
 import torch
@@ -47,14 +49,14 @@ _QUICK_START = {
     "HiViTForImageClassification": """from transformers import pipeline
 
 classify = pipeline("image-classification", "{source}", trust_remote_code=True{revision})
-classify("{picture}", top_k=3)""",
+classify({picture}, top_k=3)""",
     "HiViTForMaskedImageModeling": """import torch
 from PIL import Image
 from transformers import AutoModelForMaskedImageModeling, BitImageProcessor
 
 processor = BitImageProcessor.from_pretrained("{source}"{revision})
 model = AutoModelForMaskedImageModeling.from_pretrained("{source}", trust_remote_code=True{revision})
-pixel_values = processor(Image.open("{picture}").convert("RGB"), return_tensors="pt").pixel_values
+pixel_values = processor(Image.open({picture}).convert("RGB"), return_tensors="pt").pixel_values
 mask = model.draw_mask(pixel_values)  # (1, {units}), True = masked
 picture = model.reconstruct(pixel_values, bool_masked_pos=mask)  # masked units filled in, the others as they were
 with torch.no_grad():
@@ -65,10 +67,14 @@ from transformers import AutoModel, BitImageProcessor
 
 processor = BitImageProcessor.from_pretrained("{source}"{revision})
 model = AutoModel.from_pretrained("{source}", add_pooling_layer=False, trust_remote_code=True{revision})
-pixel_values = processor(Image.open("{picture}").convert("RGB"), return_tensors="pt").pixel_values
+pixel_values = processor(Image.open({picture}).convert("RGB"), return_tensors="pt").pixel_values
 with torch.no_grad():
     features = model(pixel_values).last_hidden_state  # (1, {units}, {channels})""",
 }
+_FIELDS = [field.name for field in fields(HiViTConfig) if field.name in HiViTConfig.__annotations__]
+_FIELDS = [name for name in _FIELDS if not name.startswith("_")]
+_TRAINING_FIELDS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "initializer_range")
+_TRAINING_FIELDS += ("mask_ratio",)
 _PAPER_LINKS = {paper: f"https://arxiv.org/abs/{paper.split()[1]}" for paper in (HIVIT_PAPER, "arXiv 2211.12735")}
 
 
@@ -106,12 +112,29 @@ def count_parameters(model_class: str, config: HiViTConfig) -> int:
         return getattr(modeling_hivit, model_class)(config, **arguments).num_parameters()
 
 
+def differences(model_class: str, config: HiViTConfig, other: HiViTConfig) -> list[str]:
+    """Names of what makes the networks of two configurations different; what only training uses does not count."""
+    ignored = set(_TRAINING_FIELDS)
+    if model_class != "HiViTForMaskedImageModeling":
+        ignored |= {name for name in _FIELDS if name.startswith("decoder_")} | {"fuse_stages", "norm_pix_loss"}
+    names = [name for name in _FIELDS if name not in ignored]
+    if model_class == "HiViTForImageClassification":
+        names.append("num_labels")
+    return [name for name in names if _plain(config, name) != _plain(other, name)]
+
+
+def _plain(config: HiViTConfig, name: str):
+    value = getattr(config, name)
+    if name == "image_size" and isinstance(value, int):
+        return [value, value]
+    return list(value) if isinstance(value, tuple) else value
+
+
 def measured_figures(model_class: str, config: HiViTConfig, results_dir: Path | None) -> list[dict]:
     """Rows of the table of figures from the result files of this repository that are about this very network."""
     base = HiViTConfig.from_architecture("base", num_labels=1000)
-    same = all(getattr(config, name) == getattr(base, name) for name in ("hidden_size", "depths", "image_size"))
-    same = same and config.use_relative_position_bias and config.num_labels == base.num_labels
-    if results_dir is None or not same or model_class != "HiViTForImageClassification":
+    same = model_class == "HiViTForImageClassification" and not differences(model_class, config, base)
+    if results_dir is None or not same:
         return []
     rows = []
     for file, what, value, unit in [
@@ -146,7 +169,11 @@ def measured_figures(model_class: str, config: HiViTConfig, results_dir: Path | 
 
 
 def render_card(
-    about: Checkpoint, config: HiViTConfig, folder: Folder | None = None, results_dir: Path | None = None
+    about: Checkpoint,
+    config: HiViTConfig,
+    folder: Folder | None = None,
+    results_dir: Path | None = None,
+    to_hub: bool = False,
 ) -> str:
     """
     The card of a model.
@@ -157,6 +184,7 @@ def render_card(
         folder: what lies beside the card, if it lies in a repository; without, it is the card of a checkpoint that is
             described only.
         results_dir: the repository's `benchmarks/results`, if the card may quote them.
+        to_hub: whether it is about to be uploaded, so that whoever reads it finds the weights on the Hub.
 
     Raises:
         ValueError: if the card would not pass `check_card`.
@@ -164,22 +192,26 @@ def render_card(
     folder = folder or Folder()
     height, width = (length * config.patch_size for length in config.grid_size)
     classifies = about.model_class == "HiViTForImageClassification"
+    trained_here = about.weights == "unpublished" and bool(folder.tree)
+    whose = ", the paper's own weights" if trained_here else ""
     paper_rows = [
-        {"what": f.what, "value": f.value, "source": f"paper ([{f.paper}]({_PAPER_LINKS[f.paper]}))"}
+        {"what": f.what + whose, "value": f.value, "source": f"paper ([{f.paper}]({_PAPER_LINKS[f.paper]}))"}
         for f in about.figures
     ]
     measured = measured_figures(about.model_class, config, results_dir)
     on_hub = "/" in about.repo_id
-    load_from = about.repo_id if about.uploaded else about.repo_id.rpartition("/")[2]
-    picture = "picture.jpg"
-    if folder.samples and not about.uploaded:
-        picture = f"{load_from}/{folder.samples[0].src}"
-    text = jinja2.Template(TEMPLATE.read_text(encoding="utf-8"), keep_trailing_newline=True).render(
+    uploaded = about.uploaded or to_hub
+    load_from = about.repo_id if uploaded else about.repo_id.rpartition("/")[2]
+    imports, picture = _example_picture(about, load_from, uploaded, folder)
+    environment = jinja2.Environment(keep_trailing_newline=True)
+    environment.filters |= {"plain": _escaped, "url": quote}
+    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         metadata=_metadata(about, config, folder).to_yaml().strip(),
         title=about.title,
         description=about.description,
         weights=about.weights,
-        uploaded=about.uploaded,
+        trained_here=trained_here,
+        uploaded=uploaded,
         on_hub=on_hub,
         repo_id=about.repo_id,
         load_from=load_from,
@@ -190,7 +222,8 @@ def render_card(
         decoder=about.model_class == "HiViTForMaskedImageModeling",
         num_labels=config.num_labels if classifies else 0,
         input_size=f"{height}x{width}",
-        quick_start=_QUICK_START[about.model_class].format(
+        quick_start=imports
+        + _QUICK_START[about.model_class].format(
             source=load_from,
             revision=f', revision="{about.revision}"' if about.revision else "",
             picture=picture,
@@ -207,11 +240,28 @@ def render_card(
         weights_source=about.weights_source,
         report=folder.report,
         files=folder.tree,
-        license_text=_license_text(about),
+        license_text=_license_text(about, trained_here),
         citation="\n\n".join(CITATIONS[paper] for paper in about.papers),
     )
     check_card(text)
     return text
+
+
+def _example_picture(about: Checkpoint, load_from: str, uploaded: bool, folder: Folder) -> tuple[str, str]:
+    """Imports, and the expression for the picture of the quick start: a sample, if there is one."""
+    if not folder.samples:
+        return "", '"picture.jpg"'
+    name = folder.samples[0].src
+    if not uploaded:
+        return "", json.dumps(f"{load_from}/{name}", ensure_ascii=False)
+    arguments = [json.dumps(load_from), json.dumps(name, ensure_ascii=False)]
+    arguments += [f'revision="{about.revision}"'] if about.revision else []
+    return "from huggingface_hub import hf_hub_download\n", f"hf_hub_download({', '.join(arguments)})"
+
+
+def _escaped(text: str) -> str:
+    """A text whose characters mean only themselves, in Markdown, its tables and HTML attributes."""
+    return re.sub(r"[\\`*_\[\]|~<>&\"']", lambda found: f"&#{ord(found[0])};", " ".join(str(text).split()))
 
 
 def check_card(text: str):
@@ -255,7 +305,9 @@ def _metadata(about: Checkpoint, config: HiViTConfig, folder: Folder) -> ModelCa
             )
             for figure in about.figures
         ]
-    widget = [{"src": sample.src, "example_title": sample.title, "output": sample.output} for sample in folder.samples]
+    widget = [
+        {"src": quote(sample.src), "example_title": sample.title, "output": sample.output} for sample in folder.samples
+    ]
     return ModelCardData(
         license=about.license,
         library_name="transformers",
@@ -277,8 +329,9 @@ def _limits(about: Checkpoint, config: HiViTConfig) -> list[str]:
         "interpolated)."
     ]
     if about.model_class == "HiViTForImageClassification":
-        lines.insert(0, f"Names one of {config.num_labels} classes, and always one of them: it has no 'none of these'.")
-        lines.append("Scores are softmax outputs, not calibrated probabilities.")
+        use, scores = _classifier_limits(config)
+        lines.insert(0, use)
+        lines.append(scores)
     elif about.model_class == "HiViTForMaskedImageModeling":
         lines.insert(0, "A start for fine-tuning, a feature extractor, and a study object. It names nothing.")
         what = "fine detail is missing"
@@ -297,7 +350,25 @@ def _limits(about: Checkpoint, config: HiViTConfig) -> list[str]:
     return lines
 
 
-def _license_text(about: Checkpoint) -> str:
+def _classifier_limits(config: HiViTConfig) -> tuple[str, str]:
+    if config.problem_type == "regression":
+        return f"Predicts {config.num_labels} numbers, of whatever picture.", "Scores are numbers, not probabilities."
+    if config.problem_type == "multi_label_classification" or config.num_labels == 1:
+        return (
+            f"Scores each of {config.num_labels} classes by itself: several may be right, or none.",
+            "Scores are sigmoid outputs, not calibrated probabilities.",
+        )
+    return (
+        f"Names one of {config.num_labels} classes, and always one of them: it has no 'none of these'.",
+        "Scores are softmax outputs, not calibrated probabilities.",
+    )
+
+
+def _license_text(about: Checkpoint, trained_here: bool) -> str:
+    if trained_here and about.license == "unknown":
+        return "Whoever trained these weights states no licence for them."
+    if trained_here:
+        return f"The licence of the weights is {about.license}."
     if about.weights == "unpublished":
         return about.license_note
     if about.license == "unknown":

@@ -101,10 +101,9 @@ def _supervised_from_scratch(name: str, letter: str, top1: str, drop_path: float
             f"erasing 0.25, colour jitter 0.4, drop path {drop_path}, no gradient clipping."
         ),
         train_it=(
-            "Make the network with random weights and train it by this recipe, with `transformers.Trainer` or a "
-            "loop of your own:\n\n```python\nfrom hivit_hf import HiViTConfig, HiViTForImageClassification\n\n"
-            f'config = HiViTConfig.from_architecture("{name}", num_labels=1000, drop_path_rate={drop_path})\n'
-            "model = HiViTForImageClassification(config)\n```"
+            f"The same recipe is `examples/recipes/supervised_{name}_300ep.yaml`. In a checkout of the repository:\n\n"
+            "```bash\npython examples/finetune_classification.py --dataset_name ILSVRC/imagenet-1k \\\n"
+            f"    --recipe examples/recipes/supervised_{name}_300ep.yaml --output_dir runs/hivit-{name}\n```"
         ),
     )
 
@@ -126,7 +125,7 @@ CHECKPOINTS = {
             "Masked image modelling on ImageNet-1k, 1600 epochs, 40 of them warm-up, effective batch 4096, AdamW "
             "(0.9, 0.95), learning rate 1e-4 for each 256 pictures, cosine to 0, weight decay 0.05, 75 % of the units "
             "masked, random crops of 20 to 100 % of the picture and flips. The authors used 8 GPUs. The same recipe is "
-            "`examples/recipes/mae_base_1600ep.yaml`."
+            "`examples/recipes/mae_base_1600ep.yaml`, for `examples/pretrain_mim.py`."
         ),
         figures=(
             PaperFigure("ImageNet-1k, top-1 after 100 epochs of fine-tuning", "84.6 %"),
@@ -153,7 +152,8 @@ CHECKPOINTS = {
         training=(
             "From the 1600-epoch masked autoencoder: 100 epochs, 5 of them warm-up, effective batch 1024, AdamW "
             "(0.9, 0.999), learning rate 5e-4 for each 256 pictures, down to 1e-6, weight decay 0.05, layer decay "
-            "0.85, drop path 0.2, mixup 0.8, cutmix 1.0, label smoothing 0.1, RandAugment m9, random erasing 0.25."
+            "0.85, drop path 0.2, mixup 0.8, cutmix 1.0, label smoothing 0.1, RandAugment m9, random erasing 0.25. The "
+            "same recipe is `examples/recipes/finetune_base_100ep.yaml`, for `examples/finetune_classification.py`."
         ),
         figures=(PaperFigure("ImageNet-1k, top-1 at 224 px", "84.6 %"),),
         weights="original",

@@ -21,12 +21,13 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageOps
-from transformers import AutoModel, AutoModelForImageClassification, BitImageProcessor
+from transformers import AutoModel, AutoModelForImageClassification, BitImageProcessor, PreTrainedConfig
 
 
 MAX_MEGAPIXELS = 64
 MAX_SIDE_RATIO = 100  # a picture of 100,000x1 px would be resized to one of 256 x 25,600,000
 MAX_PICTURES = 32
+MAX_REQUEST_MEGAPIXELS = 256  # of all pictures of a request together
 
 
 class RequestError(ValueError):
@@ -99,6 +100,25 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def class_scores(logits: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
+    """
+    Scores of the classes as transformers' pipeline gives them: a probability of each class where several may be right,
+    the bare numbers of a regression, else probabilities that sum to one.
+
+    Args:
+        logits: (batch, num_labels).
+
+    Returns:
+        (batch, num_labels), float32.
+    """
+    logits = logits.float()
+    if config.problem_type == "regression":
+        return logits
+    if config.problem_type == "multi_label_classification" or config.num_labels == 1:
+        return logits.sigmoid()
+    return logits.softmax(dim=1)
+
+
 class EndpointHandler:
     """
     Loads a model once, and answers requests with it.
@@ -121,15 +141,15 @@ class EndpointHandler:
     def __call__(self, data: dict[str, Any]) -> list | dict:
         """The answer to a request, always of types that JSON knows. Never raises."""
         try:
-            pictures, is_batch, top_k = self._read_request(data)
-            answers = self._answer(pictures, top_k)
+            sources, is_batch, top_k = self._read_request(data)
+            answers = self._answer(self._read_pixels(sources), top_k)
         except RequestError as error:
             return {"error": str(error)}
         except Exception as error:  # a request must not end the endpoint, whatever was overlooked
             return {"error": f"The request could not be answered ({type(error).__name__}). Please report it."}
         return answers if is_batch else answers[0]
 
-    def _read_request(self, data: Any) -> tuple[list[Image.Image], bool, int | None]:
+    def _read_request(self, data: Any) -> tuple[list, bool, int | None]:
         if not isinstance(data, dict) or data.get("inputs") is None:
             raise RequestError('The request must be a JSON object with the picture under "inputs".')
         unknown = sorted(str(name) for name in set(data) - {"inputs", "parameters"})
@@ -140,7 +160,21 @@ class EndpointHandler:
         if is_batch and not 1 <= len(inputs) <= MAX_PICTURES:
             raise RequestError(f"A request holds 1 to {MAX_PICTURES} pictures, got {len(inputs)}.")
         top_k = self._read_top_k({} if parameters is None else parameters)
-        return [read_picture(source) for source in (inputs if is_batch else [inputs])], is_batch, top_k
+        return list(inputs) if is_batch else [inputs], is_batch, top_k
+
+    def _read_pixels(self, sources: list) -> torch.Tensor:
+        """Pixels (B, 3, H, W) of the pictures, read one by one: only one is held in its full size."""
+        pixels, megapixels = [], 0.0
+        for source in sources:
+            picture = read_picture(source)
+            megapixels += picture.width * picture.height / 1e6
+            if megapixels > MAX_REQUEST_MEGAPIXELS:
+                raise RequestError(
+                    f"The request is too large: its pictures have more than {MAX_REQUEST_MEGAPIXELS} megapixels in "
+                    "all. Send fewer at once, or smaller ones."
+                )
+            pixels.append(self.processor(picture, return_tensors="pt").pixel_values)
+        return torch.cat(pixels)
 
     def _read_top_k(self, parameters: Any) -> int | None:
         if not isinstance(parameters, dict):
@@ -160,12 +194,11 @@ class EndpointHandler:
         return min(top_k, num_labels)
 
     @torch.inference_mode()
-    def _answer(self, pictures: list[Image.Image], top_k: int | None) -> list:
-        inputs = self.processor(pictures, return_tensors="pt").to(self.device)
-        output = self.model(**inputs)
+    def _answer(self, pixel_values: torch.Tensor, top_k: int | None) -> list:
+        output = self.model(pixel_values.to(self.device))
         if not self.classifies:
             return [{"features": row.tolist()} for row in output.last_hidden_state.mean(dim=1).float()]
-        scores, labels = output.logits.float().softmax(dim=1).topk(top_k)
+        scores, labels = class_scores(output.logits, self.model.config).topk(top_k)
         names = self.model.config.id2label
         return [
             [{"label": names[label], "score": score} for label, score in zip(*row)]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import torch
 from PIL import Image
 from transformers import BitImageProcessor, pipeline
@@ -15,12 +16,18 @@ from transformers.utils import logging
 
 from . import modeling_hivit
 from .auto_registration import AUTO_MODELS
-from .cards import Folder, Sample, render_card
+from .cards import Folder, Sample, differences, render_card
 from .checkpoints import Checkpoint
+from .configuration_hivit import HiViTConfig
 from .folders import refuse_output, written_whole
 from .handler import RequestError, read_picture
-from .modeling_hivit import HiViTForImageClassification, HiViTForMaskedImageModeling, HiViTPreTrainedModel
-from .onnx_export import export_onnx
+from .modeling_hivit import (
+    HiViTBackbone,
+    HiViTForImageClassification,
+    HiViTForMaskedImageModeling,
+    HiViTPreTrainedModel,
+)
+from .onnx_export import check_exportable, export_onnx
 from .pictures import masked_picture, pixels_to_picture, side_by_side
 
 
@@ -35,7 +42,7 @@ REQUIREMENTS = ("torch>=2.11", "transformers>=5.17", "safetensors>=0.5", "huggin
 SAMPLE_SUFFIXES = (".jpg", ".jpeg", ".png")
 ONNX_FILES = {"classification": "model.onnx", "features": "model.onnx", "reconstruction": "reconstruction.onnx"}
 WRITTEN_FILES = ["README.md", "config.json", "model.safetensors", "preprocessor_config.json", "requirements.txt"]
-WRITTEN_FILES += ["conversion_report.json", "onnx/", "onnx/*.onnx", "samples/", *CODE_FILES]
+WRITTEN_FILES += ["conversion_report.json", "onnx/", "onnx/*.onnx", "samples/", "LICENSE", *CODE_FILES]
 WRITTEN_FILES += [f"samples/*{suffix}" for suffix in SAMPLE_SUFFIXES]
 MAX_SAMPLES = 24
 
@@ -108,9 +115,16 @@ def export(
         ValueError: for models, samples and folders that cannot be exported; before anything is written.
     """
     out_dir, samples = Path(out_dir), [Path(sample) for sample in samples]
+    if isinstance(model, HiViTBackbone):
+        raise ValueError(
+            "A HiViTBackbone has no card: export the model that it was made from, a HiViTModel for example."
+        )
     if not isinstance(model, HiViTPreTrainedModel) or type(model).__name__ not in AUTO_MODELS.values():
         raise ValueError(f"export writes HiViT models, got a {type(model).__name__}. Unwrap or merge it first.")
-    about = _about(model, about, out_dir, push_to_hub)
+    about = _about(model, about, out_dir, conversion_report, push_to_hub)
+    if onnx:
+        for task in _onnx_tasks(model):
+            check_exportable(model, task)
     refuse_output(out_dir, overwrite, samples, WRITTEN_FILES)
     pictures = _read_samples(samples)
     if image_processor is None:
@@ -123,7 +137,7 @@ def export(
     with written_whole(out_dir, overwrite, samples, WRITTEN_FILES) as folder:
         _save_model(model, folder)
         image_processor.save_pretrained(folder)
-        for name in CODE_FILES:
+        for name in (*CODE_FILES, "LICENSE"):
             shutil.copyfile(Path(__file__).parent / name, folder / name)
         (folder / "requirements.txt").write_text("\n".join(REQUIREMENTS) + "\n")
         if conversion_report is not None:
@@ -134,7 +148,8 @@ def export(
         found = _run_samples(model, image_processor, pictures, folder)
         (folder / "README.md").touch()  # it names itself
         found = replace(found, report=conversion_report, tree=tree(folder, out_dir.resolve().name))
-        (folder / "README.md").write_text(render_card(about, model.config, found, results_dir), encoding="utf-8")
+        card = render_card(about, model.config, found, results_dir, to_hub=push_to_hub)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     if push_to_hub:
         upload(out_dir, about.repo_id)
     return out_dir
@@ -148,12 +163,26 @@ def undescribed(model: HiViTPreTrainedModel, name: str) -> Checkpoint:
 
 
 def upload(folder: Path, repo_id: str):
-    """Uploads a folder to the Hub, into a private repository if there is none yet, and prints the commit."""
+    """
+    Uploads a folder to the Hub, into a private repository if there is none yet, and prints the commit. What an earlier
+    export has left there and this one has not is deleted; other files stay.
+
+    Raises:
+        ValueError: if the Hub cannot be reached, or refuses.
+    """
     from huggingface_hub import HfApi
 
-    api = HfApi()
-    api.create_repo(repo_id, private=True, exist_ok=True)
-    commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload HiViT")
+    api, written = HfApi(), [name for name in WRITTEN_FILES if not name.endswith("/")]
+    try:
+        api.create_repo(repo_id, private=True, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo_id, folder_path=folder, commit_message="Upload HiViT", delete_patterns=written
+        )
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        raise ValueError(
+            f"{folder} was written, but not uploaded to {repo_id}: {_first_line(error)} Log in with `hf auth login`, "
+            "check the network, and upload it again."
+        ) from error
     print(f"uploaded: {commit.commit_url}")
 
 
@@ -171,16 +200,42 @@ def load_folder(folder: Path) -> HiViTPreTrainedModel:
     if name not in AUTO_MODELS.values():
         raise ValueError(f"{folder} holds a {name}, which is no HiViT: choose one of {sorted(AUTO_MODELS.values())}.")
     arguments = {"add_pooling_layer": False} if name == "HiViTModel" else {}
+    return load_model(getattr(modeling_hivit, name), folder, **arguments)
+
+
+def load_model(model_class: type[HiViTPreTrainedModel], source: str | Path, **arguments) -> HiViTPreTrainedModel:
+    """
+    `from_pretrained`, which also refuses weights that are not those of the class instead of drawing what is missing.
+
+    Raises:
+        ValueError: if it cannot be loaded, or weights are missing.
+    """
     try:
-        return getattr(modeling_hivit, name).from_pretrained(folder, **arguments)
-    except OSError as error:
-        raise ValueError(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
+        model, found = model_class.from_pretrained(source, output_loading_info=True, **arguments)
+    except Exception as error:  # readers of damaged files raise whatever they stumble over
+        raise ValueError(f"{source} cannot be loaded: {_first_line(error)}") from error
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"{source} is no whole {model_class.__name__}: its weights lack {', '.join(missing[:3])}"
+            f"{' and others' if len(missing) > 3 else ''}. Give a folder of that class."
+        )
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[:2]) if lines and lines[0].endswith(":") else (lines or [type(error).__name__])[0]
+    return text if text.endswith(".") else f"{text}."
 
 
 def load_processor(folder: Path, model: HiViTPreTrainedModel) -> BitImageProcessor:
     """The image processor in a folder; where there is none, the published one of the model's size, and a warning."""
     if (folder / "preprocessor_config.json").exists():
-        return BitImageProcessor.from_pretrained(folder)
+        try:
+            return BitImageProcessor.from_pretrained(folder)
+        except Exception as error:  # as above
+            raise ValueError(f"{folder}/preprocessor_config.json cannot be used: {_first_line(error)}") from error
     height, width = (length * model.config.patch_size for length in model.config.grid_size)
     if height != width:
         raise ValueError(f"{folder} has no preprocessor_config.json, which {height}x{width} px need: write one.")
@@ -206,15 +261,49 @@ def _size(num_bytes: int) -> str:
     return f"{num_bytes / 1e3:.0f} kB" if num_bytes < 1e6 else f"{num_bytes / 1e6:.1f} MB"
 
 
-def _about(model: HiViTPreTrainedModel, about: Checkpoint | None, out_dir: Path, push_to_hub: bool) -> Checkpoint:
+def _about(
+    model: HiViTPreTrainedModel,
+    about: Checkpoint | None,
+    out_dir: Path,
+    conversion_report: dict | None,
+    push_to_hub: bool,
+) -> Checkpoint:
     model_class = type(model).__name__
     if about is None:
         about = undescribed(model, out_dir.resolve().name)
     if about.model_class != model_class:
         raise ValueError(f"The card is of a {about.model_class}, but the model is a {model_class}.")
+    if about.arguments:
+        other = differences(model_class, model.config, HiViTConfig(**about.arguments))
+        if other:
+            raise ValueError(
+                f"The card is of {about.title}, but the model is another network, as it differs in {', '.join(other)}: "
+                "describe it yourself."
+            )
+    if about.weights == "original" and conversion_report is None:
+        raise ValueError(
+            f"The card of {about.title} is of converted weights, but there is no conversion report that proves them: "
+            "convert the checkpoint with conversion/convert.py, or describe the model yourself."
+        )
+    if conversion_report is not None:
+        _check_report(conversion_report)
     if push_to_hub and about.repo_id.count("/") != 1:
         raise ValueError(f"To upload, repo_id must be OWNER/NAME, got {about.repo_id!r}.")
     return about
+
+
+def _check_report(report: dict):
+    """ValueError for what is no report of `conversion/convert.py`."""
+    try:
+        source, proof = report["source"], report["proof"]
+        known = all(isinstance(source[name], str) for name in ("file", "sha256", "title"))
+        counts = source["size_bytes"], proof["equal"], proof["compared"]
+        known = known and all(isinstance(count, int) for count in counts)
+        known = known and isinstance(proof["largest_difference"], (int, float))
+    except (KeyError, TypeError, IndexError):
+        known = False
+    if not known:
+        raise ValueError("The conversion report is not one of conversion/convert.py: convert again, or leave it out.")
 
 
 def _read_samples(samples: Sequence[Path]) -> dict[str, tuple[Path, Image.Image]]:
@@ -225,10 +314,11 @@ def _read_samples(samples: Sequence[Path]) -> dict[str, tuple[Path, Image.Image]
     for path in samples:
         if path.suffix.lower() not in SAMPLE_SUFFIXES:
             raise ValueError(f"Samples are {', '.join(SAMPLE_SUFFIXES)} files, got {path}.")
-        if path.name in pictures:
-            raise ValueError(f"Two samples are named {path.name}: rename one.")
+        name = path.stem + path.suffix.lower()
+        if name in pictures:
+            raise ValueError(f"Two samples are named {name}: rename one.")
         try:
-            pictures[path.name] = path, read_picture(path.read_bytes())
+            pictures[name] = path, read_picture(path.read_bytes())
         except (RequestError, OSError) as error:
             raise ValueError(f"The sample {path} cannot be read: {error}") from error
     return pictures
@@ -285,9 +375,15 @@ def _run_samples(
         seen = pixels_to_picture(pixel_values[0], processor)
         row = [seen, masked_picture(seen, mask[0], model.config.grid_size)]
         row.append(pixels_to_picture(reconstruction[0], processor))
-        paths.append(f"samples/{Path(name).stem}_reconstructed.png")
+        paths.append(_unused(f"samples/{Path(name).stem}_reconstructed", folder))
         side_by_side([_visible_size(part) for part in row]).save(folder / paths[-1])
     return Folder(reconstructions=paths)
+
+
+def _unused(stem: str, folder: Path) -> str:
+    """A PNG file's name that no sample has."""
+    names = (f"{stem}{number}.png" for number in ("", *(f"_{n}" for n in range(2, 3 + 2 * MAX_SAMPLES))))
+    return next(name for name in names if not (folder / name).exists())
 
 
 def _visible_size(picture: Image.Image) -> Image.Image:

@@ -95,18 +95,8 @@ def export_onnx(
         ValueError: if the model cannot do this, a package is missing, or onnxruntime differs by more than `TOLERANCE`;
             no file is left then.
     """
-    if task not in tasks_of(model):
-        raise ValueError(f"A {type(model).__name__} cannot be exported for {task!r}: it does {tasks_of(model)}.")
-    if dynamic_size and task == "reconstruction":
-        raise ValueError("A reconstruction has a fixed size, as the number of visible units follows from it.")
-    if opset not in OPSETS:
-        raise ValueError(f"opset must be from {OPSETS[0]} to {OPSETS[-1]}, got {opset}. Leave it out.")
-    try:
-        import onnx
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"ONNX needs {error.name}: pip install 'hivit-hf[onnx]'.") from error
+    check_exportable(model, task, dynamic_size, opset)
+    import onnx
 
     with _exportable(model):
         wrapper = _WRAPPERS[task](model).eval()
@@ -140,6 +130,24 @@ def export_onnx(
         Path(path).unlink()
         raise ValueError(f"onnxruntime differs from PyTorch by {difference:.1e} in {task}, more than {TOLERANCE:g}.")
     return difference
+
+
+def check_exportable(model: HiViTPreTrainedModel, task: str, dynamic_size: bool = False, opset: int = OPSET):
+    """ValueError if `export_onnx` would refuse these arguments."""
+    if task not in tasks_of(model):
+        raise ValueError(f"A {type(model).__name__} cannot be exported for {task!r}: it does {tasks_of(model)}.")
+    if dynamic_size and task == "reconstruction":
+        raise ValueError("A reconstruction has a fixed size, as the number of visible units follows from it.")
+    if opset not in OPSETS:
+        raise ValueError(f"opset must be from {OPSETS[0]} to {OPSETS[-1]}, got {opset}. Leave it out.")
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"ONNX needs {error.name}: pip install 'hivit-hf[onnx]'.") from error
+    if {(parameter.dtype, parameter.device.type) for parameter in model.parameters()} != {(torch.float32, "cpu")}:
+        raise ValueError("ONNX files are made of float32 models on the CPU: call model.float().cpu() first.")
 
 
 @torch.no_grad()
@@ -255,8 +263,6 @@ def _example(model: HiViTPreTrainedModel, task: str, batch_size: int, grid: tupl
 @contextlib.contextmanager
 def _exportable(model: HiViTPreTrainedModel) -> Iterator[None]:
     """The model in evaluation mode, in float32 on the CPU, with attention written out, and afterwards as it was."""
-    if {(parameter.dtype, parameter.device.type) for parameter in model.parameters()} != {(torch.float32, "cpu")}:
-        raise ValueError("ONNX files are made of float32 models on the CPU: call model.float().cpu() first.")
     training, attention = model.training, model.config._attn_implementation
     model.eval().set_attn_implementation("eager")
     try:
