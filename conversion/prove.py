@@ -122,7 +122,8 @@ def dense(model: HiViTModel, recorded: dict[str, torch.Tensor], variants: dict[s
     original's rule, which is not ours. Windows are filled up with zero tokens, as there.
     """
     for variant, how in variants.items():
-        if how["with_fpn"] or "padded" in variant or how["out_indices"][0] != "H":
+        levels = how.get("out_indices", ["H"])  # the segmentation code takes 'H' without being told
+        if how["with_fpn"] or "padded" in variant or levels[0] != "H":
             continue
         images = recorded[f"in.{how['image']}"]
         changes = {}

@@ -631,7 +631,9 @@ def test_accelerate_files():
         "eight_gpus": 8,
         "two_nodes": 16,
         "fsdp2": 8,
+        "deepspeed": 8,
     }
+    assert kinds["deepspeed"].deepspeed_config["zero_stage"] in (1, 2)
     assert kinds["fsdp2"].fsdp_config["fsdp_version"] == 2
     assert kinds["two_nodes"].num_machines == 2
 
