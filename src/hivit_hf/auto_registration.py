@@ -23,21 +23,26 @@ AUTO_MODELS = {
 
 def _register_config(auto):
     from .configuration_hivit import HiViTConfig
+    from .configuration_pyramid import HiViTPyramidConfig
 
-    auto.AutoConfig.register(HiViTConfig.model_type, HiViTConfig, exist_ok=True)
+    for config_class in (HiViTConfig, HiViTPyramidConfig):
+        auto.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
 
 
 def _register_models(_module):
-    """Runs when transformers' modeling_auto and our modeling_hivit are both there: the latter imports the former."""
-    if getattr(getattr(sys.modules.get(_NETWORK), "__spec__", None), "_initializing", False):
+    """Runs when transformers' modeling_auto and our networks are all there: the latter import the former."""
+    if any(getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False) for name in _NETWORKS):
         return
     import transformers.models.auto.modeling_auto as auto
 
     from . import modeling_hivit as hivit
     from .configuration_hivit import HiViTConfig
+    from .configuration_pyramid import HiViTPyramidConfig
+    from .modeling_pyramid import HiViTPyramid
 
     for auto_class, model_class in AUTO_MODELS.items():
         getattr(auto, auto_class).register(HiViTConfig, getattr(hivit, model_class), exist_ok=True)
+    auto.AutoBackbone.register(HiViTPyramidConfig, HiViTPyramid, exist_ok=True)
 
 
 def _register_image_processor(auto):
@@ -48,9 +53,9 @@ def _register_image_processor(auto):
     auto.AutoImageProcessor.register(HiViTConfig, BitImageProcessor, exist_ok=True)
 
 
-_NETWORK = f"{__package__}.modeling_hivit"
+_NETWORKS = (f"{__package__}.modeling_hivit", f"{__package__}.modeling_pyramid")
 _REGISTRATIONS = {
-    _NETWORK: _register_models,
+    **dict.fromkeys(_NETWORKS, _register_models),
     "transformers.models.auto.configuration_auto": _register_config,
     "transformers.models.auto.modeling_auto": _register_models,
     "transformers.models.auto.image_processing_auto": _register_image_processor,

@@ -869,10 +869,7 @@ class HiViTBackbone(BackboneMixin, HiViTPreTrainedModel):
         Raises:
             ValueError: for images of other shapes, and for masks: a map needs all units.
         """
-        grid = self.hivit.check_pixel_values(pixel_values)
-        if kwargs.get("bool_masked_pos") is not None:
-            raise ValueError("HiViTBackbone got bool_masked_pos, but a map needs all units: use HiViTModel to mask.")
-        encoded = self.hivit(pixel_values, output_stage_hidden_states=True, return_dict=True, **kwargs)
+        grid, encoded = self._encode(pixel_values, **kwargs)
         maps = [
             self._units_to_map(tokens, grid)
             for name, tokens in zip(self.stage_names, encoded.stage_hidden_states)
@@ -881,6 +878,15 @@ class HiViTBackbone(BackboneMixin, HiViTPreTrainedModel):
         return BackboneOutput(
             feature_maps=tuple(maps), hidden_states=encoded.hidden_states, attentions=encoded.attentions
         )
+
+    def _encode(
+        self, pixel_values: torch.Tensor | None, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple[tuple[int, int], HiViTModelOutput]:
+        """The grid of units, and the encoder's output with all stages."""
+        grid = self.hivit.check_pixel_values(pixel_values)
+        if kwargs.get("bool_masked_pos") is not None:
+            raise ValueError("HiViTBackbone got bool_masked_pos, but a map needs all units: use HiViTModel to mask.")
+        return grid, self.hivit(pixel_values, output_stage_hidden_states=True, return_dict=True, **kwargs)
 
     @staticmethod
     def _units_to_map(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:

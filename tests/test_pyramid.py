@@ -1,0 +1,134 @@
+"""The pyramid that segmenters and detectors read: equal to the stages, known to transformers, loaded from anything."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    Mask2FormerConfig,
+    Mask2FormerForUniversalSegmentation,
+    MaskFormerConfig,
+    MaskFormerForInstanceSegmentation,
+)
+
+from hivit_hf import (
+    HiViTBackbone,
+    HiViTForImageClassification,
+    HiViTForMaskedImageModeling,
+    HiViTPyramid,
+    HiViTPyramidConfig,
+)
+
+
+LEVELS = ["stage1", "stage2", "stage3", "stage4"]
+
+
+def pyramid_config(config, **changes) -> HiViTPyramidConfig:
+    return HiViTPyramidConfig.from_hivit(config, **changes)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (48, 80)])  # an even and an odd grid
+def test_levels_are_the_normalised_stages_and_the_last_is_max_pooled(tiny_config, redraw, size):
+    config = tiny_config(out_features=LEVELS[:3])
+    pyramid = redraw(HiViTPyramid(pyramid_config(config))).eval()
+    backbone = HiViTBackbone(config).eval()
+    backbone.hivit.load_state_dict(pyramid.hivit.state_dict())
+    pixel_values = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        stages, levels = backbone(pixel_values).feature_maps, pyramid(pixel_values).feature_maps
+    assert pyramid.channels == [8, 16, 32, 32] == [level.shape[1] for level in levels]
+    assert [level.shape[2] for level in levels] == [size[0] // 4, size[0] // 8, size[0] // 16, -(-size[0] // 32)]
+    last = stages[2]
+    rows, columns = levels[3].shape[2:]
+    pooled = torch.stack(
+        [
+            torch.stack([last[:, :, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2].amax(dim=(2, 3)) for x in range(columns)], -1)
+            for y in range(rows)
+        ],
+        dim=-2,
+    )
+    for name, stage, level in zip(LEVELS, [*stages, pooled], levels):
+        norm = pyramid.norms[name]
+        mean, variance = stage.mean(1, keepdim=True), stage.var(1, keepdim=True, unbiased=False)
+        expected = (stage - mean) / (variance + 1e-6).sqrt() * norm.weight[:, None, None] + norm.bias[:, None, None]
+        assert_close(level, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [HiViTForMaskedImageModeling, HiViTForImageClassification, HiViTBackbone])
+def test_any_checkpoint_loads_and_only_the_norms_are_new(tiny_config, redraw, kind, tmp_path):
+    redraw(kind(tiny_config())).save_pretrained(tmp_path / "start")
+    config = pyramid_config(AutoConfig.from_pretrained(tmp_path / "start"), drop_path_rate=0.1)
+    pyramid, loading = HiViTPyramid.from_pretrained(tmp_path / "start", config=config, output_loading_info=True)
+    assert set(loading["missing_keys"]) == {f"norms.{name}.{part}" for name in LEVELS for part in ("weight", "bias")}
+    assert not loading["unexpected_keys"] and pyramid.config.drop_path_rate == 0.1
+    assert pyramid.config.image_size == 64 and pyramid.config.problem_type is None
+    pyramid.save_pretrained(tmp_path / "pyramid")
+    again = HiViTPyramid.from_pretrained(tmp_path / "pyramid")
+    assert AutoConfig.from_pretrained(tmp_path / "pyramid").out_features == LEVELS
+    for (name, one), (_, other) in zip(pyramid.named_parameters(), again.named_parameters()):
+        assert torch.equal(one, other), name
+
+
+def test_some_levels_only(tiny_config):
+    config = pyramid_config(tiny_config(), out_features=["stage2", "stage4"])
+    pyramid = AutoBackbone.from_config(config)
+    assert isinstance(pyramid, HiViTPyramid) and pyramid.channels == [16, 32]
+    maps = pyramid(torch.randn(1, 3, 64, 32)).feature_maps
+    assert [tuple(level.shape[1:]) for level in maps] == [(16, 8, 4), (32, 2, 1)]
+    maps[0].sum().backward()
+    maps = pyramid(torch.randn(1, 3, 64, 32)).feature_maps
+    sum(level.square().mean() for level in maps).backward()
+    assert all(parameter.grad is not None for parameter in pyramid.parameters())  # none unused
+    with pytest.raises(ValueError, match="multiples of patch_size 16"):
+        pyramid(torch.randn(1, 3, 64, 40))
+    with pytest.raises(ValueError, match="needs all units"):
+        pyramid(torch.randn(1, 3, 64, 64), bool_masked_pos=torch.zeros(1, 16, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("first", ["import hivit_hf", "from hivit_hf import HiViTPyramid", "import transformers"])
+def test_auto_backbone_knows_it_whatever_is_imported_first(first):
+    code = f"""{first}
+import hivit_hf, sys
+from transformers import AutoBackbone, AutoModel
+config = hivit_hf.HiViTPyramidConfig(hidden_size=32, depths=[1, 1, 1], num_attention_heads=4, image_size=32)
+print(type(AutoBackbone.from_config(config)).__name__)
+print(type(AutoModel.from_config(hivit_hf.HiViTConfig(hidden_size=32, num_attention_heads=4))).__name__)"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert ran.stdout.split() == ["HiViTPyramid", "HiViTModel"], ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("config_class", "model_class"),
+    [
+        (MaskFormerConfig, MaskFormerForInstanceSegmentation),
+        (Mask2FormerConfig, Mask2FormerForUniversalSegmentation),
+    ],
+)
+def test_mask_classifiers_load_and_take_a_step(tiny_config, config_class, model_class, tmp_path):
+    small = {"num_labels": 3, "backbone_config": pyramid_config(tiny_config())}
+    if config_class is MaskFormerConfig:
+        decoder = {"model_type": "detr", "d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 2}
+        decoder |= {"encoder_layers": 1, "encoder_attention_heads": 2, "num_queries": 5, "decoder_ffn_dim": 32}
+        small |= {"fpn_feature_size": 32, "mask_feature_size": 32, "decoder_config": decoder}
+    else:
+        small |= {"hidden_dim": 32, "feature_size": 32, "mask_feature_size": 32, "encoder_feedforward_dim": 32}
+        small |= {"decoder_layers": 2, "encoder_layers": 1, "num_attention_heads": 2, "num_queries": 5}
+        small |= {"dim_feedforward": 32, "train_num_points": 64}
+    model = model_class(config_class(**small))
+    model.save_pretrained(tmp_path)
+    model = model_class.from_pretrained(tmp_path)
+    encoder = next(module for module in model.modules() if isinstance(module, HiViTPyramid))
+    masks = torch.zeros(2, 64, 64)
+    masks[0, :32], masks[1, 32:] = 1, 1
+    batch = {"pixel_values": torch.randn(1, 3, 64, 64), "mask_labels": [masks], "class_labels": [torch.tensor([0, 2])]}
+    before = encoder.hivit.stages[0].layers[0].mlp.fc1.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss = model(**batch).loss
+    loss.sum().backward()
+    optimizer.step()
+    assert torch.isfinite(loss).all()
+    assert not torch.equal(before, encoder.hivit.stages[0].layers[0].mlp.fc1.weight)
