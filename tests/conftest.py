@@ -29,6 +29,22 @@ def deterministic():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def demo_pretrained(tmp_path_factory):
+    """The folder with the weights that `make demo` pre-trains, for the tests that learn from them."""
+    from digits import experiment
+    from digits.data import DigitPixels, digits_dataset, digits_processor
+
+    folder, processor = tmp_path_factory.mktemp("demo") / "pretrained", digits_processor()
+    train = DigitPixels.from_dataset(digits_dataset()["train"], processor)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the demonstration does: a second one stalls on busy machines
+    experiment.pretrain_digits(train, experiment.DemoSettings(), folder)
+    torch.set_num_threads(threads)
+    processor.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def tiny_config():
     """A function that makes the configuration of a network small enough for the oracle."""

@@ -3,6 +3,8 @@
 
 import json
 import math
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import datasets
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Dataset
@@ -27,6 +31,7 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
 from ..hub import evaluation_processor
 from ..modeling_hivit import HiViTForImageClassification
@@ -48,6 +53,7 @@ from .labelled import (
 )
 from .metrics import metrics_of
 from .optim import cosine_learning_rate, layer_table, layerwise_parameter_groups, parameter_groups
+from .recipe import Recipe, parse_recipe
 
 
 AVERAGE = "average.safetensors"  # beside the weights of a checkpoint, if a moving average is kept
@@ -195,6 +201,11 @@ class FinetuneRun:
         train, evaluation = train_and_eval(
             splits, recipe.train_split, recipe.eval_split, recipe.eval_fraction, recipe.seed
         )
+        self._build(train, evaluation)
+
+    def _build(self, train, evaluation):
+        """Everything that depends on what is learnt."""
+        recipe = self.recipe
         column = picture_column(train, recipe.image_column)
         picture_column(evaluation, column)
         self.labels = find_labels(train, recipe.problem_type, recipe.label_column, recipe.label_names)
@@ -202,7 +213,7 @@ class FinetuneRun:
         check_same_labels(train, evaluation, self.labels, targets)
         self.start = _start(recipe, self.labels)
         for note in self.start.notes:
-            say(note)
+            self.say(note)
         self.model = self.start.model
         self.config = self.model.config
         self._make_pictures(train, evaluation, targets, column)
@@ -278,8 +289,8 @@ class FinetuneRun:
         checkpoint = self._checkpoint()
         for pictures in (self.train_pictures, self.eval_pictures):
             check_pictures(pictures, self.recipe.check_images)
-        if self.recipe.gradient_checkpointing:  # the argument of `Trainer` changes its name between versions
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if self.recipe.gradient_checkpointing:
+            self._enable_gradient_checkpointing()
         trainer = self._trainer(args)
         if self.recipe.ema_decay is not None:
             trainer.start_average(checkpoint)
@@ -289,53 +300,25 @@ class FinetuneRun:
         trainer.keep_average()
         vars(self.config).pop("use_cache", None)  # Trainer sets it, and it would be saved; HiViT has no cache
         metrics = trainer.evaluate()
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
+        self._report(trainer, metrics)
         self._save(trainer)
         trainer.accelerator.wait_for_everyone()  # a process that leaves first may take the others with it
         trainer.accelerator.end_training()
         return {name.removeprefix("eval_"): value for name, value in metrics.items()}
 
+    def _report(self, trainer: ClassifierTrainer, metrics: dict[str, float]):
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+
+    def _enable_gradient_checkpointing(self):
+        # the argument of `Trainer` changes its name between versions
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
     def _training_arguments(self) -> TrainingArguments:
         recipe = self.recipe
         _, best, greater = metrics_of(recipe.problem_type, self.labels.names)
-        strategy = "epoch" if recipe.evaluate_every_steps is None else "steps"
-        early = recipe.early_stopping_patience is not None
-        return TrainingArguments(
-            output_dir=recipe.output_dir,
-            num_train_epochs=recipe.epochs,
-            max_steps=recipe.max_steps or -1,
-            per_device_train_batch_size=recipe.batch_size,
-            per_device_eval_batch_size=recipe.eval_batch_size,
-            max_grad_norm=recipe.clip_norm or 0.0,
-            eval_strategy=strategy,
-            save_strategy=strategy,
-            eval_steps=recipe.evaluate_every_steps,
-            save_steps=recipe.evaluate_every_steps or 500,
-            save_total_limit=recipe.keep_last,
-            load_best_model_at_end=early,
-            metric_for_best_model=best,
-            greater_is_better=greater,
-            logging_steps=recipe.log_every_steps,
-            logging_first_step=True,
-            logging_nan_inf_filter=False,  # it would hide a loss that is not finite
-            report_to=recipe.tracker,
-            bf16=recipe.mixed_precision == "bf16",
-            fp16=recipe.mixed_precision == "fp16",
-            torch_compile=recipe.compile,
-            dataloader_num_workers=recipe.num_workers,
-            dataloader_pin_memory=torch.accelerator.is_available(),
-            use_cpu=not torch.accelerator.is_available(),  # without it, no bfloat16 there
-            remove_unused_columns=False,
-            label_names=["labels"],
-            restore_callback_states_from_checkpoint=True,
-            push_to_hub=recipe.push_to_hub,
-            hub_model_id=recipe.hub_model_id,
-            hub_private_repo=recipe.hub_private_repo or None,
-            hub_strategy="end",
-            seed=recipe.seed,
-            data_seed=recipe.seed,
-        )
+        length = {"num_train_epochs": recipe.epochs, "max_steps": recipe.max_steps or -1}
+        return training_arguments(recipe, best, greater, **length)
 
     def _trainer(self, args: TrainingArguments) -> ClassifierTrainer:
         recipe = self.recipe
@@ -410,6 +393,93 @@ class FinetuneRun:
         if recipe.push_to_hub:
             named = None if Path(recipe.dataset_name).exists() else recipe.dataset_name  # no path of this machine
             trainer.push_to_hub(dataset=named, tags=["image-classification", "hivit"])
+
+
+def training_arguments(recipe: Recipe, best: str, greater_is_better: bool, **length: float) -> TrainingArguments:
+    """
+    What `Trainer` wants to know, from a recipe.
+
+    Args:
+        recipe: of a fine-tuning of any kind.
+        best: the metric that the best model is chosen by, if training stops early.
+        greater_is_better: whether it grows.
+        length: `num_train_epochs` or `max_steps`.
+    """
+    strategy = "epoch" if recipe.evaluate_every_steps is None else "steps"
+    early = recipe.early_stopping_patience is not None
+    return TrainingArguments(
+        output_dir=recipe.output_dir,
+        per_device_train_batch_size=recipe.batch_size,
+        per_device_eval_batch_size=recipe.eval_batch_size,
+        max_grad_norm=recipe.clip_norm or 0.0,
+        eval_strategy=strategy,
+        save_strategy=strategy,
+        eval_steps=recipe.evaluate_every_steps,
+        save_steps=recipe.evaluate_every_steps or 500,
+        save_total_limit=recipe.keep_last,
+        load_best_model_at_end=early,
+        metric_for_best_model=best,
+        greater_is_better=greater_is_better,
+        logging_steps=recipe.log_every_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # it would hide a loss that is not finite
+        report_to=recipe.tracker,
+        bf16=recipe.mixed_precision == "bf16",
+        fp16=recipe.mixed_precision == "fp16",
+        torch_compile=recipe.compile,
+        dataloader_num_workers=recipe.num_workers,
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        use_cpu=not torch.accelerator.is_available(),  # without it, no bfloat16 there
+        remove_unused_columns=False,
+        label_names=["labels"],
+        restore_callback_states_from_checkpoint=True,
+        push_to_hub=recipe.push_to_hub,
+        hub_model_id=recipe.hub_model_id,
+        hub_private_repo=recipe.hub_private_repo or None,
+        hub_strategy="end",
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        **length,
+    )
+
+
+def run_recipe(recipe_class: type[Recipe], run_class: type, description: str, argv: list[str] | None = None) -> int:
+    """
+    What an example does: parses its command line into a recipe, makes the run, and trains.
+
+    Args:
+        recipe_class: of the recipe.
+        run_class: `FinetuneRun`, or one like it.
+        description: for `--help`.
+        argv: the command line, that of the process if not given.
+
+    Returns:
+        The exit code: 0, or 2 after a sentence about what does not fit.
+    """
+    recipe = parse_recipe(recipe_class, description, argv)
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    state = PartialState(cpu=not torch.accelerator.is_available())  # else each process on CPUs would train alone
+    try:
+        run = run_class(recipe, say=state.print)
+        if recipe.show_layer_table:
+            state.print(run.layer_table())
+            return 0
+        state.print(f"processes: {state.num_processes}, parameters: {run.model.num_parameters():,}")
+        run.train()
+    except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
+        # an error of a loader's worker comes with its traceback; the last line is what happened
+        sentence = (
+            (str(error).strip() or type(error).__name__)
+            .splitlines()[-1]
+            .removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
+        )
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
+        if state.num_processes > 1:
+            os._exit(2)  # the others may wait for this process in a collective; the launcher stops them
+        return 2
+    return 0
 
 
 class _FiniteLoss(TrainerCallback):

@@ -370,6 +370,10 @@ class LabelledPictures(torch.utils.data.Dataset):
                 f"Picture {row} of {self.name}{named} cannot be read, {error}: repair it or leave it out."
             ) from error
 
+    def check(self, row: int):
+        """Raises ValueError, which names the row, if it cannot be learnt from."""
+        self.picture(row)
+
     def __getitem__(self, row: int) -> dict:
         picture = self.picture(row)
         item = {} if self.targets is None else {"labels": self.targets[row]}
@@ -406,8 +410,8 @@ def check_pictures(pictures: LabelledPictures, limit: int):
     bad = []
     for row in tqdm(rows, desc=f"checking {pictures.name}", unit="picture", delay=2):
         try:
-            pictures.picture(row)
-        except UnreadablePictureError as error:
+            pictures.check(row)
+        except ValueError as error:
             bad.append(str(error))
     if bad:
         more = f" {len(bad) - 1} more of {len(rows)} are bad too." if len(bad) > 1 else ""

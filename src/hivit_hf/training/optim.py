@@ -3,6 +3,7 @@
 
 import math
 import re
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -156,13 +157,7 @@ def cosine_learning_rate(
     Raises:
         ValueError: if the warm-up or the step is not within the training, or `minimum` or `start` exceeds `base`.
     """
-    if not 0 <= warmup_steps < total_steps:
-        raise ValueError(
-            f"warmup_steps must be at least 0 and less than total_steps {total_steps}, got {warmup_steps}. "
-            "Train longer or warm up for fewer steps."
-        )
-    if not 0 <= step <= total_steps:
-        raise ValueError(f"step must be between 0 and total_steps {total_steps}, got {step}.")
+    _check_step(step, total_steps, warmup_steps)
     for name, value in (("minimum", minimum), ("start", start)):
         if not 0 <= value <= base:
             raise ValueError(f"{name} must be between 0 and base {base}, got {value}.")
@@ -170,3 +165,48 @@ def cosine_learning_rate(
         return start + (base - start) * step / warmup_steps
     progress = (step - warmup_steps) / (total_steps - warmup_steps)
     return minimum + (base - minimum) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def poly_learning_rate(step: int | float, total_steps: int, warmup_steps: int, base: float, power: float) -> float:
+    """
+    The learning rate of one step, as the published segmenters were trained: it falls to zero as a power of what is left
+    of the training, from the first step on, and is scaled up linearly in the warm-up.
+
+    Args:
+        step: steps taken before this one.
+        total_steps: steps of the whole training, warm-up included.
+        warmup_steps: steps of the warm-up; 0 for none.
+        base: the highest learning rate.
+        power: 1 for a straight line.
+
+    Raises:
+        ValueError: if the warm-up or the step is not within the training.
+    """
+    _check_step(step, total_steps, warmup_steps)
+    rate = base * (1 - step / total_steps) ** power
+    return rate * step / warmup_steps if step < warmup_steps else rate
+
+
+def _check_step(step: int | float, total_steps: int, warmup_steps: int | float):
+    if not 0 <= warmup_steps < total_steps:
+        raise ValueError(
+            f"warmup_steps must be at least 0 and less than total_steps {total_steps}, got {warmup_steps}. "
+            "Train longer or warm up for fewer steps."
+        )
+    if not 0 <= step <= total_steps:
+        raise ValueError(f"step must be between 0 and total_steps {total_steps}, got {step}.")
+
+
+def stepped_learning_rate(step: int, warmup_steps: int, milestones: Sequence[int], factor: float, base: float) -> float:
+    """
+    The learning rate of one step of the published detectors: linear in the warm-up, then lower after each milestone.
+
+    Args:
+        step: steps taken before this one; the first of a warm-up of n has 1/n of the rate.
+        warmup_steps: steps of the warm-up; 0 for none.
+        milestones: steps after which the rate falls.
+        factor: what it falls to each time, of what it was.
+        base: the highest learning rate.
+    """
+    rate = base * factor ** sum(step >= milestone for milestone in milestones)
+    return rate * min(1.0, (step + 1) / warmup_steps) if warmup_steps else rate

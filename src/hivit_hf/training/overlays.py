@@ -1,0 +1,97 @@
+# Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""Class maps as people look at them: coloured, over the picture, beside the truth."""
+
+import colorsys
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image as PILImage
+from PIL import ImageDraw, ImageFont
+
+from .class_maps import IGNORED
+
+
+_GAP_PX = 6
+_GOLDEN_ANGLE = 0.618034  # of a turn: hues that follow each other are far apart
+
+
+def palette(num_classes: int) -> np.ndarray:
+    """A colour for each class: (num_classes, 3), uint8."""
+    colours = [
+        colorsys.hsv_to_rgb(number * _GOLDEN_ANGLE % 1, (0.9, 0.55)[number // 12 % 2], (1.0, 0.75)[number // 24 % 2])
+        for number in range(num_classes)
+    ]
+    return np.round(np.array(colours) * 255).astype(np.uint8)
+
+
+def overlay(picture: PILImage.Image, class_map: np.ndarray, colours: np.ndarray, opacity: float = 0.6):
+    """
+    A picture with its class map laid over it; what is not labelled stays as it is.
+
+    Args:
+        picture: any mode.
+        class_map: (H, W), class numbers and `IGNORED`.
+        colours: (classes, 3), uint8.
+        opacity: of the colours.
+    """
+    pixels = np.asarray(picture.convert("RGB")).astype(np.float64)
+    labelled = class_map != IGNORED
+    pixels[labelled] = (1 - opacity) * pixels[labelled] + opacity * colours[class_map[labelled]]
+    return PILImage.fromarray(np.round(pixels).astype(np.uint8))
+
+
+def overlay_sheet(
+    samples: Sequence[tuple[PILImage.Image, np.ndarray, np.ndarray]], names: Sequence[str], tile_px: int = 256
+) -> PILImage.Image:
+    """
+    One row per sample, with the picture, the truth and the prediction, and below the colours of what occurs.
+
+    Args:
+        samples: pictures with their true and predicted class maps, (H, W) each.
+        names: of the classes.
+        tile_px: longer side of each picture.
+    """
+    colours, font = palette(len(names)), ImageFont.load_default(14)
+    titles, line = ("picture", "truth", "prediction"), 20
+    occurring = np.unique(np.concatenate([np.concatenate([t.ravel(), p.ravel()]) for _, t, p in samples]))
+    occurring = [int(number) for number in occurring if number != IGNORED]
+    rows = [
+        [_tile(image, tile_px) for image in (picture, *(overlay(picture, m, colours) for m in maps))]
+        for picture, *maps in samples
+    ]
+    width = 3 * tile_px + 4 * _GAP_PX
+    places = _legend([names[number] for number in occurring], width, line, font)
+    heights = [max(tile.height for tile in row) for row in rows]
+    top = line + _GAP_PX
+    legend_top = top + sum(heights) + _GAP_PX * len(heights)
+    sheet = PILImage.new("RGB", (width, legend_top + line * (1 + max(row for row, _ in places)) + _GAP_PX), "white")
+    draw = ImageDraw.Draw(sheet)
+    lefts = [_GAP_PX + column * (tile_px + _GAP_PX) for column in range(3)]
+    for left, title in zip(lefts, titles):
+        draw.text((left, _GAP_PX // 2), title, fill="black", font=font)
+    for row, height in zip(rows, heights):
+        for left, tile in zip(lefts, row):
+            sheet.paste(tile, (left, top))
+        top += height + _GAP_PX
+    for number, (row, left) in zip(occurring, places):
+        y = legend_top + row * line
+        draw.rectangle((left, y + 2, left + 13, y + 15), fill=tuple(colours[number].tolist()), outline="black")
+        draw.text((left + 18, y), names[number], fill="black", font=font)
+    return sheet
+
+
+def _tile(picture: PILImage.Image, tile_px: int) -> PILImage.Image:
+    factor = tile_px / max(picture.size)
+    return picture.convert("RGB").resize([max(round(length * factor), 1) for length in picture.size])
+
+
+def _legend(names: Sequence[str], width: int, line: int, font) -> list[tuple[int, int]]:
+    """The line, and the px from the left, of each name."""
+    places, row, left = [], 0, _GAP_PX
+    for name in names:
+        needed = 18 + round(font.getlength(name)) + 14
+        if left + needed > width and left > _GAP_PX:
+            row, left = row + 1, _GAP_PX
+        places.append((row, left))
+        left += needed
+    return places

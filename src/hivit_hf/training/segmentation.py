@@ -1,0 +1,244 @@
+# Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""Training and evaluation of segmenters with `transformers.Trainer`, from a recipe."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import evaluate
+import torch
+from accelerate.utils import broadcast_object_list
+from PIL import Image as PILImage
+from torch.utils.data import DataLoader, Subset
+from tqdm.auto import tqdm
+from transformers import EarlyStoppingCallback, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from .class_maps import IGNORED, MappedPictures, TrainingCrop, WholePicture
+from .dense import pyramid_start
+from .finetune import ClassifierTrainer, FinetuneRun, _FiniteLoss, _Following, _sample, training_arguments
+from .labelled import check_pictures
+from .optim import poly_learning_rate
+from .overlays import overlay_sheet
+from .segmentation_recipe import SegmentationRecipe
+from .segmenter import SegmenterStart, load_segmenter, new_segmenter, predict, resize_pyramid, segmenter_processor
+
+
+class SegmentationTrainer(ClassifierTrainer):
+    """
+    `Trainer` with the published recipe of segmenters: layer-wise decay in the dense numbering, a polynomial schedule,
+    and evaluations of whole pictures, by sliding windows, at several scales and mirrored if the recipe says so.
+
+    Args:
+        recipe: the numbers.
+        config: of the HiViT.
+        metric_path: of the `evaluate` module that compares class maps.
+        keywords: of `Trainer`.
+    """
+
+    def __init__(self, recipe: SegmentationRecipe, config, metric_path: str | Path, **keywords):
+        self.metric_path = str(metric_path)
+        self.shown: list[tuple[PILImage.Image, torch.Tensor, torch.Tensor]] = []
+        super().__init__(recipe, config, **keywords)
+        self.model_accepts_loss_kwargs = False  # UPerNet takes any keyword and ignores it; its losses are means
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """The schedule of all steps, also where `max_steps` ends the training earlier."""
+        if self.lr_scheduler is None:
+            total, warmup, power = self.recipe.total_steps, self.recipe.warmup_steps, self.recipe.poly_power
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer,
+                lambda step: poly_learning_rate(min(step, total), total, warmup, 1.0, power),
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def get_eval_dataloader(self, eval_dataset: MappedPictures | None = None) -> DataLoader:
+        """One picture at a time, as they have many sizes, and each in one process only."""
+        args, dataset = self.args, self.eval_dataset if eval_dataset is None else eval_dataset
+        rows = range(args.process_index, len(dataset), args.world_size)
+        return DataLoader(Subset(dataset, rows), batch_size=None, num_workers=args.dataloader_num_workers)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Compares the class maps of all pictures at their own size with the true ones; keeps some to be shown."""
+        args, names = self.args, self.recipe.label_names
+        metric = evaluate.load(
+            self.metric_path,
+            num_process=args.world_size,
+            process_id=args.process_index,
+            experiment_id=Path(args.output_dir).resolve().as_posix().replace("/", "-")[-80:],
+        )
+        self.shown = []
+        for predicted, item in self._predictions(dataloader):
+            metric.add(prediction=predicted.numpy(), reference=item["labels"].numpy())
+            if len(self.shown) < self.recipe.shown_pictures and self.is_world_process_zero():
+                row = len(self.shown) * args.world_size
+                self.shown.append((self.eval_dataset.picture(row), item["labels"].numpy(), predicted.numpy()))
+        scores = [metric.compute(num_labels=len(names), ignore_index=IGNORED)]
+        if args.world_size > 1:
+            broadcast_object_list(scores)
+        metrics = {f"{metric_key_prefix}_{name}": scores[0][name] for name in ("mean_iou", "mean_accuracy")}
+        metrics[f"{metric_key_prefix}_pixel_accuracy"] = scores[0]["overall_accuracy"]
+        known = [(name, iou) for name, iou in zip(names, scores[0]["per_category_iou"]) if iou is not None]
+        metrics |= {f"{metric_key_prefix}_iou_{name}": iou for name, iou in known}
+        return EvalLoopOutput(None, None, metrics, len(dataloader.dataset))
+
+    def _predictions(self, dataloader: DataLoader) -> Iterator[tuple[torch.Tensor, dict]]:
+        recipe, model = self.recipe, self.model
+        was_training = model.training
+        model.eval()
+        bar = tqdm(dataloader, desc="evaluating", unit="picture", disable=not self.is_world_process_zero(), leave=False)
+        try:
+            for item in bar:
+                with self.accelerator.autocast():
+                    probabilities = predict(
+                        model,
+                        item["pixel_values"].to(self.args.device),
+                        recipe.eval_size or recipe.crop_size,
+                        recipe.crop_size,
+                        recipe.eval_stride,
+                        recipe.eval_scales,
+                        recipe.eval_flip,
+                        self.hivit_config.patch_size,
+                    )
+                yield probabilities.argmax(dim=0).cpu(), item
+        finally:
+            model.train(was_training)
+
+    def show(self, path: Path):
+        """Writes what the last evaluation has kept as a picture."""
+        if self.shown and self.is_world_process_zero():
+            overlay_sheet(self.shown, self.recipe.label_names).save(path)
+
+
+class SegmentationRun(FinetuneRun):
+    """
+    Everything of one training of a segmenter, made from a recipe; `train` does it.
+
+    Args:
+        recipe: the numbers, checked.
+        metric_path: of the `evaluate` module that compares class maps.
+        say: takes a sentence for the user.
+
+    Raises:
+        ValueError: for data and weights that do not fit the recipe or each other.
+    """
+
+    def __init__(self, recipe: SegmentationRecipe, metric_path: str | Path, say: Callable[[str], None] = print):
+        self.metric_path = metric_path
+        super().__init__(recipe, say)
+
+    def _build(self, train, evaluation):
+        recipe = self.recipe
+        for split, name in ((train, "train"), (evaluation, "eval")):
+            for column, flag in ((recipe.image_column, "image_column"), (recipe.map_column, "map_column")):
+                if column not in split.features:
+                    raise ValueError(
+                        f"{name} has no column {column!r}; its columns are {', '.join(split.features)}. Name it with "
+                        f"--{flag}."
+                    )
+        self.start = _start(recipe)
+        for note in self.start.notes:
+            self.say(note)
+        self.model, self.config = self.start.model, self.start.model.backbone.config
+        if recipe.freeze_backbone:
+            self.model.backbone.hivit.requires_grad_(False)
+        mean, std = recipe.image_mean or self.start.mean, recipe.image_std or self.start.std
+        channels = self.config.num_channels
+        if not len(mean) == len(std) == channels:
+            raise ValueError(f"image_mean and image_std need {channels} numbers, got {mean} and {std}.")
+        self.processor = segmenter_processor(recipe.crop_size, mean, std)
+        crop = TrainingCrop(
+            recipe.crop_size,
+            mean,
+            std,
+            recipe.scale_range,
+            recipe.max_class_share,
+            recipe.flip_probability,
+            recipe.photometric,
+        )
+        limits = (recipe.max_train_samples, recipe.max_eval_samples)
+        splits = (train, evaluation)
+        train, evaluation = (s.select(_sample(len(s), limit, recipe.seed)) for s, limit in zip(splits, limits))
+        columns = (recipe.image_column, recipe.map_column)
+        labels = (len(recipe.label_names), recipe.reduce_labels, channels)
+        self.train_pictures = MappedPictures(train, *columns, crop, *labels, recipe.seed, "train")
+        self.eval_pictures = MappedPictures(evaluation, *columns, WholePicture(mean, std), *labels, name="eval")
+
+    def train(self) -> dict[str, float]:
+        """As in `FinetuneRun`, with overlays; with `evaluate_only` nothing is trained."""
+        return self.evaluate() if self.recipe.evaluate_only else super().train()
+
+    def evaluate(self) -> dict[str, float]:
+        """
+        Evaluates the model as it is, and writes figures and overlays to the output folder.
+
+        Raises:
+            ValueError: for samples that cannot be read or do not fit.
+        """
+        check_pictures(self.eval_pictures, self.recipe.check_images)
+        trainer = self._trainer(self._training_arguments())
+        metrics = trainer.evaluate()
+        self._report(trainer, metrics)
+        trainer.accelerator.wait_for_everyone()
+        trainer.accelerator.end_training()
+        return {name.removeprefix("eval_"): value for name, value in metrics.items()}
+
+    def _report(self, trainer: SegmentationTrainer, metrics: dict[str, float]):
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+        trainer.show(Path(self.recipe.output_dir) / "overlays.png")
+
+    def _training_arguments(self) -> TrainingArguments:
+        recipe = self.recipe
+        return training_arguments(recipe, "mean_iou", True, max_steps=recipe.max_steps or recipe.total_steps)
+
+    def _enable_gradient_checkpointing(self):
+        self.model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def _trainer(self, args: TrainingArguments) -> SegmentationTrainer:
+        recipe = self.recipe
+        following = _Following(self.train_pictures)
+        callbacks = [following, _FiniteLoss()]
+        if recipe.early_stopping_patience is not None:
+            callbacks.append(EarlyStoppingCallback(recipe.early_stopping_patience))
+        trainer = following.trainer = SegmentationTrainer(
+            recipe,
+            self.config,
+            self.metric_path,
+            model=self.model,
+            args=args,
+            train_dataset=self.train_pictures,
+            eval_dataset=self.eval_pictures,
+            processing_class=self.processor,
+            callbacks=callbacks,
+        )
+        return trainer
+
+    def _save(self, trainer: SegmentationTrainer):
+        trainer.save_state()
+        trainer.save_model(_internal_call=True)  # which does not push
+        if self.recipe.push_to_hub:
+            trainer.push_to_hub(dataset=self.recipe.dataset_name, tags=["image-segmentation", "hivit"])
+
+
+def _start(recipe: SegmentationRecipe) -> SegmenterStart:
+    changes = recipe.model_changes() | {"drop_path_rate": recipe.drop_path_rate}
+    head = {
+        "head_channels": recipe.head_channels,
+        "auxiliary_channels": recipe.auxiliary_channels,
+        "auxiliary_weight": recipe.auxiliary_weight,
+    }
+    if not recipe.from_scratch:
+        return load_segmenter(
+            recipe.model_name_or_path, recipe.label_names, recipe.architecture, changes, recipe.crop_size, **head
+        )
+    start = pyramid_start(None, recipe.architecture, changes)
+    resize_pyramid(start.backbone, recipe.crop_size)
+    return new_segmenter(start, recipe.label_names, **head)

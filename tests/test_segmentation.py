@@ -1,0 +1,518 @@
+"""Segmentation: class maps, what is refused, pictures of any size, mean IoU, and whole runs by the command line."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import evaluate
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, DatasetDict, Features, Image, Value
+from PIL import Image as PILImage
+from sklearn.metrics import jaccard_score, recall_score
+from torch.testing import assert_close
+from transformers import AutoModelForSemanticSegmentation, UperNetForSemanticSegmentation, pipeline
+
+import finetune_segmentation
+import make_scenes
+from hivit_hf import HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling
+from hivit_hf.training.class_maps import IGNORED, MappedPictures, TrainingCrop, WholePicture
+from hivit_hf.training.dense import pyramid_start
+from hivit_hf.training.labelled import seeded
+from hivit_hf.training.optim import layer_table, layerwise_parameter_groups, poly_learning_rate
+from hivit_hf.training.overlays import overlay, overlay_sheet, palette
+from hivit_hf.training.recipe import read_recipe
+from hivit_hf.training.segmentation_recipe import SegmentationRecipe
+from hivit_hf.training.segmenter import load_segmenter, new_segmenter, predict
+from scenes.data import map_names, scenes_dataset
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+MEAN_IOU = str(EXAMPLES / "metrics" / "mean_iou")
+SCENES = EXAMPLES / "recipes" / "segmentation_scenes.yaml"
+NETWORK = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "depths": [1, 1, 2], "num_attention_heads": 2}
+NETWORK |= {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+SMALL = {"head_channels": 8, "auxiliary_channels": 8}
+NAMES = ["sky", "earth", "sea"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def start_folder(folder: Path, kind=HiViTForMaskedImageModeling, **changes) -> str:
+    torch.manual_seed(3)
+    kind(HiViTConfig(**{**NETWORK, **changes})).save_pretrained(folder)
+    return str(folder)
+
+
+# -- mean intersection over union -----------------------------------------------------------------------------------
+
+
+def test_mean_iou_is_that_of_scikit_learn():
+    generator = np.random.default_rng(0)
+    true = [generator.integers(0, 4, size) for size in ((7, 5), (4, 9))]
+    guessed = [np.where(generator.random(t.shape) < 0.6, t, generator.integers(0, 4, t.shape)) for t in true]
+    true[0][:2] = 255
+    scores = evaluate.load(MEAN_IOU).compute(predictions=guessed, references=true, num_labels=5)
+    flat_true, flat_guessed = (np.concatenate([maps.ravel() for maps in values]) for values in (true, guessed))
+    labelled = flat_true != 255
+    expected = jaccard_score(flat_true[labelled], flat_guessed[labelled], average=None)
+    recall = recall_score(flat_true[labelled], flat_guessed[labelled], average=None)
+    assert_close(scores["per_category_iou"][:4], expected.tolist())
+    assert scores["per_category_iou"][4] is None and scores["per_category_accuracy"][4] is None
+    assert_close(scores["mean_iou"], expected.mean().item())
+    assert_close(scores["mean_accuracy"], recall.mean().item())
+    assert_close(scores["overall_accuracy"], (flat_true == flat_guessed)[labelled].mean().item())
+
+
+def test_mean_iou_by_hand():
+    true, guessed = [[0, 0, 1, 1], [0, 0, 1, 9]], [[0, 0, 0, 1], [2, 0, 1, 1]]
+    scores = evaluate.load(MEAN_IOU).compute(predictions=[guessed], references=[true], num_labels=3, ignore_index=9)
+    assert scores["per_category_iou"] == [3 / 5, 2 / 3, 0.0]  # class 2 occurs in the prediction only
+    assert scores["per_category_accuracy"] == [3 / 4, 2 / 3, None]
+
+
+@pytest.mark.parametrize(
+    ("guessed", "true", "sentence"),
+    [
+        ([[0, 1]], [[0, 1, 1]], "maps of picture 0 differ in size"),
+        ([[0, 3]], [[0, 1]], "have the class 3, but there are 3"),
+        ([[0, 1]], [[255, 255]], "No pixel is labelled"),
+    ],
+)
+def test_mean_iou_refuses(guessed, true, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        evaluate.load(MEAN_IOU).compute(predictions=[guessed], references=[true], num_labels=3)
+
+
+# -- class maps -----------------------------------------------------------------------------------------------------
+
+
+def mapped(maps: list, reduce_labels: bool = False, ids: bool = True, size=(6, 8), **keywords) -> MappedPictures:
+    features = {"image": Image(), "annotation": Image()} | ({"image_id": Value("string")} if ids else {})
+    rows = {"image": [np.zeros((*size, 3), dtype=np.uint8)] * len(maps), "annotation": maps}
+    rows |= {"image_id": [f"view_{i}" for i in range(len(maps))]} if ids else {}
+    dataset = Dataset.from_dict(rows, features=Features(features))
+    transform = WholePicture([0.5] * 3, [0.5] * 3)
+    return MappedPictures(dataset, "image", "annotation", transform, 3, reduce_labels, **keywords)
+
+
+def test_maps_are_read_as_they_are_or_counted_from_one():
+    numbers = np.zeros((6, 8), dtype=np.uint8)
+    numbers[0], numbers[1], numbers[2] = 1, 2, 255
+    plain = mapped([numbers])[0]
+    assert plain["pixel_values"].shape == (3, 6, 8) and plain["pixel_values"].unique().tolist() == [-1.0]
+    assert np.array_equal(plain["labels"].numpy(), numbers)
+    numbers[3] = 3
+    _, reduced = mapped([numbers], reduce_labels=True).sample(0)
+    assert reduced[:, 0].tolist() == [0, 1, IGNORED, 2, IGNORED, IGNORED]
+    palette_picture = PILImage.fromarray(numbers % 3).convert("P")
+    palette_picture.putpalette([10, 200, 30] * 256)
+    sixteen_bits = PILImage.fromarray((numbers % 3).astype(np.uint16))
+    for picture in (palette_picture, sixteen_bits):
+        assert np.array_equal(mapped([picture]).sample(0)[1], numbers % 3)
+
+
+def test_bad_samples_are_named():
+    good = np.ones((6, 8), dtype=np.uint8)
+    cases = [
+        (good[:5], "map of sample 1 of train (view_1) is 8x5 px and its picture 8x6"),
+        (good * 7, "map of sample 1 of train (view_1) has the class 7, but there are 3 classes, 0 to 2"),
+        (good * 255, "map of sample 1 of train (view_1) has no labelled pixel"),
+        (np.ones((6, 8, 3), dtype=np.uint8), "map of sample 1 of train (view_1) has 3 channels (RGB)"),
+    ]
+    for bad, sentence in cases:
+        pictures = mapped([good, bad])
+        pictures.check(0)
+        for touch in (pictures.check, pictures.__getitem__):
+            with pytest.raises(ValueError, match=re.escape(sentence)):
+                touch(1)
+    with pytest.raises(ValueError, match="has the class 4, but there are 3 classes, 1 to 3"):
+        mapped([good * 4], reduce_labels=True).check(0)
+    with pytest.raises(ValueError, match="map of sample 0 of train has no labelled pixel"):
+        mapped([good * 0], reduce_labels=True, ids=False).check(0)
+    broken = mapped([good])
+    broken.maps = broken.maps.map(lambda row: {"annotation": {"bytes": b"nonsense", "path": None}})
+    with pytest.raises(ValueError, match=r"map of sample 0 of train \(view_0\) cannot be read"):
+        broken.check(0)
+
+
+# -- crops ----------------------------------------------------------------------------------------------------------
+
+
+def painted(height: int, width: int) -> tuple[PILImage.Image, np.ndarray]:
+    """A map of large blocks, and the picture that shows each class as its own grey."""
+    blocks = np.random.default_rng(1).integers(0, 5, (height // 20 + 1, width // 20 + 1))
+    numbers = np.kron(blocks, np.ones((20, 20), dtype=np.int64))[:height, :width]
+    return PILImage.fromarray(np.repeat((numbers * 50).astype(np.uint8)[:, :, None], 3, axis=2)), numbers
+
+
+@pytest.mark.parametrize(("height", "width"), [(90, 130), (200, 70), (40, 48)])
+def test_picture_and_map_are_cropped_scaled_and_flipped_alike(height, width):
+    crop = TrainingCrop(64, [0.0] * 3, [1.0] * 3, (0.5, 2.0), 0.9, 0.5, photometric=False)
+    picture, numbers = painted(height, width)
+    flipped = set()
+    for seed in range(20):
+        with seeded(seed):
+            pixel_values, labels = crop(picture, numbers)
+        assert pixel_values.shape == (3, 64, 64) and labels.shape == (64, 64) and labels.dtype == torch.int64
+        labelled = labels != IGNORED
+        assert labelled.any() and not pixel_values[:, ~labelled].any()
+        shown = (pixel_values[0] * 255 / 50).round().long()
+        # borders between blocks are blurred in the picture and sharp in the map
+        assert (shown == labels)[labelled].float().mean() > 0.85
+        with seeded(seed):
+            again = crop(picture, numbers)
+        assert torch.equal(again[0], pixel_values) and torch.equal(again[1], labels)
+        flipped.add(bool(labelled.all()) and bool((labels != labels.flip(1)).any()))
+    assert True in flipped or height < 64
+
+
+def test_crops_without_scaling_are_exact_and_cover_the_picture():
+    picture, numbers = painted(90, 130)
+    crop = TrainingCrop(64, [0.0] * 3, [1.0] * 3, (90 / 64, 90 / 64), 1.0, 0.0, photometric=False)
+    seen = set()
+    for seed in range(20):
+        with seeded(seed):
+            pixel_values, labels = crop(picture, numbers)
+        assert torch.equal((pixel_values[0] * 255 / 50).round().long(), labels)
+        seen.add(labels.numpy().tobytes())
+    assert len(seen) > 10
+    mirrored = TrainingCrop(64, [0.0] * 3, [1.0] * 3, (90 / 64, 90 / 64), 1.0, 1.0, photometric=False)
+    with seeded(0):
+        plain = crop(picture, numbers)
+    with seeded(0):
+        mirror = mirrored(picture, numbers)
+    assert torch.equal(plain[0].flip(2), mirror[0]) and torch.equal(plain[1].flip(1), mirror[1])
+
+
+def test_a_crop_holds_labelled_pixels_and_avoids_too_much_of_one_class():
+    picture, numbers = painted(120, 400)
+    rare = np.full_like(numbers, IGNORED)
+    rare[117, 391] = 1
+    crop = TrainingCrop(32, [0.0] * 3, [1.0] * 3, (0.5, 4.0), 0.75, 0.5, photometric=False)
+    for seed in range(30):
+        with seeded(seed):
+            assert (crop(picture, rare)[1] == 1).any()
+    mostly = np.zeros_like(numbers)
+    mostly[:, 300:] = 1
+    shares = {}
+    for most in (0.75, 1.0):
+        crop = TrainingCrop(100, [0.0] * 3, [1.0] * 3, (1.2, 1.2), most, 0.5, photometric=False)
+        labels = []
+        for seed in range(30):
+            with seeded(seed):
+                labels.append(crop(picture, mostly)[1].float().mean())
+        shares[most] = sum(0.25 <= share <= 0.75 for share in labels)
+    assert shares[0.75] > 2 * shares[1.0]
+
+
+def test_colours_change_and_maps_do_not():
+    picture, numbers = painted(64, 64)
+    crops = []
+    for photometric in (False, True):
+        with seeded(1):
+            crops.append(TrainingCrop(64, [0.0] * 3, [1.0] * 3, (1, 1), 1.0, 0.0, photometric)(picture, numbers))
+    assert torch.equal(crops[0][1], crops[1][1]) and not torch.equal(crops[0][0], crops[1][0])
+
+
+# -- pictures of any size -------------------------------------------------------------------------------------------
+
+
+class Pointwise(torch.nn.Module):
+    """Logits that depend on each pixel alone; remembers the sizes it has seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, pixel_values):
+        self.seen.append(tuple(pixel_values.shape[2:]))
+        logits = torch.cat([pixel_values[:, :1], -pixel_values[:, :1], pixel_values[:, 1:2] ** 2], dim=1)
+        return type("Output", (), {"logits": logits})
+
+
+@pytest.mark.parametrize(("height", "width"), [(37, 61), (16, 90), (48, 48)])
+@pytest.mark.parametrize("stride", [None, 20, 32])
+@pytest.mark.parametrize("flip", [False, True])
+def test_windows_and_mirrors_give_each_pixel_its_own_class(height, width, stride, flip):
+    model, pixel_values = Pointwise(), torch.randn(3, height, width)
+    probabilities = predict(model, pixel_values, min(height, width), 32, stride, (1.0,), flip, multiple=16)
+    x = pixel_values
+    assert_close(probabilities, torch.stack([x[0], -x[0], x[1] ** 2]).softmax(0), rtol=1e-5, atol=1e-6)
+    assert all(rows % 16 == 0 and columns % 16 == 0 for rows, columns in model.seen)
+    if stride:
+        assert max(max(size) for size in model.seen) <= 32
+
+
+def test_windows_that_overlap_are_averaged():
+    class Counting(torch.nn.Module):
+        def forward(self, pixel_values):  # each window says how often it was asked, in units of 1
+            self.calls = getattr(self, "calls", 0) + 1
+            logits = torch.full_like(pixel_values[:, :2], float(self.calls))
+            logits[:, 1] = 0
+            return type("Output", (), {"logits": logits})
+
+    probabilities = predict(Counting(), torch.zeros(3, 16, 40), 16, 16, 12, multiple=16)
+    # squares begin at 0, 12 and 24
+    logits = torch.tensor([1.0] * 12 + [1.5] * 4 + [2.0] * 8 + [2.5] * 4 + [3.0] * 12)
+    assert_close(probabilities[0], logits.sigmoid().expand(16, 40))
+
+
+def test_scales_are_what_the_model_sees_and_are_averaged():
+    model, pixel_values = Pointwise(), torch.randn(3, 40, 64)
+    both = predict(model, pixel_values, 32, 32, None, (0.5, 2.0), multiple=8)
+    assert model.seen == [(16, 32), (64, 104)]  # 16x25.6 and 64x102.4, padded
+    single = [predict(model, pixel_values, 32, 32, None, (scale,), multiple=8) for scale in (0.5, 2.0)]
+    assert_close(both, (single[0] + single[1]) / 2)
+    assert both.shape == (3, 40, 64) and not torch.allclose(single[0], single[1], atol=1e-2)
+    assert_close(both.sum(0), torch.ones(40, 64))
+
+
+# -- schedule, layers, starts ---------------------------------------------------------------------------------------
+
+
+def test_the_schedule_falls_from_the_first_step_and_warms_up():
+    rates = [poly_learning_rate(step, 100, 10, 2.0, 1.0) for step in range(101)]
+    assert rates[0] == 0 and rates[100] == 0 and rates[5] == 2.0 * 0.95 * 0.5 and rates[10] == 2.0 * 0.9
+    assert rates[50] == 1.0 and poly_learning_rate(50, 100, 10, 2.0, 2.0) == 0.5
+    with pytest.raises(ValueError, match="warmup_steps must be at least 0 and less than total_steps 100"):
+        poly_learning_rate(0, 100, 100, 1.0, 1.0)
+
+
+def test_the_dense_numbering_reaches_into_the_segmenter():
+    start = new_segmenter(pyramid_start(None, "tiny"), NAMES, **SMALL)
+    config = start.model.backbone.config
+    groups = layerwise_parameter_groups(start.model, config, 0.05, 1e-3, 0.75, count_stem=False)
+    layers = {name: group["layer_id"] for group in groups for name in group["names"]}
+    prefix = "backbone.hivit"
+    assert layers[f"{prefix}.stages.1.merge.reduction.weight"] == layers[f"{prefix}.position_embeddings"] == 0
+    assert layers[f"{prefix}.stages.0.layers.1.mlp.fc1.weight"] == 0
+    assert [layers[f"{prefix}.stages.2.layers.{i}.attention.qkv.weight"] for i in range(10)] == list(range(1, 11))
+    heads = {layer for name, layer in layers.items() if not name.startswith(prefix)}
+    assert heads == {11} and "backbone.norms.stage4.weight" in layers
+    assert {group["lr"] for group in groups if group["layer_id"] == 11} == {1e-3}
+    assert len(layers) == sum(1 for _ in start.model.parameters())
+    assert "11  1.0000     1.000e-03" in layer_table(groups)
+
+
+@pytest.mark.parametrize("kind", [HiViTForMaskedImageModeling, HiViTForImageClassification])
+def test_a_segmenter_begins_with_the_weights_of_any_hivit(kind, tmp_path):
+    folder = start_folder(tmp_path / "start", kind)
+    start = load_segmenter(folder, NAMES, changes={"drop_path_rate": 0.1}, **SMALL)
+    encoder = dict(kind.from_pretrained(folder).named_parameters())
+    for name, parameter in start.model.backbone.hivit.named_parameters():
+        assert torch.equal(parameter, encoder[f"hivit.{name}"]), name
+    assert [start.model.config.id2label[i] for i in range(3)] == NAMES
+    output = start.model(pixel_values=torch.randn(2, 3, 48, 64), labels=torch.randint(0, 3, (2, 48, 64)))
+    assert output.logits.shape == (2, 3, 48, 64)
+    output.loss.backward()
+    assert all(parameter.grad is not None for parameter in start.model.parameters())
+    resized = load_segmenter(folder, NAMES, crop_size=64, **SMALL).model
+    assert resized.backbone.config.image_size == 64 and resized.backbone.hivit.position_embeddings.shape[1] == 64
+    resized.save_pretrained(tmp_path / "segmenter")
+    whole = load_segmenter(str(tmp_path / "segmenter"), NAMES, **SMALL).model
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(parameter, dict(resized.named_parameters())[name]), name
+    with pytest.raises(ValueError, match="has the 3 classes sky, earth, sea"):
+        load_segmenter(str(tmp_path / "segmenter"), ["sky", "earth"])
+
+
+# -- pictures for people --------------------------------------------------------------------------------------------
+
+
+def test_overlays_show_classes_in_their_colours():
+    colours = palette(150)
+    assert len({tuple(colour) for colour in palette(12).tolist()}) == 12 and colours.shape == (150, 3)
+    picture = PILImage.new("RGB", (8, 6), (100, 100, 100))
+    numbers = np.full((6, 8), IGNORED)
+    numbers[:3] = 2
+    laid = np.asarray(overlay(picture, numbers, colours, opacity=0.5)).astype(int)
+    assert (laid[3:] == 100).all() and np.abs(laid[0, 0] - (100 + colours[2].astype(int)) / 2).max() <= 0.5
+    sheet = overlay_sheet([(picture, numbers, np.zeros_like(numbers))] * 2, NAMES, tile_px=64)
+    assert sheet.width == 3 * 64 + 4 * 6 and tuple(colours[0].tolist()) in {c for _, c in sheet.getcolors(100000)}
+
+
+# -- whole runs -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small_scenes(tmp_path_factory) -> str:
+    """Sizes that are no multiples of the patch size."""
+    folder = tmp_path_factory.mktemp("scenes") / "dataset"
+    scenes_dataset({"train": 10, "test": 2}, height_px=60, width_px=75).save_to_disk(folder)
+    return str(folder)
+
+
+def run(dataset: str, output: Path, *flags: str) -> int:
+    small = [
+        "--auxiliary_weight",
+        "0.4",
+        "--learning_rate",
+        "2e-3",
+        "--layer_decay",
+        "0.9",
+        "--label_names",
+        *map_names(),
+    ]
+    small += ["--head_channels", "8", "--auxiliary_channels", "8", "--crop_size", "32", "--eval_size", "60"]
+    small += ["--batch_size", "2", "--effective_batch_size", "4", "--total_steps", "4", "--warmup_steps", "1"]
+    small += ["--evaluate_every_steps", "2", "--log_every_steps", "1", "--shown_pictures", "2"]
+    where = ["--dataset_name", dataset, "--output_dir", str(output), "--config", str(SCENES)]
+    return finetune_segmentation.main([*small, *flags, *where])
+
+
+def metrics_of(folder: Path) -> dict:
+    return json.loads((folder / "eval_results.json").read_text())
+
+
+@pytest.mark.slow
+def test_a_run_by_the_command_line(small_scenes, tmp_path, capsys):
+    start = ["--model_name_or_path", start_folder(tmp_path / "start")]
+    looks = ["--eval_stride", "32", "--eval_scales", "1.0", "0.6", "--eval_flip", "true"]
+    assert run(small_scenes, tmp_path / "whole", *start, *looks) == 0
+    metrics = metrics_of(tmp_path / "whole")
+    assert 0 <= metrics["eval_mean_iou"] <= 1 and "eval_iou_background" in metrics
+    history = json.loads((tmp_path / "whole" / "trainer_state.json").read_text())["log_history"]
+    rates = [record["learning_rate"] for record in history if "loss" in record]
+    # of the first group, the stem: two layers below the last of the main stage, three below the heads
+    assert_close(rates, [2e-3 * 0.9**3 * f for f in (0, 0.75, 0.5, 0.25)], rtol=1e-6, atol=0)
+    assert sum("eval_mean_iou" in record for record in history) >= 2
+    sheet = PILImage.open(tmp_path / "whole" / "overlays.png")
+    assert sheet.width > 700 and sheet.height > 2 * 200
+
+    # the same again, interrupted and resumed
+    assert run(small_scenes, tmp_path / "part", *start, *looks, "--max_steps", "2") == 0
+    assert run(small_scenes, tmp_path / "part", *start, *looks, "--resume", "latest") == 0
+    assert metrics_of(tmp_path / "part")["eval_mean_iou"] == metrics["eval_mean_iou"]
+    weights = [AutoModelForSemanticSegmentation.from_pretrained(tmp_path / name) for name in ("whole", "part")]
+    for (name, one), (_, other) in zip(weights[0].named_parameters(), weights[1].named_parameters()):
+        assert torch.equal(one, other), name
+
+    # what was written is judged the same
+    judged = ["--evaluate_only", "true", "--model_name_or_path"]
+    assert run(small_scenes, tmp_path / "judged", *judged, str(tmp_path / "whole"), *looks) == 0
+    assert metrics_of(tmp_path / "judged")["eval_mean_iou"] == metrics["eval_mean_iou"]
+    # windows, scales and mirror images change what an erratic one sees
+    torch.nn.init.normal_(weights[0].decode_head.classifier.weight)
+    weights[0].save_pretrained(tmp_path / "erratic")
+    ways = [looks, [], *(looks[:2], looks[2:5], looks[5:])]
+    for number, way in enumerate(ways):
+        assert run(small_scenes, tmp_path / f"way_{number}", *judged, str(tmp_path / "erratic"), *way) == 0
+    assert len({metrics_of(tmp_path / f"way_{number}")["eval_mean_iou"] for number in range(5)}) == 5
+
+    # what the pipeline says is in the size of the picture
+    segments = pipeline("image-segmentation", str(tmp_path / "whole"))(PILImage.new("RGB", (75, 60)))
+    assert isinstance(weights[0], UperNetForSemanticSegmentation)
+    assert all(segment["label"] in map_names() and segment["mask"].size == (75, 60) for segment in segments)
+    assert sum(np.asarray(segment["mask"]).astype(bool) for segment in segments).min() == 1  # all pixels, once
+    capsys.readouterr()
+    assert run(small_scenes, tmp_path / "whole", *start) == 2
+    assert "whole holds a run, at checkpoint-4: give --resume latest" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_every_other_flag_does_something(small_scenes, tmp_path, capsys):
+    start = ["--model_name_or_path", start_folder(tmp_path / "start"), "--max_steps", "2"]
+    assert run(small_scenes, tmp_path / "plain", *start) == 0
+    plain = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "plain")
+    flags = ["--ema_decay", "0.5", "--auxiliary_weight", "0", "--clip_norm", "0.1", "--shown_pictures", "0"]
+    flags += ["--gradient_checkpointing", "true", "--drop_path_rate", "0.1", "--max_train_samples", "6"]
+    flags += ["--max_eval_samples", "2", "--early_stopping_patience", "1", "--weight_decay", "0.2"]
+    assert run(small_scenes, tmp_path / "other", *start, *flags) == 0
+    other = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "other")
+    assert plain.auxiliary_head is not None and other.auxiliary_head is None
+    assert other.backbone.config.drop_path_rate == 0.1 and not (tmp_path / "other" / "overlays.png").exists()
+    assert (tmp_path / "plain" / "overlays.png").exists()
+    assert (tmp_path / "other" / "checkpoint-2" / "average.safetensors").exists()
+    capsys.readouterr()
+    assert run(small_scenes, tmp_path / "table", *start, "--show_layer_table", "true") == 0
+    table = capsys.readouterr().out
+    assert "backbone.norms.stage4.weight" in table and not (tmp_path / "table").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--crop_size", "30"], "crop_size must be a multiple of the patch size 8, got 30"),
+        (["--map_column", "mask"], "train has no column 'mask'; its columns are image_id, image, annotation"),
+        (["--label_names", "background", "digit"], "but there are 2 classes, 0 to 1"),
+        (["--image_mean", "0.5"], "need 3 numbers"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_training(flags, sentence, small_scenes, tmp_path, capsys):
+    start = ["--model_name_or_path", start_folder(tmp_path / "start")]
+    assert run(small_scenes, tmp_path / "run", *start, *flags) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and sentence in error
+
+
+def test_a_bad_sample_stops_a_run_with_its_id(tmp_path, capsys):
+    good = scenes_dataset({"train": 4, "test": 2}, height_px=40, width_px=48)
+    rows = good["train"].to_list()
+    rows[2]["annotation"] = np.zeros((40, 47), dtype=np.uint8)
+    bad = DatasetDict(train=Dataset.from_list(rows, features=good["train"].features), test=good["test"])
+    bad.save_to_disk(tmp_path / "data")
+    start = ["--model_name_or_path", start_folder(tmp_path / "start")]
+    assert run(str(tmp_path / "data"), tmp_path / "run", *start) == 2
+    assert "sample 2 of train (train_00002) is 47x40 px and its picture 48x40" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--batch_size", "1", "--effective_batch_size", "1"], "cannot learn from one picture"),
+        (["--label_names", "sky"], "two classes or more"),
+        (["--label_names", "sky", "sea", "sky"], "sky is there more than once"),
+        (["--eval_stride", "40"], "leaves gaps between squares of 32 px"),
+        (["--eval_scales", "0"], "eval_scales must be positive"),
+        (["--scale_range", "2", "1"], "scale_range must be two numbers"),
+        (["--layer_decay", "1.5"], "layer_decay must be in"),
+        (["--warmup_steps", "9"], "warmup_steps must be less than total_steps 4"),
+        (["--model", '{"drop_path_rate": 0.1}'], "has a flag of its own"),
+        (["--evaluate_only", "true", "--resume", "latest"], "no --resume"),
+        (["--from_scratch", "true"], "Give either --model_name_or_path, or --from_scratch"),
+    ],
+)
+def test_flags_that_do_not_fit_are_refused_at_once(flags, sentence, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        run("nowhere", tmp_path, "--model_name_or_path", "anything", *flags)
+    assert exit_info.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_recipes_hold_the_published_numbers(tmp_path):
+    recipe = SegmentationRecipe(
+        **read_recipe(EXAMPLES / "recipes" / "segmentation_base_ade20k.yaml", SegmentationRecipe)
+    )
+    assert len(set(recipe.label_names)) == 150 and recipe.label_names[12] == "person" and recipe.reduce_labels
+    assert (recipe.learning_rate, recipe.layer_decay, recipe.total_steps, recipe.warmup_steps) == (
+        1e-3,
+        0.75,
+        80000,
+        750,
+    )
+    assert (recipe.crop_size, recipe.effective_batch_size, recipe.drop_path_rate) == (640, 32, 0.1)
+    assert recipe.head_channels == 1024 and recipe.poly_power == 1.0 and recipe.weight_decay == 0.05
+    replace(recipe, dataset_name="ade", model_name_or_path="base", output_dir=str(tmp_path)).check()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(480)
+def test_scenes_are_learnt_from_the_weights_of_the_demonstration(demo_pretrained, tmp_path):
+    """Background everywhere is 0.18, which is also where the same segmenter begins; measured after training: 0.44."""
+    sizes = ["--train", "400", "--test", "64", "--height", "64", "--width", "64", "--digits", "0", "1", "4", "7"]
+    assert make_scenes.main(["--output", str(tmp_path / "scenes"), *sizes]) == 0
+    mean_iou = {}
+    for name, flags in (("begun", ["--max_steps", "1"]), ("trained", [])):
+        where = ["--model_name_or_path", str(demo_pretrained), "--dataset_name", str(tmp_path / "scenes" / "dataset")]
+        arguments = [*flags, *where, "--output_dir", str(tmp_path / name), "--config", str(SCENES)]
+        assert finetune_segmentation.main(arguments) == 0
+        mean_iou[name] = metrics_of(tmp_path / name)["eval_mean_iou"]
+    assert mean_iou["begun"] < 0.2 and mean_iou["trained"] > 0.35, mean_iou
