@@ -1,0 +1,398 @@
+# Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""Pictures with boxes and masks in COCO's format (arXiv 1405.0312): read, checked, jittered, and judged by AP."""
+
+import io
+import json
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from pycocotools import mask as run_lengths
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from tqdm.auto import tqdm
+
+from .augment import UnreadablePictureError, open_picture, seed_of, upright
+from .labelled import MAX_PIXELS, seeded
+
+
+BOX, MASK = "box", "mask"
+_COCO_NAMES = {BOX: "bbox", MASK: "segm"}
+_METRICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")  # the first six numbers of COCOeval
+_SMALLEST_OVERLAP = 0.5  # of a box with the box around its mask
+
+
+@dataclass(frozen=True)
+class CocoAnnotations:
+    """
+    An annotation file, checked.
+
+    Args:
+        path: of the file.
+        folder: where its pictures are.
+        images: as in the file: `id`, `file_name`, `height`, `width`.
+        objects: for each picture's id its annotations, as in the file.
+        category_ids: as in the file, ascending; label n of a detector is `category_ids[n - 1]`.
+        names: of the categories, in that order.
+        left_out: one sentence for each annotation that was left out.
+    """
+
+    path: Path
+    folder: Path
+    images: list[dict]
+    objects: dict[int, list[dict]]
+    category_ids: list[int]
+    names: list[str]
+    left_out: list[str]
+
+    def with_objects(self) -> list[dict]:
+        """The pictures with anything to learn; crowds do not count."""
+        return [image for image in self.images if any(not o["iscrowd"] for o in self.objects[image["id"]])]
+
+
+def read_coco(
+    path: str | Path, folder: str | Path | None = None, with_masks: bool = True, leave_out_bad: bool = False
+) -> CocoAnnotations:
+    """
+    Reads and checks an annotation file.
+
+    Args:
+        path: the JSON file.
+        folder: where the pictures are; that of the file if not given.
+        with_masks: whether each object must have a mask.
+        leave_out_bad: whether annotations that cannot be right are left out, rather than refused.
+
+    Raises:
+        ValueError: if it cannot be read, lacks something, or an annotation cannot be right; the sentence has its id and
+            the picture's.
+    """
+    path = Path(path)
+    content = _load(path)
+    folder = path.parent if folder is None else Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"There is no folder {folder} with the pictures of {path}: check the path.")
+    images, categories = content["images"], sorted(content["categories"], key=lambda category: category["id"])
+    _check_images(path, folder, images, categories)
+    by_id, ids = {image["id"]: image for image in images}, {category["id"] for category in categories}
+    objects, left_out = {image["id"]: [] for image in images}, []
+    for annotation in tqdm(content["annotations"], desc=f"checking {path.name}", unit="annotation", delay=2):
+        fault = _fault(annotation, by_id, ids, with_masks)
+        if fault is None:
+            objects[annotation["image_id"]].append({"iscrowd": 0, **annotation})
+            continue
+        image = by_id.get(annotation.get("image_id"), {})
+        of = f"picture {annotation.get('image_id')}" + (f" ({image['file_name']})" if image else "")
+        sentence = f"Annotation {annotation.get('id')} of {of} in {path} {fault}"
+        if not leave_out_bad:
+            raise ValueError(f"{sentence}: correct it, or leave such ones out with --bad_annotations leave_out.")
+        left_out.append(f"{sentence}.")
+    names = [category["name"] for category in categories]
+    read = CocoAnnotations(path, folder, images, objects, sorted(ids), names, left_out)
+    if not read.with_objects():
+        raise ValueError(f"No picture of {path} has an annotation: there is nothing to learn or to find.")
+    return read
+
+
+def _load(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"The annotations {path} cannot be read: {error}") from error
+    keys = {"images": ("id", "file_name", "height", "width"), "annotations": (), "categories": ("id", "name")}
+    for key, needed in keys.items():
+        entries = content.get(key) if isinstance(content, dict) else None
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+            raise ValueError(f"{path} is not in COCO's format: it has no list of {key!r}.")
+        for entry in entries:
+            lacking = [name for name in needed if name not in entry]
+            if lacking:
+                raise ValueError(
+                    f"{path} is not in COCO's format: {lacking[0]!r} is missing in one of {key!r}: {entry}."
+                )
+    return content
+
+
+def _check_images(path: Path, folder: Path, images: list[dict], categories: list[dict]):
+    for what, entries in (("pictures", images), ("categories", categories)):
+        ids = [entry["id"] for entry in entries]
+        if not ids:
+            raise ValueError(f"{path} has no {what}: choose another file.")
+        if len(set(ids)) < len(ids):
+            double = next(number for number in ids if ids.count(number) > 1)
+            raise ValueError(f"{path} has two {what} with the id {double}: give each its own.")
+    there = {file.name for file in folder.iterdir()}
+    for image in images:
+        name = image["file_name"]
+        if name not in there and not (folder / name).is_file():
+            raise ValueError(f"Picture {image['id']} of {path} is not there: {folder / name}. Check --*_images.")
+
+
+def _fault(annotation: dict, images: dict[int, dict], categories: set[int], with_masks: bool) -> str | None:
+    """What is wrong with an annotation, or None."""
+    image = images.get(annotation.get("image_id"))
+    if image is None:
+        return "is of a picture that the file does not have"
+    category = annotation.get("category_id")
+    if category not in categories:
+        return f"has category {category!r}, which is not among the {len(categories)} of the file"
+    try:
+        left, top, width, height = (float(number) for number in annotation["bbox"])
+    except (KeyError, TypeError, ValueError):
+        return f"must have a bbox of four numbers (left, top, width, height), got {annotation.get('bbox')}"
+    if not all(np.isfinite((left, top, width, height))):
+        return f"has a bbox that is not finite: {annotation['bbox']}"
+    if not (width > 0 and height > 0):
+        return f"has a box of no area: {annotation['bbox']}"
+    if left >= image["width"] or top >= image["height"] or left + width <= 0 or top + height <= 0:
+        return f"has a box outside its picture of {image['width']}x{image['height']} px: {annotation['bbox']}"
+    return _mask_fault(annotation, image) if with_masks else None
+
+
+def _mask_fault(annotation: dict, image: dict) -> str | None:
+    segmentation = annotation.get("segmentation")
+    if not segmentation:
+        return "has no mask, which Mask R-CNN learns: add it, choose --detector faster_rcnn"
+    size = [image["height"], image["width"]]
+    if isinstance(segmentation, dict):
+        if list(segmentation.get("size", [])) != size:
+            return f"has a mask of {segmentation.get('size')} (height, width), but its picture is {size}"
+        counts = segmentation.get("counts")
+        if isinstance(counts, list) and (sum(counts) != size[0] * size[1] or min(counts) < 0):
+            return f"has a mask whose runs add up to {sum(counts)} px, but its picture has {size[0] * size[1]}"
+    elif any(len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation):
+        return "has a mask with a polygon of fewer than three points"
+    try:
+        encoded = encode(segmentation, *size)
+        area, around = run_lengths.area(encoded), run_lengths.toBbox(encoded)
+    except Exception as error:  # the library raises many things
+        return f"has a mask that cannot be read ({error})"
+    if not area:
+        return "has an empty mask"
+    overlap = run_lengths.iou([around.tolist()], [annotation["bbox"]], [0]).item()
+    if overlap < _SMALLEST_OVERLAP:
+        box = [round(number, 1) for number in around.tolist()]
+        return f"has a mask that does not match its box: it lies in {box}, the box is {annotation['bbox']}"
+    return None
+
+
+def encode(segmentation: list | dict, height: int, width: int) -> dict:
+    """Polygons or run lengths of COCO as compressed run lengths."""
+    if isinstance(segmentation, dict) and not isinstance(segmentation["counts"], list):
+        return segmentation
+    encoded = run_lengths.frPyObjects(segmentation, height, width)
+    return run_lengths.merge(encoded) if isinstance(encoded, list) else encoded
+
+
+class CocoPictures(Dataset):
+    """
+    Pictures of an annotation file with boxes and labels, and with masks if they are learnt.
+
+    What is drawn at random for a picture depends on the seed, the epoch and the picture alone.
+
+    Args:
+        coco: the annotations.
+        images: those of its pictures that are read.
+        with_masks: whether masks are read.
+        transform: of `image`, `boxes`, `labels` and `masks`, as torchvision's v2; none if not given.
+        seed: of the transform.
+        name: of the split, for messages.
+        num_channels: of the network.
+    """
+
+    def __init__(
+        self,
+        coco: CocoAnnotations,
+        images: Sequence[dict],
+        with_masks: bool,
+        transform: Callable | None = None,
+        seed: int = 0,
+        name: str = "train",
+        num_channels: int = 3,
+    ):
+        self.coco, self.images, self.with_masks, self.transform = coco, list(images), with_masks, transform
+        self.seed, self.name, self.num_channels, self.epoch = seed, name, num_channels, 0
+        self._labels = {category: number for number, category in enumerate(coco.category_ids, start=1)}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def picture(self, row: int):
+        """The upright PIL picture of a row. Raises UnreadablePictureError, which names it."""
+        image = self.images[row]
+        path = self.coco.folder / image["file_name"]
+        try:
+            picture = upright(open_picture(path.read_bytes(), MAX_PIXELS), self.num_channels)
+        except (UnreadablePictureError, OSError) as error:
+            raise UnreadablePictureError(
+                f"Picture {image['id']} of {self.name} ({path}) cannot be read, {error}: repair it or leave it out."
+            ) from error
+        if picture.size != (image["width"], image["height"]):
+            raise UnreadablePictureError(
+                f"Picture {image['id']} of {self.name} ({path}) has {picture.width}x{picture.height} px, but its "
+                f"annotations are for {image['width']}x{image['height']}: repair it or leave it out."
+            )
+        return picture
+
+    def check(self, row: int):
+        """Decodes a row's picture and masks. Raises ValueError, which names it."""
+        self.picture(row)
+        self._targets(self.images[row])
+
+    def __getitem__(self, row: int) -> dict:
+        """`image` uint8, `boxes` (n, 4) as left, top, right, bottom, `labels` (n,), `masks` (n, H, W), `image_id`."""
+        image = self.images[row]
+        item = {"image": tv_tensors.Image(v2.functional.pil_to_tensor(self.picture(row)))}
+        item |= self._targets(image)
+        if self.transform is not None:
+            with seeded(seed_of(self.seed, self.epoch, image["id"])):
+                item = self.transform(item)
+        return item | {"image_id": image["id"]}
+
+    def _targets(self, image: dict) -> dict:
+        objects = [o for o in self.coco.objects[image["id"]] if not o["iscrowd"]]
+        size = (image["height"], image["width"])
+        corners = torch.tensor([o["bbox"] for o in objects], dtype=torch.float32).reshape(-1, 4)
+        corners[:, 2:] += corners[:, :2]
+        boxes = tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=size)
+        labels = torch.tensor([self._labels[o["category_id"]] for o in objects], dtype=torch.long)
+        targets = {"boxes": v2.functional.clamp_bounding_boxes(boxes), "labels": labels}
+        if self.with_masks:
+            try:
+                masks = [run_lengths.decode(encode(o["segmentation"], *size)) for o in objects]
+            except Exception as error:  # the library raises many things
+                raise ValueError(
+                    f"A mask of picture {image['id']} of {self.name} cannot be read ({error}): correct it."
+                ) from error
+            stacked = np.stack(masks) if masks else np.zeros((0, *size), dtype=np.uint8)
+            targets["masks"] = tv_tensors.Mask(torch.from_numpy(stacked))
+        return targets
+
+
+class LargeScaleJitter:
+    """
+    The published augmentation of detectors (arXiv 2012.07177): a picture is scaled at random, relative to what fits the
+    square that is then cut out or filled up, and flipped.
+
+    Args:
+        crop_px: side of the square in px.
+        scales: smallest and largest scale.
+        flip_probability: of a horizontal flip.
+        mean: of each channel, which fills up what a small picture leaves.
+    """
+
+    def __init__(self, crop_px: int, scales: Sequence[float], flip_probability: float, mean: Sequence[float]):
+        fill = {tv_tensors.Image: [255 * value for value in mean], "others": 0}
+        self.transform = v2.Compose(
+            [
+                v2.ScaleJitter((crop_px, crop_px), tuple(scales), antialias=True),
+                v2.RandomCrop(crop_px, pad_if_needed=True, fill=fill),
+                v2.RandomHorizontalFlip(flip_probability),
+            ]
+        )
+
+    def __call__(self, item: dict) -> dict:
+        item = self.transform(item)
+        boxes = item["boxes"]
+        if "masks" in item:  # what is cut off belongs to a box no more
+            boxes = tv_tensors.wrap(boxes_of(item["masks"], boxes), like=boxes)
+        sides = boxes[:, 2:] - boxes[:, :2]
+        kept = (sides >= 1).all(dim=1)
+        return item | {"boxes": boxes[kept]} | {name: item[name][kept] for name in ("labels", "masks") if name in item}
+
+
+def boxes_of(masks: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
+    """The smallest boxes that hold the masks (n, H, W): (n, 4) as left, top, right, bottom; empty where they are."""
+    boxes = torch.zeros_like(otherwise)
+    for number, mask in enumerate(masks):
+        rows, columns = mask.any(dim=1).nonzero(), mask.any(dim=0).nonzero()
+        if len(rows):
+            corners = columns[0].item(), rows[0].item(), columns[-1].item() + 1, rows[-1].item() + 1
+            boxes[number] = boxes.new_tensor(corners)
+    return boxes
+
+
+# -- average precision ----------------------------------------------------------------------------------------------
+
+
+def as_results(image_id: int, detections: dict, category_ids: Sequence[int]) -> list[dict]:
+    """A picture's detections (`boxes`, `labels` from 1 on, `scores`, and `masks` if any) as COCO wants results."""
+    boxes = detections["boxes"].float().cpu()
+    sides = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)
+    results = [
+        {"image_id": image_id, "category_id": category_ids[label - 1], "bbox": box, "score": score}
+        for box, label, score in zip(
+            sides.tolist(), detections["labels"].tolist(), detections["scores"].float().tolist()
+        )
+    ]
+    for result, mask in zip(results, detections.get("masks", [])):
+        encoded = run_lengths.encode(np.asfortranarray(mask.cpu().numpy().astype(np.uint8)))
+        result["segmentation"] = {"size": encoded["size"], "counts": encoded["counts"].decode()}
+    return results
+
+
+def average_precision(
+    results: Sequence[dict], coco: CocoAnnotations, image_ids: Iterable[int], kinds: Sequence[str] = (BOX,)
+) -> dict[str, float]:
+    """
+    COCO's average precision by pycocotools, over the overlaps 0.5, 0.55, ... 0.95.
+
+    Args:
+        results: of `as_results`, of all pictures.
+        coco: the truth.
+        image_ids: the pictures that were looked at.
+        kinds: `box`, `mask`.
+
+    Returns:
+        In [0, 1], for each kind `box_ap`, `box_ap50`, `box_ap75`, and by the size of the objects `box_ap_small` (up to
+        32x32 px), `box_ap_medium` and `box_ap_large` (from 96x96 px) if there are any.
+    """
+    image_ids, metrics = sorted(image_ids), {}
+    with redirect_stdout(io.StringIO()):
+        truth = _truth(coco, image_ids, MASK in kinds)
+        found = truth.loadRes([dict(result) for result in results]) if results else None
+        for kind in kinds:
+            if found is None:
+                metrics |= {f"{kind}_{name}": 0.0 for name in _METRICS[:3]}
+                continue
+            evaluation = COCOeval(truth, _bare(found, kind), _COCO_NAMES[kind])
+            evaluation.params.imgIds = image_ids
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+            values = dict(zip(_METRICS, evaluation.stats[:6].tolist()))
+            metrics |= {f"{kind}_{name}": value for name, value in values.items() if value >= 0}
+    return metrics
+
+
+def _bare(found: COCO, kind: str) -> COCO:
+    """pycocotools takes areas from what the first result has: boxes by boxes, masks by masks."""
+    for annotation in found.dataset["annotations"]:
+        if kind == BOX:
+            annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
+        else:
+            annotation["area"] = float(run_lengths.area(annotation["segmentation"]))
+    return found
+
+
+def _truth(coco: CocoAnnotations, image_ids: Sequence[int], with_masks: bool) -> COCO:
+    """pycocotools' object. It takes an annotation with the id 0 for none, so they are counted from 1."""
+    wanted, annotations = set(image_ids), []
+    images = [image for image in coco.images if image["id"] in wanted]
+    for image in images:
+        for annotation in coco.objects[image["id"]]:
+            kept = {name: annotation[name] for name in ("image_id", "category_id", "bbox", "iscrowd")}
+            kept["area"] = annotation.get("area") or annotation["bbox"][2] * annotation["bbox"][3]
+            if with_masks:
+                kept["segmentation"] = annotation["segmentation"]
+            annotations.append({"id": len(annotations) + 1, **kept})
+    truth = COCO()
+    categories = [{"id": number, "name": name} for number, name in zip(coco.category_ids, coco.names)]
+    truth.dataset = {"images": images, "annotations": annotations, "categories": categories}
+    truth.createIndex()
+    return truth

@@ -1,0 +1,303 @@
+# Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""Training of detectors with `transformers.Trainer`, average precision, and pictures of what they find."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch.utils.data import Subset
+from tqdm.auto import tqdm
+from transformers import TrainingArguments, set_seed
+from transformers.trainer_utils import EvalLoopOutput
+
+from .coco import (
+    BOX,
+    MASK,
+    CocoAnnotations,
+    CocoPictures,
+    LargeScaleJitter,
+    as_results,
+    average_precision,
+    read_coco,
+)
+from .dense import DenseStart, pyramid_start
+from .detection_recipe import DetectionRecipe
+from .detector import DetrBatches, RCNNBatches, build_detector, detr_processor, out_features_of
+from .finetune import ClassifierTrainer, FinetuneRun, _FiniteLoss, _Following, _sample, training_arguments
+from .monitor import INK, _figure
+from .optim import stepped_learning_rate
+
+
+PICTURES = "detections.png"  # in the output folder
+_OBJECT_COLORS = (
+    "#ff3b30",
+    "#34c759",
+    "#0a84ff",
+    "#ffcc00",
+    "#bf5af2",
+    "#ff9f0a",
+    "#64d2ff",
+    "#ff2d92",
+    "#a2845e",
+    "#c0c0c0",
+)
+
+
+class DetectorTrainer(ClassifierTrainer):
+    """
+    `Trainer` for detectors: layer-wise decay, a schedule in steps, and evaluation by average precision.
+
+    Args:
+        recipe: the numbers.
+        config: of the HiViT inside.
+        batches: makes the model's input of items and detections of its output.
+        keywords: of `Trainer`, without a collator.
+    """
+
+    def __init__(self, recipe: DetectionRecipe, config, batches: RCNNBatches | DetrBatches, **keywords):
+        self.batches = batches
+        super().__init__(recipe, config, data_collator=self._collate, **keywords)
+
+    def _collate(self, items: Sequence[dict]) -> dict:
+        return self.batches(items, training=True)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """The schedule of all epochs, also where `max_steps` ends the training earlier."""
+        if self.lr_scheduler is None:
+            recipe = self.recipe
+            per_epoch = -(-len(self.get_train_dataloader()) // self.args.gradient_accumulation_steps)
+            milestones = [round(epoch * per_epoch) for epoch in recipe.decay_epochs]
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer,
+                lambda step: stepped_learning_rate(
+                    step, recipe.warmup_steps, milestones, recipe.decay_factor, base=1.0
+                ),
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        """The sum that the detector makes of its losses."""
+        outputs = model(**inputs)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def floating_point_ops(self, inputs: dict) -> int:
+        """Not known: `Trainer` would count the elements of one tensor, but pictures are a list."""
+        return 0
+
+    def get_eval_dataloader(self, eval_dataset=None) -> torch.utils.data.DataLoader:
+        """Each process has a share of the pictures, none of them twice."""
+        pictures, accelerator = eval_dataset or self.eval_dataset, self.accelerator
+        rows = range(accelerator.process_index, len(pictures), accelerator.num_processes)
+        return torch.utils.data.DataLoader(
+            Subset(pictures, list(rows)),
+            batch_size=self.args.per_device_eval_batch_size,
+            collate_fn=list,
+            num_workers=self.args.dataloader_num_workers,
+        )
+
+    def evaluation_loop(
+        self, dataloader, description: str, prediction_loss_only=None, ignore_keys=None, metric_key_prefix: str = "eval"
+    ) -> EvalLoopOutput:
+        """Average precision of boxes, and of masks if there are any; the detections are in `predictions`."""
+        pictures, model = self.eval_dataset, self._wrap_model(self.model, training=False)
+        coco, results = pictures.coco, []
+        model.eval()
+        hidden = self.args.disable_tqdm or not self.is_world_process_zero()
+        for items in tqdm(dataloader, desc=description, unit="batch", disable=hidden, leave=False):
+            for item, detections in zip(items, self.detect(model, items)):
+                results += as_results(item["image_id"], detections, coco.category_ids)
+        results = gather_object(results)
+        kinds = (BOX, MASK) if self.recipe.with_masks else (BOX,)
+        metrics = average_precision(results, coco, [image["id"] for image in pictures.images], kinds)
+        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(predictions=results, label_ids=None, metrics=named, num_samples=len(pictures))
+
+    @torch.no_grad()
+    def detect(self, model, items: Sequence[dict]) -> list[dict]:
+        """What the model, in evaluation mode, finds on pictures: a dict of tensors for each, boxes in their pixels."""
+        inputs = self._prepare_inputs(self.batches(items, training=False))
+        with self.compute_loss_context_manager():
+            output = model(**inputs)
+        return self.batches.detections(output, [tuple(item["image"].shape[1:]) for item in items])
+
+
+class DetectionRun(FinetuneRun):
+    """
+    Everything of one training of a detector, made from a recipe; `train` does it.
+
+    Args:
+        recipe: the numbers, checked.
+        say: takes a sentence for the user.
+
+    Raises:
+        ValueError: for annotations and weights that do not fit the recipe or each other.
+    """
+
+    def __init__(self, recipe: DetectionRecipe, say: Callable[[str], None] = print):
+        set_seed(recipe.seed)
+        self.recipe, self.say = recipe, say
+        train, evaluation = (
+            self._read(annotations, folder)
+            for annotations, folder in (
+                (recipe.train_annotations, recipe.train_images),
+                (recipe.eval_annotations, recipe.eval_images),
+            )
+        )
+        _check_same_categories(train, evaluation)
+        changes = recipe.model_changes() | {"drop_path_rate": recipe.drop_path_rate}
+        start = pyramid_start(recipe.model_name_or_path, recipe.architecture, changes, out_features_of(recipe.detector))
+        for note in start.notes:
+            say(note)
+        start = replace(start, mean=recipe.image_mean or start.mean, std=recipe.image_std or start.std)
+        self.config = start.backbone.config
+        if not len(start.mean) == len(start.std) == self.config.num_channels:
+            raise ValueError(
+                f"image_mean and image_std need {self.config.num_channels} numbers, got {start.mean} and {start.std}."
+            )
+        self._build(start, train.names)
+        self._make_pictures(train, evaluation, start.mean)
+
+    def _read(self, annotations: str, folder: str | None) -> CocoAnnotations:
+        read = read_coco(annotations, folder, self.recipe.with_masks, self.recipe.bad_annotations == "leave_out")
+        if read.left_out:
+            self.say(f"{len(read.left_out)} annotations were left out. The first: {read.left_out[0]}")
+        return read
+
+    def _build(self, start: DenseStart, names: Sequence[str]):
+        recipe, config = self.recipe, self.config
+        changes = recipe.head_changes()
+        if recipe.detector == "deformable_detr":
+            sizes = (recipe.eval_min_size, recipe.eval_max_size)
+            self.processor = detr_processor(config.patch_size, *sizes, start.mean, start.std)
+            if recipe.crop_size % config.patch_size:
+                raise ValueError(f"crop_size must be a multiple of {config.patch_size}, got {recipe.crop_size}.")
+            self.batches = DetrBatches(self.processor, recipe.crop_size)
+        else:
+            changes |= {"min_size": recipe.eval_min_size, "max_size": recipe.eval_max_size}
+            self.processor, self.batches = None, RCNNBatches()
+        if recipe.freeze_backbone:
+            start.backbone.hivit.requires_grad_(False)
+        self.model = build_detector(recipe.detector, start, names, changes)
+
+    def _make_pictures(self, train: CocoAnnotations, evaluation: CocoAnnotations, mean: Sequence[float]):
+        recipe = self.recipe
+        learnt, empty = train.with_objects(), len(train.images) - len(train.with_objects())
+        if empty:
+            first = next(image for image in train.images if image not in learnt)
+            self.say(
+                f"{empty} of {len(train.images)} pictures to learn from have no annotation and are left out, as is "
+                f"published; the first is {first['id']} ({first['file_name']})."
+            )
+        limits = ((learnt, recipe.max_train_samples), (evaluation.images, recipe.max_eval_samples))
+        learnt, evaluated = ([images[row] for row in _sample(len(images), n, recipe.seed)] for images, n in limits)
+        jitter = LargeScaleJitter(recipe.crop_size, recipe.jitter_scale, recipe.flip_probability, mean)
+        masks, channels = recipe.with_masks, self.config.num_channels
+        self.train_pictures = CocoPictures(train, learnt, masks, jitter, recipe.seed, "train", channels)
+        self.eval_pictures = CocoPictures(evaluation, evaluated, masks, None, recipe.seed, "eval", channels)
+
+    def _training_arguments(self) -> TrainingArguments:
+        return training_arguments(
+            self.recipe, "box_ap", True, num_train_epochs=self.recipe.epochs, max_steps=self.recipe.max_steps or -1
+        )
+
+    def _trainer(self, args: TrainingArguments) -> DetectorTrainer:
+        following = _Following(self.train_pictures)
+        trainer = following.trainer = DetectorTrainer(
+            self.recipe,
+            self.config,
+            self.batches,
+            model=self.model,
+            args=args,
+            train_dataset=self.train_pictures,
+            eval_dataset=self.eval_pictures,
+            processing_class=self.processor,
+            callbacks=[following, _FiniteLoss()],
+        )
+        return trainer
+
+    def evaluate(self) -> dict[str, float]:
+        """Average precision of the model as it is."""
+        metrics = self._trainer(self._training_arguments()).evaluate()
+        return {name.removeprefix("eval_"): value for name, value in metrics.items()}
+
+    def _save(self, trainer: DetectorTrainer):
+        """The folder that `from_pretrained` loads, and a picture."""
+        vars(self.model.config).pop("use_cache", None)  # Trainer sets it, and it would be saved
+        trainer.save_state()
+        trainer.save_model()
+        count = min(self.recipe.num_pictures, len(self.eval_pictures))
+        if count and trainer.is_world_process_zero():
+            items = [self.eval_pictures[row] for row in range(count)]
+            self.model.eval()
+            found = [detections for item in items for detections in trainer.detect(self.model, [item])]
+            figure = draw_detections(items, found, self.eval_pictures.coco.names, self.recipe.picture_threshold)
+            figure.savefig(Path(self.recipe.output_dir) / PICTURES, dpi=110)
+
+
+def _check_same_categories(train: CocoAnnotations, evaluation: CocoAnnotations):
+    for number, name in zip(evaluation.category_ids, evaluation.names):
+        known = dict(zip(train.category_ids, train.names))
+        if known.get(number) != name:
+            raise ValueError(
+                f"Category {number} is {name!r} in {evaluation.path}, but {known.get(number)!r} in {train.path}: both "
+                "must have the same ids and names."
+            )
+    if len(evaluation.names) != len(train.names):
+        lacking = sorted(set(train.names) - set(evaluation.names))[0]
+        raise ValueError(f"{evaluation.path} lacks the category {lacking!r} of {train.path}: list it there too.")
+
+
+# -- pictures -------------------------------------------------------------------------------------------------------
+
+
+def draw_detections(
+    items: Sequence[dict], found: Sequence[dict], names: Sequence[str], threshold: float = 0.5
+) -> Figure:
+    """
+    Two rows of pictures: what is on them, and what was found, with boxes, masks, names and scores.
+
+    Args:
+        items: of `CocoPictures`, as they are in the files.
+        found: for each its detections.
+        names: of the classes; label 1 is the first.
+        threshold: detections with a lower score are not drawn.
+    """
+    figure = _figure(width=2.6 * len(items) + 0.7, height=5.6)
+    for column, (item, detections) in enumerate(zip(items, found)):
+        kept = detections["scores"].float().cpu() >= threshold
+        shown = {name: values.cpu()[kept] for name, values in detections.items()}
+        for row, (what, objects) in enumerate((("annotated", item), ("found", shown))):
+            axes = figure.add_subplot(2, len(items), row * len(items) + column + 1)
+            axes.imshow(np.asarray(item["image"].permute(1, 2, 0)).squeeze(), cmap="gray", interpolation="nearest")
+            _draw_objects(axes, objects, names)
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+            if column == 0:
+                axes.set_ylabel(what, fontsize=11, color=INK)
+    return figure
+
+
+def _draw_objects(axes, objects: dict, names: Sequence[str]):
+    masks = objects.get("masks")
+    for number, (box, label) in enumerate(zip(objects["boxes"].tolist(), objects["labels"].tolist())):
+        color = _OBJECT_COLORS[(label - 1) % len(_OBJECT_COLORS)]
+        if masks is not None:
+            mask = np.asarray(masks[number], dtype=bool)
+            layer = np.zeros((*mask.shape, 4))
+            layer[mask] = [*(int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)), 0.45]
+            axes.imshow(layer, interpolation="nearest")
+        left, top, right, bottom = box
+        axes.add_patch(
+            Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, edgecolor=color, linewidth=1.5)
+        )
+        score = f" {objects['scores'][number]:.2f}" if "scores" in objects else ""
+        style = {"facecolor": color, "edgecolor": "none", "pad": 1, "alpha": 0.85}
+        text = names[label - 1] + score
+        above = "bottom" if top > 0.06 * axes.get_ylim()[0] else "top"  # else it would leave the picture
+        axes.text(left, top, text, fontsize=7, color="white", va=above, bbox=style, clip_on=True)
