@@ -10,7 +10,7 @@ demo: $(VENV)/installed   ## HiViT pre-trains, fine-tunes and predicts on real d
 	$(RUN) examples/demo_digits.py
 
 test: $(VENV)/installed $(BROWSER)  ## The whole test suite
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 test-oldest:              ## Exported folders with the oldest supported versions, in an environment of its own
 	$(PYTHON) -m venv $(VENV)-oldest

@@ -1,13 +1,14 @@
 """
 python benchmarks/table.py [--check]
 
-Writes the tables of README.md and examples/README.md between their marks from benchmarks/results/*.json; with --check
+Writes the tables of README.md and of the pages of examples/ between their marks from benchmarks/results/*.json; with --check
 it only says whether they are what the files hold.
 """
 
 import argparse
 import json
 import sys
+from functools import partial
 
 from measure import PRECISIONS, RESULTS
 
@@ -86,6 +87,39 @@ def tables() -> str:
     return "\n".join([about, "", *step_time_table(step), "", *inference_table(inference), ""])
 
 
+def dense_table() -> str:
+    """Backbones at the sizes of segmentation and detection, from the result file."""
+    record = json.loads((RESULTS / "dense_cpu.json").read_text())
+    sizes = [key for key, value in record.items() if isinstance(value, dict) and "models" in value]
+    columns = [f"{size}, s | windows take | MiB | with backward" for size in sizes]
+    lines = [f"| one picture, forward | {' | '.join(columns)} |", "|---|" + "---|---|---|---|" * len(sizes)]
+    for name in record[sizes[0]]["models"]:
+        cells = [name]
+        for size in sizes:
+            row = record[size]["models"][name]
+            share = 1 / row["times_slower_than_ours"]
+            memory = (f"{row[f'peak_{kind}_mib']:.0f}" for kind in ("forward", "step"))
+            cells += [f"{row['median_s']:.2f}", f"{share:.2f} of it", *memory]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def scene_table(task: str) -> str:
+    """What a segmenter or a detector has learnt from scenes, from the result file."""
+    record = json.loads((RESULTS / "scene_tasks_cpu.json").read_text())[task]
+    starts = {
+        "pretrained": "trained from the demonstration's weights",
+        "exchanged": "the same heads, on random weights",
+        "untrained": "trained from random weights",
+    }
+    names = [name for name in record["pretrained"] if name != "processor_s"]
+    lines = [f"| | {' | '.join(name.replace('_', ' ') for name in names)} |", "|---|" + "---|" * len(names)]
+    for start, about in starts.items():
+        lines.append(f"| {about} | {' | '.join(f'{record[start][name]:.2f}' for name in names)} |")
+    minutes = record["pretrained"]["processor_s"] / 60
+    return "\n".join([*lines, "", f"One run each, of {minutes:.1f} minutes on one core.", ""])
+
+
 def digits_tables() -> str:
     """The section of examples/README.md, from the result file."""
     record = json.loads((RESULTS / "finetuning_digits_cpu.json").read_text())
@@ -122,8 +156,10 @@ def digits_tables() -> str:
 
 
 PAGES = {
-    ROOT / "README.md": {"benchmark": tables, "deployment": deployment_table},
+    ROOT / "README.md": {"benchmark": tables, "dense": dense_table, "deployment": deployment_table},
     ROOT / "examples" / "README.md": {"digits": digits_tables},
+    ROOT / "examples" / "segmentation.md": {"scenes": partial(scene_table, "segmentation")},
+    ROOT / "examples" / "detection.md": {"scenes": partial(scene_table, "detection")},
 }
 
 

@@ -5,9 +5,13 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # tests run side by side, and the threads of each would wait for the others'
 
 import pytest
 import torch
+from filelock import FileLock
 
 from hivit_hf import HiViTConfig
 
@@ -35,13 +39,15 @@ def demo_pretrained(tmp_path_factory):
     from digits import experiment
     from digits.data import DigitPixels, digits_dataset, digits_processor
 
-    folder, processor = tmp_path_factory.mktemp("demo") / "pretrained", digits_processor()
-    train = DigitPixels.from_dataset(digits_dataset()["train"], processor)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the demonstration does: a second one stalls on busy machines
-    experiment.pretrain_digits(train, experiment.DemoSettings(), folder)
-    torch.set_num_threads(threads)
-    processor.save_pretrained(folder)
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder, processor = shared / "demo_pretrained", digits_processor()
+    with FileLock(shared / "demo_pretrained.lock"):
+        if not folder.exists():
+            train = DigitPixels.from_dataset(digits_dataset()["train"], processor)
+            experiment.pretrain_digits(train, experiment.DemoSettings(), folder)
+            processor.save_pretrained(folder)
     return folder
 
 
