@@ -1,8 +1,8 @@
 """
 python benchmarks/table.py [--check]
 
-Writes the tables of README.md and of the pages of examples/ between their marks from benchmarks/results/*.json; with --check
-it only says whether they are what the files hold.
+Writes the tables of README.md and of the pages of examples/ between their marks from benchmarks/results/*.json; with
+--check it only says whether they are what the files hold.
 """
 
 import argparse

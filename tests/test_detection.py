@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import HfApi
 from PIL import Image as PILImage
 from pycocotools import mask as run_lengths
 from torch.testing import assert_close
 from torchvision import tv_tensors
-from transformers import AutoConfig, AutoModelForObjectDetection, pipeline
+from transformers import AutoConfig, AutoModelForObjectDetection, EarlyStoppingCallback, pipeline
 from transformers.models.deformable_detr.modeling_deformable_detr import DeformableDetrObjectDetectionOutput
 
 import finetune_detection
@@ -674,7 +675,13 @@ FLAGS = {
     "keep_last": (5, lambda run: run._training_arguments().save_total_limit == 5),
     "log_every_steps": (7, lambda run: run._training_arguments().logging_steps == 7),
     "tracker": ("tensorboard", lambda run: run._training_arguments().report_to == ["tensorboard"]),
+    "early_stopping_patience": (3, lambda run: stopper(run) is not None and stopper(run).early_stopping_patience == 3),
 }
+
+
+def stopper(run: DetectionRun) -> EarlyStoppingCallback | None:
+    callbacks = run._trainer(run._training_arguments()).callback_handler.callbacks
+    return next((callback for callback in callbacks if isinstance(callback, EarlyStoppingCallback)), None)
 
 
 @pytest.mark.parametrize("name", FLAGS)
@@ -702,8 +709,21 @@ def test_every_flag_is_tested():
     elsewhere |= {"jitter_scale", "flip_probability", "warmup_steps", "decay_epochs", "decay_factor", "max_steps"}
     elsewhere |= {"effective_batch_size", "learning_rate", "weight_decay", "layer_decay", "output_dir", "resume"}
     elsewhere |= {"num_pictures", "picture_threshold", "check_images", "adam_betas", "ema_decay"}
-    elsewhere |= {"gradient_checkpointing", "show_layer_table"}
+    elsewhere |= {"gradient_checkpointing", "show_layer_table", "push_to_hub", "hub_model_id", "hub_private_repo"}
     assert {item.name for item in fields(DetectionRecipe)} == elsewhere | set(FLAGS)
+
+
+@pytest.mark.slow
+def test_pushing(scenes, tmp_path, monkeypatch):
+    uploads = []
+    repository = type("Repository", (), {"repo_id": "me/mine"})()
+    monkeypatch.setattr(HfApi, "create_repo", lambda api, name, **keywords: repository)
+    monkeypatch.setattr(HfApi, "upload_folder", lambda api, **keywords: uploads.append(keywords))
+    recipe = smoke(scenes, tmp_path / "run", max_steps=1, num_pictures=1, push_to_hub=True, hub_model_id="me/mine")
+    DetectionRun(recipe).train()
+    assert uploads[-1]["repo_id"] == "me/mine" and (tmp_path / "run" / "detections.png").exists()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "object-detection" in card and str(tmp_path) not in card
 
 
 @pytest.mark.slow

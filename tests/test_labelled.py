@@ -111,7 +111,7 @@ def good(tmp_path) -> str:
         (["--mixed_precision", "bf61"], "mixed_precision must be one of bf16, fp16, no, got 'bf61'"),
         (["--tracker", "wandbb"], "tracker must be one of"),
         (["--model", "{"], "--model must be a JSON object"),
-        (["--model", '{"drop_path_rate": 0.1}'], "--model sets drop_path_rate, which have flags of their own"),
+        (["--model", '{"drop_path_rate": 0.1}'], "--model sets drop_path_rate, which has a flag of its own"),
         (["--model", '{"hiden_size": 64}'], "no keyword 'hiden_size'"),
         (["--architecture", "huge"], "There is no architecture 'huge'"),
         (["--hub_model_id", "me/mine"], "are for --push_to_hub: give it too"),

@@ -28,7 +28,7 @@ from .coco import (
 from .dense import DenseStart, pyramid_start
 from .detection_recipe import DetectionRecipe
 from .detector import DetrBatches, RCNNBatches, build_detector, detr_processor, out_features_of
-from .finetune import ClassifierTrainer, FinetuneRun, _FiniteLoss, _Following, _sample, training_arguments
+from .finetune import ClassifierTrainer, FinetuneRun, _sample, training_arguments
 from .monitor import INK, _figure
 from .optim import stepped_learning_rate
 
@@ -207,19 +207,7 @@ class DetectionRun(FinetuneRun):
         )
 
     def _trainer(self, args: TrainingArguments) -> DetectorTrainer:
-        following = _Following(self.train_pictures)
-        trainer = following.trainer = DetectorTrainer(
-            self.recipe,
-            self.config,
-            self.batches,
-            model=self.model,
-            args=args,
-            train_dataset=self.train_pictures,
-            eval_dataset=self.eval_pictures,
-            processing_class=self.processor,
-            callbacks=[following, _FiniteLoss()],
-        )
-        return trainer
+        return self._make_trainer(DetectorTrainer, args, batches=self.batches)
 
     def evaluate(self) -> dict[str, float]:
         """Average precision of the model as it is."""
@@ -230,7 +218,7 @@ class DetectionRun(FinetuneRun):
         """The folder that `from_pretrained` loads, and a picture."""
         vars(self.model.config).pop("use_cache", None)  # Trainer sets it, and it would be saved
         trainer.save_state()
-        trainer.save_model()
+        trainer.save_model(_internal_call=True)  # which does not push
         count = min(self.recipe.num_pictures, len(self.eval_pictures))
         if count and trainer.is_world_process_zero():
             items = [self.eval_pictures[row] for row in range(count)]
@@ -238,6 +226,7 @@ class DetectionRun(FinetuneRun):
             found = [detections for item in items for detections in trainer.detect(self.model, [item])]
             figure = draw_detections(items, found, self.eval_pictures.coco.names, self.recipe.picture_threshold)
             figure.savefig(Path(self.recipe.output_dir) / PICTURES, dpi=110)
+        self._push(trainer, "object-detection")
 
 
 def _check_same_categories(train: CocoAnnotations, evaluation: CocoAnnotations):

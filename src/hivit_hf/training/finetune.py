@@ -323,30 +323,33 @@ class FinetuneRun:
     def _trainer(self, args: TrainingArguments) -> ClassifierTrainer:
         recipe = self.recipe
         compute_metrics, _, _ = metrics_of(recipe.problem_type, self.labels.names)
+        batches = Batches(
+            len(self.labels.names),
+            recipe.mixup,
+            recipe.cutmix,
+            recipe.mixup_probability,
+            recipe.mixup_switch_probability,
+            recipe.label_smoothing,
+        )
+        return self._make_trainer(ClassifierTrainer, args, data_collator=batches, compute_metrics=compute_metrics)
+
+    def _make_trainer(self, trainer_class: type[ClassifierTrainer], args: TrainingArguments, **keywords):
         following = _Following(self.train_pictures)
         callbacks = [following, _FiniteLoss()]
-        if recipe.early_stopping_patience is not None:
-            callbacks.append(EarlyStoppingCallback(recipe.early_stopping_patience))
-        trainer = following.trainer = ClassifierTrainer(
-            recipe,
+        if self.recipe.early_stopping_patience is not None:
+            callbacks.append(EarlyStoppingCallback(self.recipe.early_stopping_patience))
+        following.trainer = trainer_class(
+            self.recipe,
             self.config,
             model=self.model,
             args=args,
             train_dataset=self.train_pictures,
             eval_dataset=self.eval_pictures,
-            data_collator=Batches(
-                len(self.labels.names),
-                recipe.mixup,
-                recipe.cutmix,
-                recipe.mixup_probability,
-                recipe.mixup_switch_probability,
-                recipe.label_smoothing,
-            ),
             processing_class=self.processor,
-            compute_metrics=compute_metrics,
             callbacks=callbacks,
+            **keywords,
         )
-        return trainer
+        return following.trainer
 
     def _checkpoint(self) -> str | None:
         """Where to go on from. ValueError if there is none, it is of another recipe, or one would be overwritten."""
@@ -390,9 +393,13 @@ class FinetuneRun:
         if recipe.lora_rank is not None and trainer.is_world_process_zero():
             _start(recipe, self.labels).model.save_pretrained(output)
         trainer.save_model(_internal_call=True)  # which does not push
-        if recipe.push_to_hub:
-            named = None if Path(recipe.dataset_name).exists() else recipe.dataset_name  # no path of this machine
-            trainer.push_to_hub(dataset=named, tags=["image-classification", "hivit"])
+        self._push(trainer, "image-classification", recipe.dataset_name)
+
+    def _push(self, trainer: ClassifierTrainer, task: str, dataset_name: str | None = None):
+        """Uploads the folder, if that was asked for."""
+        if self.recipe.push_to_hub:
+            local = dataset_name is None or Path(dataset_name).exists()  # no path of this machine
+            trainer.push_to_hub(dataset=None if local else dataset_name, tags=[task, "hivit"])
 
 
 def training_arguments(recipe: Recipe, best: str, greater_is_better: bool, **length: float) -> TrainingArguments:
@@ -506,9 +513,6 @@ def _start(recipe: FinetuneRecipe, labels: Labels) -> Start:
     """The classifier that a recipe begins with, the same for the same seed."""
     set_seed(recipe.seed)
     changes = recipe.model_changes()
-    own = [name for name in ("image_size", "drop_path_rate", "problem_type") if name in changes]
-    if own:
-        raise ValueError(f"--model sets {', '.join(own)}, which have flags of their own: use those.")
     changes["drop_path_rate"] = recipe.drop_path_rate
     fresh = (recipe.head_init_std, recipe.draw_relative_tables)
     if recipe.from_scratch:

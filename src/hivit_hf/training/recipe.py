@@ -49,14 +49,21 @@ def _as(kind, value, name: str):
     raise ValueError(f"{name} must be a {wanted.__name__}, got {value!r}.")
 
 
+@dataclass
 class Recipe:
     """What recipes share: values are brought to the types of their fields, and batches add up to the published ones."""
+
+    title: str = _field("", "What the recipe is, in a line.")
+    source: str = _field("", "Where its numbers come from.")
+    cost: str = _field("", "What it takes, and on what.")
+    expected_result: str = _field("", "What it should lead to.")
 
     def __post_init__(self):
         if isinstance(self.model, dict):
             self.model = json.dumps(self.model)
-        for name, kind in get_type_hints(type(self)).items():  # HfArgumentParser changes the types in `fields`
-            setattr(self, name, _as(kind, getattr(self, name), name))
+        kinds = get_type_hints(type(self))  # HfArgumentParser changes the types in `fields`
+        for name in (item.name for item in fields(self)):
+            setattr(self, name, _as(kinds[name], getattr(self, name), name))
 
     def model_changes(self) -> dict:
         """What `model` changes in the configuration. Raises ValueError if it is not JSON."""
@@ -89,11 +96,6 @@ class Recipe:
 @dataclass
 class PretrainRecipe(Recipe):
     """A masked pre-training. Every field is a flag of `examples/pretrain_mim.py` and a key of a recipe file."""
-
-    title: str = _field("", "What the recipe is, in a line.")
-    source: str = _field("", "Where its numbers come from.")
-    cost: str = _field("", "What it takes, and on what.")
-    expected_result: str = _field("", "What it should lead to.")
 
     architecture: str = _field("base-mae", f"The network: {', '.join(ARCHITECTURES)}.")
     model: str = _field("{}", "Changes to its configuration, as JSON, for example '{\"patch_size\": 8}'.")

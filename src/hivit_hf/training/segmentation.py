@@ -10,12 +10,12 @@ from accelerate.utils import broadcast_object_list
 from PIL import Image as PILImage
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
-from transformers import EarlyStoppingCallback, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from .class_maps import IGNORED, MappedPictures, TrainingCrop, WholePicture
 from .dense import pyramid_start
-from .finetune import ClassifierTrainer, FinetuneRun, _FiniteLoss, _Following, _sample, training_arguments
+from .finetune import ClassifierTrainer, FinetuneRun, _sample, training_arguments
 from .labelled import check_pictures
 from .optim import poly_learning_rate
 from .overlays import overlay_sheet
@@ -203,29 +203,12 @@ class SegmentationRun(FinetuneRun):
         self.model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
 
     def _trainer(self, args: TrainingArguments) -> SegmentationTrainer:
-        recipe = self.recipe
-        following = _Following(self.train_pictures)
-        callbacks = [following, _FiniteLoss()]
-        if recipe.early_stopping_patience is not None:
-            callbacks.append(EarlyStoppingCallback(recipe.early_stopping_patience))
-        trainer = following.trainer = SegmentationTrainer(
-            recipe,
-            self.config,
-            self.metric_path,
-            model=self.model,
-            args=args,
-            train_dataset=self.train_pictures,
-            eval_dataset=self.eval_pictures,
-            processing_class=self.processor,
-            callbacks=callbacks,
-        )
-        return trainer
+        return self._make_trainer(SegmentationTrainer, args, metric_path=self.metric_path)
 
     def _save(self, trainer: SegmentationTrainer):
         trainer.save_state()
         trainer.save_model(_internal_call=True)  # which does not push
-        if self.recipe.push_to_hub:
-            trainer.push_to_hub(dataset=self.recipe.dataset_name, tags=["image-segmentation", "hivit"])
+        self._push(trainer, "image-segmentation", self.recipe.dataset_name)
 
 
 def _start(recipe: SegmentationRecipe) -> SegmenterStart:
