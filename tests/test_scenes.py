@@ -100,6 +100,7 @@ def test_the_command_line_writes_both_formats(tmp_path, capsys):
     ("flags", "sentence"),
     [
         (["--train", "0"], "at least 1 scene, got 0"),
+        (["--seed", "-1"], "seed of scenes must be 0 or more, got -1"),
         (["--width", "20"], "width of scenes must be 36 to 320 px, got 20"),
         (["--digits", "3", "12"], "of the digits 0 to 9, got 3 12"),
         (["--height", "2000"], "height of scenes must be 36 to 427 px, got 2000"),

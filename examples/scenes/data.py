@@ -102,6 +102,8 @@ def scenes(
         raise ValueError(f"There is no split {split!r} of scenes: choose from {', '.join(SPLITS)}.")
     if number < 1:
         raise ValueError(f"There must be at least 1 scene, got {number}.")
+    if seed < 0:
+        raise ValueError(f"The seed of scenes must be 0 or more, got {seed}.")
     largest = min(photo.shape[0] for photo in _photographs(split)), min(p.shape[1] for p in _photographs(split))
     for name, length, most in (("height", height_px, largest[0]), ("width", width_px, largest[1])):
         if not DIGIT_PX[1] <= length <= most:

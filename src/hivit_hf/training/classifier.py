@@ -1,7 +1,7 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
 """Classifiers to begin with: from a pre-training, from another classifier, at random, or with a LoRA adapter."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,9 @@ from transformers.utils import logging
 from ..configuration_hivit import ARCHITECTURES, HiViTConfig
 from ..hub import IMAGENET_MEAN, IMAGENET_STD
 from ..modeling_hivit import HiViTAttention, HiViTForImageClassification, resize_table
+
+
+_SIZES = ("hidden_size", "depths", "stem_blocks_per_depth", "num_attention_heads")
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def load_classifier(
     """
     config = read_config(name)
     if architecture is not None:
-        _check_architecture(config, architecture, name)
+        check_architecture(config, architecture, name)
     changes, notes = dict(changes or {}), []
     pretrained = not any("ImageClassification" in kind for kind in config.architectures or [])
     if pretrained:  # the published classifiers have it, the published pre-training has not
@@ -227,10 +230,11 @@ def _labels(names: Sequence[str], problem_type: str) -> dict:
     }
 
 
-def _check_architecture(config: HiViTConfig, architecture: str, name: str):
+def check_architecture(config: HiViTConfig, architecture: str, name: str, changed: Collection[str] = ()):
+    """Whether a network has the sizes of an architecture, but for those that a recipe changes. Raises ValueError."""
     wanted = HiViTConfig.from_architecture(architecture)
-    for key in ("hidden_size", "depths", "stem_blocks_per_depth", "num_attention_heads"):
-        if getattr(config, key) != getattr(wanted, key):
+    for key in _SIZES:
+        if key not in changed and getattr(config, key) != getattr(wanted, key):
             raise ValueError(
                 f"The recipe is for {architecture}, whose {key} is {getattr(wanted, key)}, but that of {name} is "
                 f"{getattr(config, key)}: choose a recipe for its size, or set --architecture to "
@@ -239,10 +243,9 @@ def _check_architecture(config: HiViTConfig, architecture: str, name: str):
 
 
 def _architecture_of(config: HiViTConfig) -> str | None:
-    keys = ("hidden_size", "depths", "stem_blocks_per_depth", "num_attention_heads")
     for name in ARCHITECTURES:
         known = HiViTConfig.from_architecture(name)
-        if all(getattr(known, key) == getattr(config, key) for key in keys):
+        if all(getattr(known, key) == getattr(config, key) for key in _SIZES):
             return name
     return None
 

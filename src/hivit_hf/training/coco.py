@@ -25,7 +25,16 @@ from .labelled import MAX_PIXELS, seeded
 BOX, MASK = "box", "mask"
 _COCO_NAMES = {BOX: "bbox", MASK: "segm"}
 _METRICS = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")  # the first six numbers of COCOeval
-_SMALLEST_OVERLAP = 0.5  # of a box with the box around its mask
+_SMALLEST_OVERLAP = 0.5  # of a box with the box around its mask,
+_NEAR_PX = 2.0  # unless their sides are as near as this: the masks of thin objects are whole pixels
+
+
+_NUMBER, _TEXT = (int, "a number from 0 on"), (str, "a text")
+_ENTRIES = {
+    "images": {"id": _NUMBER, "file_name": _TEXT, "height": _NUMBER, "width": _NUMBER},
+    "annotations": {},
+    "categories": {"id": _NUMBER, "name": _TEXT},
+}
 
 
 @dataclass(frozen=True)
@@ -86,7 +95,7 @@ def read_coco(
         if fault is None:
             objects[annotation["image_id"]].append({"iscrowd": 0, **annotation})
             continue
-        image = by_id.get(annotation.get("image_id"), {})
+        image = _of(by_id, annotation.get("image_id"))
         of = f"picture {annotation.get('image_id')}" + (f" ({image['file_name']})" if image else "")
         sentence = f"Annotation {annotation.get('id')} of {of} in {path} {fault}"
         if not leave_out_bad:
@@ -104,17 +113,16 @@ def _load(path: Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"The annotations {path} cannot be read: {error}") from error
-    keys = {"images": ("id", "file_name", "height", "width"), "annotations": (), "categories": ("id", "name")}
-    for key, needed in keys.items():
+    for key, needed in _ENTRIES.items():
         entries = content.get(key) if isinstance(content, dict) else None
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             raise ValueError(f"{path} is not in COCO's format: it has no list of {key!r}.")
         for entry in entries:
-            lacking = [name for name in needed if name not in entry]
-            if lacking:
-                raise ValueError(
-                    f"{path} is not in COCO's format: {lacking[0]!r} is missing in one of {key!r}: {entry}."
-                )
+            for name, (kind, wanted) in needed.items():
+                value = entry.get(name)
+                if not isinstance(value, kind) or isinstance(value, bool) or (kind is int and value < 0):
+                    what = f"is {value!r}, not {wanted}" if name in entry else "is missing"
+                    raise ValueError(f"{path} is not in COCO's format: {name!r} {what} in one of {key!r}: {entry}.")
     return content
 
 
@@ -126,6 +134,10 @@ def _check_images(path: Path, folder: Path, images: list[dict], categories: list
         if len(set(ids)) < len(ids):
             double = next(number for number in ids if ids.count(number) > 1)
             raise ValueError(f"{path} has two {what} with the id {double}: give each its own.")
+    names = [category["name"] for category in categories]
+    if len(set(names)) < len(names):
+        double = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{path} has two categories with the name {double!r}: give each its own.")
     there = {file.name for file in folder.iterdir()}
     for image in images:
         name = image["file_name"]
@@ -133,13 +145,18 @@ def _check_images(path: Path, folder: Path, images: list[dict], categories: list
             raise ValueError(f"Picture {image['id']} of {path} is not there: {folder / name}. Check --*_images.")
 
 
+def _of(images: dict[int, dict], number) -> dict:
+    """The picture with an id; nothing if there is none, or it is no id at all."""
+    return images.get(number, {}) if isinstance(number, int) else {}
+
+
 def _fault(annotation: dict, images: dict[int, dict], categories: set[int], with_masks: bool) -> str | None:
     """What is wrong with an annotation, or None."""
-    image = images.get(annotation.get("image_id"))
-    if image is None:
+    image = _of(images, annotation.get("image_id"))
+    if not image:
         return "is of a picture that the file does not have"
     category = annotation.get("category_id")
-    if category not in categories:
+    if not isinstance(category, int) or category not in categories:
         return f"has category {category!r}, which is not among the {len(categories)} of the file"
     try:
         left, top, width, height = (float(number) for number in annotation["bbox"])
@@ -149,6 +166,11 @@ def _fault(annotation: dict, images: dict[int, dict], categories: set[int], with
         return f"has a bbox that is not finite: {annotation['bbox']}"
     if not (width > 0 and height > 0):
         return f"has a box of no area: {annotation['bbox']}"
+    crowd, area = annotation.get("iscrowd", 0), annotation.get("area")
+    if crowd not in (0, 1) or isinstance(crowd, str):
+        return f"has iscrowd {crowd!r}, which must be 0 or 1"
+    if area is not None and not (isinstance(area, (int, float)) and np.isfinite(area) and area >= 0):
+        return f"has an area of {area!r}, which must be a number from 0 on, or left out"
     if left >= image["width"] or top >= image["height"] or left + width <= 0 or top + height <= 0:
         return f"has a box outside its picture of {image['width']}x{image['height']} px: {annotation['bbox']}"
     return _mask_fault(annotation, image) if with_masks else None
@@ -157,16 +179,11 @@ def _fault(annotation: dict, images: dict[int, dict], categories: set[int], with
 def _mask_fault(annotation: dict, image: dict) -> str | None:
     segmentation = annotation.get("segmentation")
     if not segmentation:
-        return "has no mask, which Mask R-CNN learns: add it, choose --detector faster_rcnn"
+        return "has no mask, which Mask R-CNN learns (--detector faster_rcnn does not)"
     size = [image["height"], image["width"]]
-    if isinstance(segmentation, dict):
-        if list(segmentation.get("size", [])) != size:
-            return f"has a mask of {segmentation.get('size')} (height, width), but its picture is {size}"
-        counts = segmentation.get("counts")
-        if isinstance(counts, list) and (sum(counts) != size[0] * size[1] or min(counts) < 0):
-            return f"has a mask whose runs add up to {sum(counts)} px, but its picture has {size[0] * size[1]}"
-    elif any(len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation):
-        return "has a mask with a polygon of fewer than three points"
+    fault = _runs_fault(segmentation, size) if isinstance(segmentation, dict) else _polygon_fault(segmentation, size)
+    if fault is not None:
+        return fault
     try:
         encoded = encode(segmentation, *size)
         area, around = run_lengths.area(encoded), run_lengths.toBbox(encoded)
@@ -175,9 +192,44 @@ def _mask_fault(annotation: dict, image: dict) -> str | None:
     if not area:
         return "has an empty mask"
     overlap = run_lengths.iou([around.tolist()], [annotation["bbox"]], [0]).item()
-    if overlap < _SMALLEST_OVERLAP:
+    corners = [
+        np.array([left, top, left + width, top + height]) for left, top, width, height in (around, annotation["bbox"])
+    ]
+    if overlap < _SMALLEST_OVERLAP and np.abs(corners[0] - corners[1]).max() > _NEAR_PX:
         box = [round(number, 1) for number in around.tolist()]
         return f"has a mask that does not match its box: it lies in {box}, the box is {annotation['bbox']}"
+    return None
+
+
+def _runs_fault(segmentation: dict, size: list[int]) -> str | None:
+    if segmentation.get("size") != size:
+        return f"has a mask of {segmentation.get('size')} (height, width), but its picture is {size}"
+    counts = segmentation.get("counts")
+    if not isinstance(counts, list):
+        return None if isinstance(counts, (str, bytes)) else f"has a mask whose counts are {counts!r}"
+    if not all(isinstance(count, int) and count >= 0 for count in counts):
+        return "has a mask with runs that are no numbers from 0 on"
+    if sum(counts) != size[0] * size[1]:
+        return f"has a mask whose runs add up to {sum(counts)} px, but its picture has {size[0] * size[1]}"
+    return None
+
+
+def _polygon_fault(segmentation, size: list[int]) -> str | None:
+    if not isinstance(segmentation, list) or not all(isinstance(polygon, list) for polygon in segmentation):
+        return "has a mask that is neither a list of polygons nor run lengths"
+    for polygon in segmentation:
+        if len(polygon) < 6:
+            return "has a mask with a polygon of fewer than three points"
+        if len(polygon) % 2:
+            return f"has a mask with a polygon of {len(polygon)} numbers, which are no pairs"
+        try:
+            points = np.array(polygon, dtype=float).reshape(-1, 2)
+        except (TypeError, ValueError):
+            return "has a mask with a polygon that is not of numbers"
+        # pycocotools draws what is far away point by point, and fails without a word if there is no memory for it
+        far = np.abs(points - np.array(size[::-1]) / 2) > 1.5 * np.array(size[::-1])
+        if not np.isfinite(points).all() or far.any():
+            return f"has a mask with a polygon that leaves its picture of {size[1]}x{size[0]} px by more than its size"
     return None
 
 
@@ -274,6 +326,16 @@ class CocoPictures(Dataset):
         return targets
 
 
+class _ScaleJitter(v2.ScaleJitter):
+    """torchvision's, with masks scaled about the middles of their pixels, as pictures and boxes are."""
+
+    def transform(self, inpt, params):
+        if not isinstance(inpt, tv_tensors.Mask):
+            return super().transform(inpt, params)
+        exact = v2.InterpolationMode.NEAREST_EXACT
+        return tv_tensors.Mask(v2.functional.resize_image(inpt.as_subclass(torch.Tensor), params["size"], exact))
+
+
 class LargeScaleJitter:
     """
     The published augmentation of detectors (arXiv 2012.07177): a picture is scaled at random, relative to what fits the
@@ -290,7 +352,7 @@ class LargeScaleJitter:
         fill = {tv_tensors.Image: [255 * value for value in mean], "others": 0}
         self.transform = v2.Compose(
             [
-                v2.ScaleJitter((crop_px, crop_px), tuple(scales), antialias=True),
+                _ScaleJitter((crop_px, crop_px), tuple(scales), antialias=True),
                 v2.RandomCrop(crop_px, pad_if_needed=True, fill=fill),
                 v2.RandomHorizontalFlip(flip_probability),
             ]

@@ -10,7 +10,7 @@ from ..configuration_hivit import HiViTConfig
 from ..configuration_pyramid import HiViTPyramidConfig
 from ..hub import IMAGENET_MEAN, IMAGENET_STD
 from ..modeling_pyramid import HiViTPyramid
-from .classifier import _check_architecture, normalization, read_config, silent_transformers
+from .classifier import check_architecture, normalization, read_config, silent_transformers
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,9 @@ def pyramid_start(
         ValueError: if there is no HiViT, it is another network than the recipe's, or weights do not fit.
     """
     changes, notes = dict(changes or {}), []
+    for key in ("out_features", "out_indices"):
+        if key in changes:
+            raise ValueError(f"--model sets {key}, but what reads the pyramid decides that: leave it out.")
     if out_features is not None:
         changes["out_features"] = list(out_features)
     if name is None:
@@ -58,7 +61,7 @@ def pyramid_start(
         return DenseStart(HiViTPyramid(config), mean, std, notes)
     config = read_config(name)
     if architecture is not None:
-        _check_architecture(config, architecture, name)
+        check_architecture(config, architecture, name)
     config = HiViTPyramidConfig.from_hivit(config, **changes)
     with silent_transformers():
         backbone, loading = HiViTPyramid.from_pretrained(

@@ -1,6 +1,7 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
 """Training of detectors with `transformers.Trainer`, average precision, and pictures of what they find."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from tqdm.auto import tqdm
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
+from ..configuration_hivit import nearest_multiples
+from .classifier import check_architecture, normalization
 from .coco import (
     BOX,
     MASK,
@@ -27,13 +30,24 @@ from .coco import (
 )
 from .dense import DenseStart, pyramid_start
 from .detection_recipe import DetectionRecipe
-from .detector import DetrBatches, RCNNBatches, build_detector, detr_processor, out_features_of
+from .detector import (
+    DetrBatches,
+    RCNNBatches,
+    build_detector,
+    detr_processor,
+    is_detector,
+    load_detector,
+    out_features_of,
+    pyramid_of,
+)
 from .finetune import ClassifierTrainer, FinetuneRun, _sample, training_arguments
+from .labelled import check_pictures
 from .monitor import INK, _figure
 from .optim import stepped_learning_rate
 
 
 PICTURES = "detections.png"  # in the output folder
+_COLUMNS = 6
 _OBJECT_COLORS = (
     "#ff3b30",
     "#34c759",
@@ -142,48 +156,78 @@ class DetectionRun(FinetuneRun):
     def __init__(self, recipe: DetectionRecipe, say: Callable[[str], None] = print):
         set_seed(recipe.seed)
         self.recipe, self.say = recipe, say
-        train, evaluation = (
-            self._read(annotations, folder)
-            for annotations, folder in (
-                (recipe.train_annotations, recipe.train_images),
-                (recipe.eval_annotations, recipe.eval_images),
-            )
-        )
-        _check_same_categories(train, evaluation)
-        changes = recipe.model_changes() | {"drop_path_rate": recipe.drop_path_rate}
-        start = pyramid_start(recipe.model_name_or_path, recipe.architecture, changes, out_features_of(recipe.detector))
-        for note in start.notes:
-            say(note)
-        start = replace(start, mean=recipe.image_mean or start.mean, std=recipe.image_std or start.std)
-        self.config = start.backbone.config
-        if not len(start.mean) == len(start.std) == self.config.num_channels:
-            raise ValueError(
-                f"image_mean and image_std need {self.config.num_channels} numbers, got {start.mean} and {start.std}."
-            )
-        self._build(start, train.names)
-        self._make_pictures(train, evaluation, start.mean)
+        evaluation = self._read(recipe.eval_annotations, recipe.eval_images)
+        train = evaluation  # of which only the categories are used then
+        if not recipe.evaluate_only:
+            train = self._read(recipe.train_annotations, recipe.train_images)
+            _check_same_categories(train, evaluation)
+        mean = self._build(train.names)
+        self._make_pictures(train, evaluation, mean)
 
     def _read(self, annotations: str, folder: str | None) -> CocoAnnotations:
         read = read_coco(annotations, folder, self.recipe.with_masks, self.recipe.bad_annotations == "leave_out")
         if read.left_out:
-            self.say(f"{len(read.left_out)} annotations were left out. The first: {read.left_out[0]}")
+            self.say(f"{len(read.left_out)} annotations of {annotations} were left out. The first: {read.left_out[0]}")
         return read
 
-    def _build(self, start: DenseStart, names: Sequence[str]):
-        recipe, config = self.recipe, self.config
-        changes = recipe.head_changes()
-        if recipe.detector == "deformable_detr":
-            sizes = (recipe.eval_min_size, recipe.eval_max_size)
-            self.processor = detr_processor(config.patch_size, *sizes, start.mean, start.std)
-            if recipe.crop_size % config.patch_size:
-                raise ValueError(f"crop_size must be a multiple of {config.patch_size}, got {recipe.crop_size}.")
-            self.batches = DetrBatches(self.processor, recipe.crop_size)
+    def _build(self, names: Sequence[str]) -> Sequence[float]:
+        """The model, and what makes its batches. Returns the mean of each channel."""
+        recipe, sizes = self.recipe, (self.recipe.eval_min_size, self.recipe.eval_max_size)
+        trained = recipe.model_name_or_path is not None and is_detector(recipe.model_name_or_path)
+        if recipe.evaluate_only and not trained:
+            raise ValueError(f"{recipe.model_name_or_path} is no detector: train one first, without --evaluate_only.")
+        if trained:
+            self.model = load_detector(recipe.model_name_or_path, recipe.detector, names, recipe.head_changes(), sizes)
+            self.config = pyramid_of(self.model).config
+            mean, std = self._check_trained()
         else:
-            changes |= {"min_size": recipe.eval_min_size, "max_size": recipe.eval_max_size}
-            self.processor, self.batches = None, RCNNBatches()
+            start = self._start()
+            mean, std, self.config = start.mean, start.std, start.backbone.config
+            head = recipe.head_changes()
+            if recipe.detector != "deformable_detr":
+                head |= {"min_size": sizes[0], "max_size": sizes[1]}
+            self.model = build_detector(recipe.detector, start, names, head)
         if recipe.freeze_backbone:
-            start.backbone.hivit.requires_grad_(False)
-        self.model = build_detector(recipe.detector, start, names, changes)
+            pyramid_of(self.model).hivit.requires_grad_(False)
+        self.processor, self.batches = None, RCNNBatches()
+        if recipe.detector == "deformable_detr":
+            if recipe.crop_size % self.config.patch_size:
+                raise ValueError(
+                    f"crop_size must be a multiple of {self.config.patch_size}, got {recipe.crop_size}: take "
+                    f"{nearest_multiples(recipe.crop_size, self.config.patch_size)}."
+                )
+            self.processor = detr_processor(self.config.patch_size, *sizes, mean, std)
+            self.batches = DetrBatches(self.processor, recipe.crop_size)
+        return mean
+
+    def _start(self) -> DenseStart:
+        recipe = self.recipe
+        changes = recipe.model_changes() | {"drop_path_rate": recipe.drop_path_rate}
+        start = pyramid_start(recipe.model_name_or_path, recipe.architecture, changes, out_features_of(recipe.detector))
+        for note in start.notes:
+            self.say(note)
+        start = replace(start, mean=recipe.image_mean or start.mean, std=recipe.image_std or start.std)
+        channels = start.backbone.config.num_channels
+        if not len(start.mean) == len(start.std) == channels:
+            raise ValueError(f"image_mean and image_std need {channels} numbers, got {start.mean} and {start.std}.")
+        return start
+
+    def _check_trained(self) -> tuple[Sequence[float], Sequence[float]]:
+        """Mean and deviation of a trained detector, which must be as the recipe wants it."""
+        recipe, name = self.recipe, self.recipe.model_name_or_path
+        if recipe.detector == "deformable_detr":
+            mean, std = normalization(name, self.config.num_channels)
+        else:
+            mean, std = self.model.config.image_mean, self.model.config.image_std
+        if recipe.architecture is not None:
+            check_architecture(self.config, recipe.architecture, name, recipe.model_changes())
+        wanted = {"--image_mean": (mean, recipe.image_mean or mean), "--image_std": (std, recipe.image_std or std)}
+        for key, value in recipe.model_changes().items():
+            wanted[f"{key} in --model"] = (getattr(self.config, key, None), value)
+        for what, (own, value) in wanted.items():
+            if own != value:
+                raise ValueError(f"The detector {name} has {own}, not {what} {value}: leave that out.")
+        return mean, std
 
     def _make_pictures(self, train: CocoAnnotations, evaluation: CocoAnnotations, mean: Sequence[float]):
         recipe = self.recipe
@@ -209,9 +253,29 @@ class DetectionRun(FinetuneRun):
     def _trainer(self, args: TrainingArguments) -> DetectorTrainer:
         return self._make_trainer(DetectorTrainer, args, batches=self.batches)
 
+    def train(self) -> dict[str, float]:
+        """As in `FinetuneRun`, with a picture of what is found; with `evaluate_only` nothing is trained."""
+        recipe = self.recipe
+        if recipe.evaluate_only:
+            return self.evaluate()
+        steps = math.ceil(recipe.epochs * max(1, len(self.train_pictures) // recipe.effective_batch_size))
+        if recipe.warmup_steps >= steps:
+            raise ValueError(
+                f"warmup_steps {recipe.warmup_steps} are not fewer than the {steps} steps of the training: lower them."
+            )
+        return super().train()
+
     def evaluate(self) -> dict[str, float]:
-        """Average precision of the model as it is."""
-        metrics = self._trainer(self._training_arguments()).evaluate()
+        """Average precision of the model as it is; figures and a picture go to the output folder."""
+        if (Path(self.recipe.output_dir) / "trainer_state.json").exists():
+            raise ValueError(f"{self.recipe.output_dir} holds a training: give --evaluate_only another --output_dir.")
+        check_pictures(self.eval_pictures, self.recipe.check_images)
+        trainer = self._trainer(self._training_arguments())
+        metrics = trainer.evaluate()
+        self._report(trainer, metrics)
+        self._draw(trainer)
+        trainer.accelerator.wait_for_everyone()
+        trainer.accelerator.end_training()
         return {name.removeprefix("eval_"): value for name, value in metrics.items()}
 
     def _save(self, trainer: DetectorTrainer):
@@ -219,6 +283,10 @@ class DetectionRun(FinetuneRun):
         vars(self.model.config).pop("use_cache", None)  # Trainer sets it, and it would be saved
         trainer.save_state()
         trainer.save_model(_internal_call=True)  # which does not push
+        self._draw(trainer)
+        self._push(trainer, "object-detection")
+
+    def _draw(self, trainer: DetectorTrainer):
         count = min(self.recipe.num_pictures, len(self.eval_pictures))
         if count and trainer.is_world_process_zero():
             items = [self.eval_pictures[row] for row in range(count)]
@@ -226,7 +294,6 @@ class DetectionRun(FinetuneRun):
             found = [detections for item in items for detections in trainer.detect(self.model, [item])]
             figure = draw_detections(items, found, self.eval_pictures.coco.names, self.recipe.picture_threshold)
             figure.savefig(Path(self.recipe.output_dir) / PICTURES, dpi=110)
-        self._push(trainer, "object-detection")
 
 
 def _check_same_categories(train: CocoAnnotations, evaluation: CocoAnnotations):
@@ -249,7 +316,7 @@ def draw_detections(
     items: Sequence[dict], found: Sequence[dict], names: Sequence[str], threshold: float = 0.5
 ) -> Figure:
     """
-    Two rows of pictures: what is on them, and what was found, with boxes, masks, names and scores.
+    Pictures in pairs of rows: what is on them, and below what was found, with boxes, masks, names and scores.
 
     Args:
         items: of `CocoPictures`, as they are in the files.
@@ -257,12 +324,14 @@ def draw_detections(
         names: of the classes; label 1 is the first.
         threshold: detections with a lower score are not drawn.
     """
-    figure = _figure(width=2.6 * len(items) + 0.7, height=5.6)
-    for column, (item, detections) in enumerate(zip(items, found)):
+    columns, rows = min(len(items), _COLUMNS), 2 * -(-len(items) // _COLUMNS)
+    figure = _figure(width=2.6 * columns + 0.7, height=2.8 * rows)
+    for number, (item, detections) in enumerate(zip(items, found)):
         kept = detections["scores"].float().cpu() >= threshold
         shown = {name: values.cpu()[kept] for name, values in detections.items()}
-        for row, (what, objects) in enumerate((("annotated", item), ("found", shown))):
-            axes = figure.add_subplot(2, len(items), row * len(items) + column + 1)
+        for below, (what, objects) in enumerate((("annotated", item), ("found", shown))):
+            row, column = 2 * (number // _COLUMNS) + below, number % _COLUMNS
+            axes = figure.add_subplot(rows, columns, row * columns + column + 1)
             axes.imshow(np.asarray(item["image"].permute(1, 2, 0)).squeeze(), cmap="gray", interpolation="nearest")
             _draw_objects(axes, objects, names)
             axes.set(xticks=[], yticks=[])
@@ -276,10 +345,12 @@ def _draw_objects(axes, objects: dict, names: Sequence[str]):
     masks = objects.get("masks")
     for number, (box, label) in enumerate(zip(objects["boxes"].tolist(), objects["labels"].tolist())):
         color = _OBJECT_COLORS[(label - 1) % len(_OBJECT_COLORS)]
+        red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
+        ink = "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 140 else "white"
         if masks is not None:
             mask = np.asarray(masks[number], dtype=bool)
             layer = np.zeros((*mask.shape, 4))
-            layer[mask] = [*(int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)), 0.45]
+            layer[mask] = [red / 255, green / 255, blue / 255, 0.45]
             axes.imshow(layer, interpolation="nearest")
         left, top, right, bottom = box
         axes.add_patch(
@@ -289,4 +360,13 @@ def _draw_objects(axes, objects: dict, names: Sequence[str]):
         style = {"facecolor": color, "edgecolor": "none", "pad": 1, "alpha": 0.85}
         text = names[label - 1] + score
         above = "bottom" if top > 0.06 * axes.get_ylim()[0] else "top"  # else it would leave the picture
-        axes.text(left, top, text, fontsize=7, color="white", va=above, bbox=style, clip_on=True)
+        axes.text(
+            left,
+            top,
+            text,
+            fontsize=7,
+            color=ink,
+            va=above,
+            bbox=style,
+            clip_on=True,
+        )

@@ -9,11 +9,18 @@ from .recipe import _field
 from .trainer_recipe import RUNTIME, TrainerRecipe
 
 
+_LEAST_PX = 8  # of a picture in the square that is learnt from
+_MOST_PICTURES = 60  # that a person looks at
+
+
 @dataclass
 class DetectionRecipe(TrainerRecipe):
     """The training of a detector. Every field is a flag of `examples/finetune_detection.py` and a recipe's key."""
 
+    model_name_or_path: str | None = _field(None, "Folder or Hub name of any HiViT, or of a detector to go on with.")
+
     freeze_backbone: bool = _field(False, "Keep the network as it is and learn the norms of its levels and the rest.")
+    evaluate_only: bool = _field(False, "Evaluate the detector --model_name_or_path and stop.")
     detector: str = _field("mask_rcnn", f"What finds the objects: {', '.join(DETECTORS)}.")
     head: str = _field("{}", "Changes to the detector's configuration, as JSON, for example '{\"fpn_channels\": 64}'.")
 
@@ -43,7 +50,7 @@ class DetectionRecipe(TrainerRecipe):
     count_stem = False  # the dense numbering of layers
     compile = False  # proposals have a new shape in every step
 
-    RUNTIME = RUNTIME | {"eval_batch_size", "num_pictures", "picture_threshold"}
+    RUNTIME = RUNTIME | {"eval_batch_size", "num_pictures", "picture_threshold", "evaluate_only"}
     CHOICES = {"detector": DETECTORS, "bad_annotations": ("refuse", "leave_out")}
     POSITIVE = ("crop_size", "eval_min_size", "eval_max_size", "epochs", "eval_batch_size", "decay_factor")
     NONNEGATIVE = ("warmup_steps", "num_pictures")
@@ -77,11 +84,15 @@ class DetectionRecipe(TrainerRecipe):
 
     def _check_choices(self):
         for name in ("train_annotations", "eval_annotations"):
-            if not getattr(self, name):
+            if not getattr(self, name) and not (self.evaluate_only and name == "train_annotations"):
                 raise ValueError(
                     f"There is nothing to {name.split('_')[0]} with: give --{name}, a file of COCO's format."
                 )
         super()._check_choices()
+        if self.evaluate_only and (self.from_scratch or self.resume):
+            raise ValueError("--evaluate_only is of a trained detector: give --model_name_or_path, and no --resume.")
+        if self.freeze_backbone and self.drop_path_rate:
+            raise ValueError("--freeze_backbone leaves nothing to --drop_path_rate: leave one out.")
         own = {"min_size": "eval_min_size", "max_size": "eval_max_size", "predicts_masks": "detector"}
         own |= {"image_mean": "image_mean", "image_std": "image_std", "backbone_config": "model"}
         for name in sorted(set(self.head_changes()) & set(own)):
@@ -91,6 +102,15 @@ class DetectionRecipe(TrainerRecipe):
         super()._check_ranges()
         if len(self.jitter_scale) != 2 or not 0 < self.jitter_scale[0] <= self.jitter_scale[1]:
             raise ValueError(f"jitter_scale must be two positive numbers such as 0.1 2.0, got {self.jitter_scale}.")
+        if self.jitter_scale[0] * self.crop_size < _LEAST_PX:
+            raise ValueError(
+                f"jitter_scale {self.jitter_scale[0]} of {self.crop_size} px leaves less than {_LEAST_PX} px of a "
+                "picture: begin it higher."
+            )
+        if self.decay_factor > 1:
+            raise ValueError(f"decay_factor must be at most 1, got {self.decay_factor}. Published: 0.1.")
+        if self.num_pictures > _MOST_PICTURES:
+            raise ValueError(f"num_pictures must be at most {_MOST_PICTURES}, got {self.num_pictures}.")
         if self.eval_min_size > self.eval_max_size:
             raise ValueError(f"eval_min_size {self.eval_min_size} must not exceed eval_max_size {self.eval_max_size}.")
         if sorted(self.decay_epochs) != self.decay_epochs or not all(0 < e < self.epochs for e in self.decay_epochs):

@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -258,31 +259,103 @@ def build_detector(detector: str, start: DenseStart, names: Sequence[str], chang
     Raises:
         ValueError: for keywords and values that the configuration does not take.
     """
-    config_class = DeformableDetrConfig if detector == "deformable_detr" else HiViTRCNNConfig
-    unknown = sorted(set(changes or {}) - set(config_class.__dataclass_fields__))
-    if unknown:
-        raise ValueError(f"--head sets {', '.join(unknown)}, which {config_class.__name__} does not have.")
+    is_detr = detector == "deformable_detr"
+    config_class = DeformableDetrConfig if is_detr else HiViTRCNNConfig
+    changes = _head_changes(config_class, changes or {})
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
-    keywords = {"backbone_config": start.backbone.config, **labels, **(changes or {})}
-    if detector == "deformable_detr":
-        keywords = {"with_box_refine": True} | keywords
-        if keywords.get("decoder_layers", 6) < 2:
-            raise ValueError(
-                "Deformable DETR needs at least 2 decoder_layers: transformers cannot train it with fewer."
-            )
+    keywords = {"backbone_config": start.backbone.config, **labels}
+    if is_detr:
+        keywords |= {"with_box_refine": True}
     else:
         keywords |= {"predicts_masks": detector == "mask_rcnn", "image_mean": start.mean, "image_std": start.std}
     try:
-        config = config_class(**keywords)
-    except TypeError as error:
-        raise ValueError(f"--head does not fit: {error}") from error
-    is_detr = detector == "deformable_detr"
+        config = config_class(**keywords | changes)
+    except (TypeError, StrictDataclassError) as error:
+        sentence = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"--head does not fit: {sentence.rstrip('.')}.") from error
+    if is_detr:
+        _check_detr(config)
     model = DeformableDetrForObjectDetection(config) if is_detr else HiViTRCNN(config)
-    backbone = model.model.backbone.model if is_detr else model.pyramid
+    backbone = pyramid_of(model)
     backbone.load_state_dict(start.backbone.state_dict())
     for own, given in zip(backbone.parameters(), start.backbone.parameters()):
         own.requires_grad_(given.requires_grad)
     return model
+
+
+def _head_changes(config_class: type[PreTrainedConfig], changes: dict) -> dict:
+    """Changes of fields that the detector has of its own, whole numbers as the fractions that they may stand for."""
+    own = config_class.__annotations__
+    unknown = sorted(set(changes) - set(own))
+    if unknown:
+        raise ValueError(f"--head sets {', '.join(unknown)}, which {config_class.__name__} does not have.")
+    fractions = [name for name, kind in own.items() if kind in (float, "float") and type(changes.get(name)) is int]
+    return changes | {name: float(changes[name]) for name in fractions}
+
+
+def _check_detr(config: DeformableDetrConfig):
+    """What transformers would only stumble over later."""
+    least = {"num_queries": 1, "decoder_layers": 2, "encoder_layers": 1, "num_feature_levels": len(_DETR_LEVELS)}
+    for name, number in least.items():
+        if getattr(config, name) < number:
+            raise ValueError(f"Deformable DETR needs {name} of at least {number}, got {getattr(config, name)}.")
+    for name in ("encoder_attention_heads", "decoder_attention_heads"):
+        heads = getattr(config, name)
+        if heads < 1 or config.d_model % (2 * heads):  # half of the channels are of the position's height
+            raise ValueError(f"d_model {config.d_model} must be a multiple of twice the {name}, {heads}.")
+
+
+def load_detector(
+    name: str, detector: str, names: Sequence[str], head: dict | None = None, sizes: tuple[int, int] | None = None
+):
+    """
+    A trained detector, as it is.
+
+    Args:
+        name: a folder, or a repository of the Hub.
+        detector: one of `DETECTORS` that it must be.
+        names: the classes that it must have, without background.
+        head: keywords of its configuration that it must have.
+        sizes: shorter and longest side in px that an R-CNN then resizes pictures to.
+
+    Raises:
+        ValueError: if it is another detector, has other classes, or other numbers.
+    """
+    config = AutoConfig.from_pretrained(name)
+    found = config.model_type
+    if isinstance(config, HiViTRCNNConfig):
+        found = "mask_rcnn" if config.predicts_masks else "faster_rcnn"
+    if found != detector:
+        raise ValueError(f"{name} is a {found}, not a {detector}: give --detector {found}, or another folder.")
+    known = [config.id2label[number] for number in range(config.num_labels)]
+    if known != list(names):
+        raise ValueError(
+            f"The detector {name} has the {len(known)} classes {', '.join(known[:5])} ..., not the {len(names)} of the "
+            f"annotations, {', '.join(names[:5])} ...: take annotations of the same categories."
+        )
+    for key, value in _head_changes(type(config), head or {}).items():
+        if getattr(config, key) != value:
+            raise ValueError(
+                f"The detector {name} has {key} {getattr(config, key)}, not {value}: leave it out of --head."
+            )
+    if detector == "deformable_detr":
+        return DeformableDetrForObjectDetection.from_pretrained(name, config=config, dtype=torch.float32)
+    if sizes is not None:
+        config.min_size, config.max_size = sizes
+    return HiViTRCNN.from_pretrained(name, config=config, dtype=torch.float32)
+
+
+def is_detector(name: str) -> bool:
+    """Whether a folder or repository is a detector, rather than a network to begin with."""
+    try:
+        return AutoConfig.from_pretrained(name).model_type in (HiViTRCNNConfig.model_type, "deformable_detr")
+    except (OSError, ValueError, KeyError):
+        return False  # `pyramid_start` says what it is
+
+
+def pyramid_of(model: HiViTRCNN | DeformableDetrForObjectDetection) -> HiViTPyramid:
+    """The backbone of a detector."""
+    return model.pyramid if isinstance(model, HiViTRCNN) else model.model.backbone.model
 
 
 def out_features_of(detector: str) -> list[str] | None:
