@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace):
         raise ValueError("--int8 is measured by accuracy: it is for classifiers. Leave it out.")
     for task in tasks:
         check_exportable(model, task, dynamic_size(arguments, task), arguments.opset)
-    processor = load_processor(arguments.model, model)
+    processor = load_processor(arguments.model, model.config)
     pictures = labelled_pictures(arguments.int8, model.config) if arguments.int8 else None
 
     record = {"opset": arguments.opset, "tolerance": TOLERANCE, "files": {}}

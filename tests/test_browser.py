@@ -2,6 +2,7 @@
 
 import base64
 import functools
+import json
 import shutil
 from pathlib import Path
 
@@ -199,6 +200,23 @@ def test_missing_models_are_said(chromium, site, tmp_path):
         page.wait_for_selector("html[data-ready]", timeout=1000 * PATIENCE_S)
         assert "export the models first, as README.md says" in page.inner_text("#status")
         assert page.is_disabled("#file")
+        page.close()
+
+
+def test_processors_that_the_page_does_not_have_are_said(chromium, site, tmp_path):
+    shutil.copytree(site, tmp_path / "site", symlinks=True)
+    for name, changes in [
+        ("classifier", {"image_processor_type": "ConvNextImageProcessor"}),
+        ("autoencoder", {"do_normalize": False}),
+    ]:
+        path = tmp_path / "site" / "models" / name / "preprocessor_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    page = chromium.new_page()
+    with serve(tmp_path / "site") as address:
+        page.goto(f"{address}/index.html")
+        page.wait_for_selector("html[data-ready]", timeout=1000 * PATIENCE_S)
+        assert "not as ConvNextImageProcessor does" in page.inner_text("#status")
+        assert "and the model's processor does not" in page.inner_text("#status")
         page.close()
 
 

@@ -14,16 +14,19 @@ import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import load_file
-from transformers import BitImageProcessor, pipeline
+from transformers import BitImageProcessor, ViTImageProcessor, pipeline
 
 import export_onnx
 import hivit_hf.hub as hub
 import push_to_hub
 from conftest import TINY
-from hivit_hf import HiViTBackbone, HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling
+from hivit_hf import HiViTBackbone, HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling, HiViTModel
 from hivit_hf.cards import check_card, render_card
 from hivit_hf.checkpoints import CHECKPOINTS, Checkpoint
 from hivit_hf.folders import FolderError
+from hivit_hf.handler import EndpointHandler, read_picture
+from hivit_hf.training.classifier import normalization
+from hivit_hf.training.evaluation import load_for_evaluation
 from nonsense import encoded, hundred_megapixels, noise
 
 
@@ -317,6 +320,53 @@ def test_damaged_folders_are_refused_in_words(classifier, tiny_network, tmp_path
     code, printed = push("whole", "file", main=export_onnx.main)
     assert code == 2 and "is a file" in printed
     assert not (tmp_path / "out").exists() and (tmp_path / "file").read_text() == "mine"
+
+
+def test_processors_of_other_classes_stay_what_they_are(classifier, samples, tmp_path, push):
+    """A ViT's processor squeezes the whole picture; read as ours, it would cut 224x224 px out of black borders."""
+    classifier.save_pretrained(tmp_path / "model")
+    squeeze = ViTImageProcessor(size={"height": 64, "width": 64}, image_mean=[0.2] * 3, resample=0)
+    squeeze.save_pretrained(tmp_path / "model")
+    code, printed = push("model", "out", "--no_onnx", "--samples", *samples)
+    assert code == 0, printed
+    assert json.loads((tmp_path / "out" / "preprocessor_config.json").read_text()) == json.loads(
+        (tmp_path / "model" / "preprocessor_config.json").read_text()
+    )
+    picture = read_picture(samples[0].read_bytes())
+    expected = squeeze(picture, return_tensors="pt").pixel_values
+    endpoint = EndpointHandler(str(tmp_path / "out"))
+    loaded = hub.load_processor(tmp_path / "out", classifier.config)
+    for processor in (endpoint.processor, loaded, load_for_evaluation(str(tmp_path / "out"))[1]):
+        assert type(processor).__name__.startswith("ViTImageProcessor")
+        assert torch.equal(processor(picture, return_tensors="pt").pixel_values, expected)
+    with torch.no_grad():
+        scores = classifier(expected).logits[0].softmax(dim=0)
+    told = ModelCard.load(tmp_path / "out" / "README.md").data.widget[0]["output"][0]
+    assert told["score"] == pytest.approx(scores.max().item(), abs=6e-5)
+    assert endpoint({"inputs": picture})[0]["score"] == pytest.approx(scores.max().item(), abs=1e-5)
+    assert normalization(str(tmp_path / "out"), 3)[0] == [0.2] * 3
+
+
+@pytest.mark.parametrize("name", ["NoSuchImageProcessor", "WhisperFeatureExtractor"])
+def test_processors_that_nobody_has_are_refused(name, classifier, tmp_path):
+    classifier.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": name, "size": 64}))
+    words = f"names the image processor {name}, which transformers does not have or cannot use here: save a BitImage"
+    for load in (
+        lambda: hub.load_processor(tmp_path, classifier.config),
+        lambda: EndpointHandler(str(tmp_path)),
+        lambda: load_for_evaluation(str(tmp_path)),
+        lambda: normalization(str(tmp_path), 3),
+    ):
+        with pytest.raises(ValueError, match=words):
+            load()
+
+
+def test_the_cards_of_encoders_name_their_processor(tiny_network, tmp_path):
+    squeeze = ViTImageProcessor(size={"height": 64, "width": 64})
+    out = hub.export(tiny_network(HiViTModel), tmp_path / "out", image_processor=squeeze, onnx=False)
+    code = re.search(r"```python\n(.*?)```", (out / "README.md").read_text(), flags=re.DOTALL).group(1)
+    assert 'ViTImageProcessor.from_pretrained("out")' in code and "BitImageProcessor" not in code
 
 
 def test_onnx_of_half_precision_is_refused_before_anything_is_written(tiny_network, tmp_path):

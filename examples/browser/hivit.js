@@ -2,7 +2,7 @@
 
 import * as ort from "./node_modules/onnxruntime-web/dist/ort.wasm.min.mjs";
 
-import { seenBy, toPicture, toPixelValues } from "./preprocess.js";
+import { checkProcessor, seenBy, toPicture, toPixelValues } from "./preprocess.js";
 
 ort.env.wasm.wasmPaths = new URL("./node_modules/onnxruntime-web/dist/", import.meta.url).href;
 ort.env.wasm.numThreads = 1; // more need headers that a static host may not send
@@ -20,6 +20,7 @@ async function load(folder, file) {
     read(`${folder}/preprocessor_config.json`).then((r) => r.json()),
     read(`${folder}/${file}`).then((r) => r.arrayBuffer()),
   ]);
+  checkProcessor(processor);
   const session = await ort.InferenceSession.create(new Uint8Array(weights), { executionProviders: ["wasm"] });
   return { config, processor, session };
 }

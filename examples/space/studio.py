@@ -4,11 +4,10 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import BitImageProcessor
 
 from hivit_hf import HiViTBackbone, HiViTForImageClassification, HiViTForMaskedImageModeling
 from hivit_hf.handler import RequestError, class_scores, read_picture
-from hivit_hf.hub import load_model
+from hivit_hf.hub import load_model, load_processor
 from hivit_hf.pictures import feature_picture, masked_picture, pixels_to_picture
 
 
@@ -29,10 +28,10 @@ class Studio:
 
     def __init__(self, classifier: str | Path, autoencoder: str | Path):
         self.classifier = load_model(HiViTForImageClassification, classifier).eval()
-        self.classifier_processor = BitImageProcessor.from_pretrained(classifier)
+        self.classifier_processor = load_processor(classifier, self.classifier.config)
         self.autoencoder = load_model(HiViTForMaskedImageModeling, autoencoder).eval()
         self.backbone = load_model(HiViTBackbone, autoencoder, out_features=list(STAGES)).eval()
-        self.autoencoder_processor = BitImageProcessor.from_pretrained(autoencoder)
+        self.autoencoder_processor = load_processor(autoencoder, self.autoencoder.config)
         self.grid = self.autoencoder.config.grid_size
         self.mask_ratio = self.autoencoder.config.mask_ratio
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps
 from transformers import AutoModel, AutoModelForImageClassification, BitImageProcessor, PreTrainedConfig
+from transformers.image_processing_utils import BaseImageProcessor
 
 
 MAX_MEGAPIXELS = 64
@@ -100,6 +101,35 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def read_processor(source: str | Path) -> BaseImageProcessor:
+    """
+    The image processor that a model was saved with, of the class that its `preprocessor_config.json` names.
+
+    Args:
+        source: folder of the model, or its repository on the Hub.
+
+    Raises:
+        ValueError: if it names a class that transformers does not have, or one for anything but pictures.
+        OSError: if there is no such file, or it is no JSON.
+    """
+    content = BitImageProcessor.get_image_processor_dict(source)[0]
+    name = content.get("image_processor_type", "BitImageProcessor")
+    if name.removesuffix("Fast") == "BitImageProcessor":  # by itself: some versions' Auto class needs torchvision
+        return BitImageProcessor.from_pretrained(source)
+    try:
+        from transformers import AutoImageProcessor
+
+        processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # whatever the class stumbles over
+        processor = error
+    if not isinstance(processor, BaseImageProcessor):
+        raise ValueError(
+            f"{source} names the image processor {name}, which transformers does not have or cannot use here: save a "
+            "BitImageProcessor that does the same."
+        ) from (processor if isinstance(processor, Exception) else None)
+    return processor
+
+
 def class_scores(logits: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
     """
     Scores of the classes as transformers' pipeline gives them: a probability of each class where several may be right,
@@ -136,7 +166,7 @@ class EndpointHandler:
             self.model = AutoModel.from_pretrained(path, trust_remote_code=True, add_pooling_layer=False)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = self.model.to(self.device).eval()
-        self.processor = BitImageProcessor.from_pretrained(path)
+        self.processor = read_processor(path)
 
     def __call__(self, data: dict[str, Any]) -> list | dict:
         """The answer to a request, always of types that JSON knows. Never raises."""

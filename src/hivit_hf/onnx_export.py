@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import BitImageProcessor
+from transformers.image_processing_utils import BaseImageProcessor
 
 from .configuration_hivit import HiViTConfig
 from .modeling_hivit import HiViTForImageClassification, HiViTForMaskedImageModeling, HiViTPreTrainedModel
@@ -233,7 +233,7 @@ def labelled_pictures(path: Path, config: HiViTConfig) -> list[tuple[Image.Image
 def int8_cost(
     path: Path,
     quantized_path: Path,
-    processor: BitImageProcessor,
+    processor: BaseImageProcessor,
     pictures: list[tuple[Image.Image, int]],
     batch_size: int = 32,
 ) -> dict[str, float | int]:
