@@ -14,6 +14,7 @@ from transformers import BitImageProcessor
 
 from chromium import BROWSER_EXAMPLE, browser, serve
 from hivit_hf import HiViTForImageClassification, HiViTForMaskedImageModeling
+from hivit_hf.handler import read_picture
 from hivit_hf.onnx_export import export_onnx
 from nonsense import animation, encoded, hundred_megapixels, noise
 from patience import PATIENCE_S
@@ -188,6 +189,13 @@ def test_unusual_pictures(page):
     assert page.evaluate("Array.from(window.hivit.current().picture.data.slice(0, 3))") == [255, 255, 255]
     drop(page, encoded(Image.new("RGB", (1, 1), "blue")))
     assert page.inner_text("#status") == ""
+
+
+def test_16_bits_are_scaled_as_in_python(page):
+    ramp = Image.fromarray(np.linspace(0, 65_535, 900).astype(np.uint16).reshape(30, 30))
+    drop(page, encoded(ramp))
+    seen = np.array(page.evaluate("Array.from(window.hivit.current().picture.data)")).reshape(30, 30, 3)
+    assert np.abs(seen - np.asarray(read_picture(ramp), int)).max() <= 1  # browsers cut off the lower 8 bits
 
 
 def test_missing_models_are_said(chromium, site, tmp_path):

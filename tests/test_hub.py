@@ -13,6 +13,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import OfflineModeIsEnabled
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import BitImageProcessor, ViTImageProcessor, pipeline
 
@@ -103,6 +104,18 @@ def test_the_card_says_what_the_pipeline_says(folder, samples):
     assert f"sha256 `{'ab' * 32}`" in card.content and "7 of 7 tensors" in card.content
     for path in folder.rglob("*"):
         assert path.is_dir() or path.relative_to(folder).as_posix() in card.content
+
+
+def test_what_a_pipeline_reads_otherwise_is_shown_as_it_does(classifier, tmp_path):
+    """16 bits are white to it, and what is transparent has the colour below."""
+    Image.effect_noise((64, 64), 90).convert("I").point(lambda level: level * 257).save(tmp_path / "deep.png")
+    Image.merge("RGBA", [Image.effect_noise((64, 64), 90) for _ in range(4)]).save(tmp_path / "glass.png")
+    samples = [tmp_path / "deep.png", tmp_path / "glass.png"]
+    folder = hub.export(classifier, tmp_path / "out", samples=samples, onnx=False)
+    classify = pipeline("image-classification", model=str(folder))
+    for entry in ModelCard.load(folder / "README.md").data.widget:
+        found = classify(str(folder / entry["src"]), top_k=3)
+        assert [guess["score"] for guess in entry["output"]] == pytest.approx([g["score"] for g in found], abs=6e-5)
 
 
 def test_the_cards_quick_start_runs(folder, tmp_path):

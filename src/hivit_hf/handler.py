@@ -35,6 +35,10 @@ class RequestError(ValueError):
     """What is wrong with a request, and what would do."""
 
 
+class LevelsError(ValueError):
+    """Numbers of a picture of which nobody knows what is white."""
+
+
 def read_picture(source: Image.Image | bytes | str) -> Image.Image:
     """
     An RGB picture, upright; the first frame of an animation; what is transparent becomes white.
@@ -62,6 +66,8 @@ def read_picture(source: Image.Image | bytes | str) -> Image.Image:
     try:
         source.seek(0)
         return _to_rgb(ImageOps.exif_transpose(source))
+    except LevelsError as error:
+        raise RequestError(f"This is not a picture for people: {error}. Save it with 8 or 16 bits.") from error
     except Exception as error:
         raise RequestError("The picture is damaged: its pixels cannot be read. Send it again, or another.") from error
 
@@ -92,9 +98,31 @@ def _too_large(what: str) -> str:
     return f"The picture is too large: {what} megapixels, at most {MAX_MEGAPIXELS} are read. Send a smaller one."
 
 
+def to_eight_bits(image: Image.Image) -> Image.Image:
+    """
+    A grey picture of more than 8 bits with 8, from black to white; `convert` would clip it. Whole numbers are of 16
+    bits, other ones from 0 to 1 or, if larger ones are among them, to 255. Other pictures come back as they are.
+
+    Raises:
+        LevelsError: if there are larger or negative numbers.
+    """
+    if image.mode.startswith("I;16"):
+        image = image.convert("I")
+    if image.mode not in ("I", "F"):
+        return image
+    low, high = image.getextrema()
+    white = 65535 if image.mode == "I" else 1 if high <= 1 else 255
+    if not 0 <= low <= high <= white:
+        raise LevelsError(f"its numbers go from {low:g} to {high:g}, not from 0 to {white}")
+    scale = 255 / white
+    grey = image.point(lambda level: level * scale + 0.5).convert("L")
+    if isinstance(image.info.get("transparency"), int):
+        grey.info["transparency"] = round(image.info["transparency"] * scale)
+    return grey
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):  # 16 bits of grey, which `convert` would clip to white
-        image = image.point(lambda level: level / 256).convert("L")
+    image = to_eight_bits(image)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")

@@ -379,7 +379,8 @@ def _run_samples(
         shutil.copyfile(path, folder / "samples" / name)
     if isinstance(model, HiViTForImageClassification):
         classify = pipeline("image-classification", model=model, image_processor=processor)
-        answers = [classify(picture, top_k=3) for _, picture in pictures.values()]
+        # the files, as a user would: the pipeline reads transparent and 16-bit ones in its own way
+        answers = [classify(str(folder / "samples" / name), top_k=3) for name in pictures]
         titles = [Path(name).stem.replace("_", " ") for name in pictures]
         rounded = [[{**guess, "score": round(guess["score"], 4)} for guess in answer] for answer in answers]
         return Folder(samples=[Sample(t, f"samples/{n}", a) for t, n, a in zip(titles, pictures, rounded)])
