@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace):
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {difference:.1e} from PyTorch at most")
     if pictures is not None:
         path, quantized = arguments.out_dir / "classification.onnx", arguments.out_dir / "classification_int8.onnx"
-        cost = int8_cost(path, quantized, processor, pictures)
+        cost = int8_cost(path, quantized, processor, *pictures)
         record["files"][quantized.name] = {"task": "classification", **cost}
         print(
             f"{quantized}: {quantized.stat().st_size / 1e6:.1f} MB; accuracy on {cost['pictures']} pictures "

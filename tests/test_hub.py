@@ -9,6 +9,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -108,7 +109,8 @@ def test_the_card_says_what_the_pipeline_says(folder, samples):
 
 def test_what_a_pipeline_reads_otherwise_is_shown_as_it_does(classifier, tmp_path):
     """16 bits are white to it, and what is transparent has the colour below."""
-    Image.effect_noise((64, 64), 90).convert("I").point(lambda level: level * 257).save(tmp_path / "deep.png")
+    deep = np.asarray(Image.effect_noise((64, 64), 90), np.uint16) * 257
+    Image.fromarray(deep).save(tmp_path / "deep.png")
     Image.merge("RGBA", [Image.effect_noise((64, 64), 90) for _ in range(4)]).save(tmp_path / "glass.png")
     samples = [tmp_path / "deep.png", tmp_path / "glass.png"]
     folder = hub.export(classifier, tmp_path / "out", samples=samples, onnx=False)

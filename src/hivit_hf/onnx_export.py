@@ -6,17 +6,22 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+import PIL.Image
 import torch
-from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .configuration_hivit import HiViTConfig
+from .handler import RequestError, read_picture
 from .modeling_hivit import HiViTForImageClassification, HiViTForMaskedImageModeling, HiViTPreTrainedModel
 
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 OPSET = 23  # the newest that both onnxruntime and onnxruntime-web run everywhere
 OPSETS = range(18, 26)  # what torch.onnx writes
@@ -196,60 +201,86 @@ def quantize(path: Path, out_path: Path):
         quantize_dynamic(path, out_path, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
 
 
-def labelled_pictures(path: Path, config: HiViTConfig) -> list[tuple[Image.Image, int]]:
+def labelled_pictures(path: Path, config: HiViTConfig) -> tuple["Dataset", list[int]]:
     """
-    Pictures with the numbers of their classes.
+    Pictures and the numbers of their classes. None of them is decoded yet.
 
     Args:
         path: a folder with a folder of pictures for each class, or a dataset saved with `save_to_disk` with the columns
             `image` and `label`; classes have the names of `config.id2label`.
 
-    Raises:
-        ValueError: if there are none, or their classes are not those of the model.
-    """
-    from datasets import load_dataset, load_from_disk
+    Returns:
+        A dataset with the column `image`, of files, and one number for each of its rows.
 
+    Raises:
+        ValueError: if there are none, their classes are not those of the model, or the package `datasets` is missing.
+    """
+    try:
+        from datasets import Image, load_dataset, load_from_disk
+    except ImportError as error:
+        raise ValueError("Labelled pictures need datasets: pip install datasets.") from error
     try:
         if (path / "dataset_info.json").exists():
             dataset = load_from_disk(str(path))
         else:
             dataset = load_dataset("imagefolder", data_dir=str(path), split="train")
         names = dataset.features["label"].names
-        examples = [(example["image"], names[example["label"]]) for example in dataset]
+        found = [names[number] for number in dataset["label"]]
+        dataset = dataset.select_columns("image").cast_column("image", Image(decode=False))
     except (OSError, KeyError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{path} holds no labelled pictures: give a folder with a folder of pictures for each class, or a dataset "
             "saved with `save_to_disk` that has the columns image and label."
         ) from error
     numbers = {name: number for number, name in config.id2label.items()}
-    unknown = sorted({name for _, name in examples} - set(numbers))
+    unknown = sorted(set(found) - set(numbers))
     if unknown:
         raise ValueError(f"{path} has the classes {unknown[:5]}, but the model knows {list(numbers)[:5]}: give others.")
-    if not examples:
+    if not found:
         raise ValueError(f"{path} holds no pictures: give some whose classes are known.")
-    return [(picture.convert("RGB"), numbers[name]) for picture, name in examples]
+    return dataset, [numbers[name] for name in found]
 
 
 def int8_cost(
     path: Path,
     quantized_path: Path,
     processor: BaseImageProcessor,
-    pictures: list[tuple[Image.Image, int]],
+    dataset: "Dataset",
+    labels: list[int],
     batch_size: int = 32,
 ) -> dict[str, float | int]:
-    """Quantizes a classifier, and measures the accuracy of both on labelled pictures."""
+    """
+    Quantizes a classifier, and measures the accuracy of both on labelled pictures, of which it holds a batch at a time.
+
+    Args:
+        dataset, labels: of `labelled_pictures`.
+
+    Raises:
+        ValueError: if a picture cannot be read; says which.
+    """
     quantize(path, quantized_path)
     hits = dict.fromkeys(("float32", "int8"), 0)
     sessions = {"float32": cpu_session(path), "int8": cpu_session(quantized_path)}
-    for start in tqdm(range(0, len(pictures), batch_size), desc="accuracy", unit="batch", disable=None):
-        batch, labels = zip(*pictures[start : start + batch_size])
-        pixel_values = processor(list(batch), return_tensors="np").pixel_values
+    for start in tqdm(range(0, len(dataset), batch_size), desc="accuracy", unit="batch", disable=None):
+        rows = range(start, min(start + batch_size, len(dataset)))
+        batch = [_read_row(dataset, row) for row in rows]
+        pixel_values = processor(batch, return_tensors="np").pixel_values
         for name, session in sessions.items():
             logits = session.run(["logits"], {"pixel_values": pixel_values})[0]
-            hits[name] += int((logits.argmax(axis=1) == np.array(labels)).sum())
-    accuracy = {f"accuracy_{name}": count / len(pictures) for name, count in hits.items()}
+            hits[name] += int((logits.argmax(axis=1) == np.array(labels[start : start + batch_size])).sum())
+    accuracy = {f"accuracy_{name}": count / len(dataset) for name, count in hits.items()}
     drop = accuracy["accuracy_float32"] - accuracy["accuracy_int8"]
-    return {"pictures": len(pictures), **accuracy, "drop": drop}
+    return {"pictures": len(dataset), **accuracy, "drop": drop}
+
+
+def _read_row(dataset: "Dataset", row: int) -> PIL.Image.Image:
+    """The picture of a row, in RGB."""
+    file = dataset[row]["image"]
+    try:
+        return read_picture(Path(file["path"]).read_bytes() if file["bytes"] is None else file["bytes"])
+    except (RequestError, OSError) as error:
+        name = f" ({file['path']})" if file["path"] else ""
+        raise ValueError(f"Picture {row}{name} cannot be measured with: {error}") from error
 
 
 def _example(model: HiViTPreTrainedModel, task: str, batch_size: int, grid: tuple[int, int]) -> dict[str, torch.Tensor]:
