@@ -120,6 +120,28 @@ def test_what_a_pipeline_reads_otherwise_is_shown_as_it_does(classifier, tmp_pat
         assert [guess["score"] for guess in entry["output"]] == pytest.approx([g["score"] for g in found], abs=6e-5)
 
 
+@pytest.mark.parametrize(
+    ("model_class", "options"),
+    [
+        (HiViTForImageClassification, {}),
+        (HiViTForMaskedImageModeling, {}),
+        (HiViTModel, {"add_pooling_layer": True}),
+        (HiViTModel, {"add_pooling_layer": False}),
+    ],
+)
+def test_the_card_counts_the_parameters_that_lie_beside_it(model_class, options, tiny_config, tmp_path, push):
+    model = model_class(tiny_config(), **options)
+    model.save_pretrained(tmp_path / "model")
+    code, printed = push("model", "out", "--no_onnx")
+    assert code == 0, printed
+    buffers = {name for name, _ in model.named_buffers()}
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert tensors.keys() == load_file(tmp_path / "model" / "model.safetensors").keys()
+    count = sum(tensor.numel() for name, tensor in tensors.items() if name not in buffers)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| `{model_class.__name__}` | {count:,} |" in card
+
+
 def test_the_cards_quick_start_runs(folder, tmp_path):
     code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL).group(1)
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}

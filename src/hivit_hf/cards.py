@@ -98,6 +98,7 @@ class Folder:
         report: the conversion report, if the weights were converted.
         tree: the files.
         processor: class of the image processor.
+        parameters: of the model in it; counted from the configuration if not given.
     """
 
     samples: Sequence[Sample] = ()
@@ -105,6 +106,7 @@ class Folder:
     report: dict | None = None
     tree: str = ""
     processor: str = "BitImageProcessor"
+    parameters: int | None = None
 
 
 def count_parameters(model_class: str, config: HiViTConfig) -> int:
@@ -219,7 +221,7 @@ def render_card(
         load_from=load_from,
         revision=about.revision,
         model_class=about.model_class,
-        parameters=count_parameters(about.model_class, config),
+        parameters=folder.parameters or count_parameters(about.model_class, config),
         config=config,
         decoder=about.model_class == "HiViTForMaskedImageModeling",
         num_labels=config.num_labels if classifies else 0,

@@ -5,11 +5,13 @@ import copy
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 from transformers import BitImageProcessor, pipeline
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import cached_file, logging
@@ -148,8 +150,8 @@ def export(
         found = _run_samples(model, image_processor, pictures, folder)
         (folder / "README.md").touch()  # it names itself
         processor = image_processor.to_dict()["image_processor_type"]
-        files = tree(folder, out_dir.resolve().name)
-        found = replace(found, report=conversion_report, tree=files, processor=processor)
+        files, parameters = tree(folder, out_dir.resolve().name), model.num_parameters()
+        found = replace(found, report=conversion_report, tree=files, processor=processor, parameters=parameters)
         card = render_card(about, model.config, found, results_dir, to_hub=push_to_hub)
         (folder / "README.md").write_text(card, encoding="utf-8")
     if push_to_hub:
@@ -201,8 +203,17 @@ def load_folder(folder: Path) -> HiViTPreTrainedModel:
         raise ValueError(f"{folder} is no folder of a model: it has no config.json with architectures.") from error
     if name not in AUTO_MODELS.values():
         raise ValueError(f"{folder} holds a {name}, which is no HiViT: choose one of {sorted(AUTO_MODELS.values())}.")
-    arguments = {"add_pooling_layer": False} if name == "HiViTModel" else {}
+    arguments = {"add_pooling_layer": _holds(folder, "layernorm.weight")} if name == "HiViTModel" else {}
     return load_model(getattr(modeling_hivit, name), folder, **arguments)
+
+
+def _holds(folder: Path, name: str) -> bool:
+    """Whether the weights in a folder have a tensor of that name; damaged ones have none."""
+    for path in folder.glob("*.safetensors"):
+        with suppress(SafetensorError), safe_open(path, framework="pt") as file:
+            if name in file.keys():  # noqa: SIM118  (no dictionary)
+                return True
+    return False
 
 
 def load_model(model_class: type[HiViTPreTrainedModel], source: str | Path, **arguments) -> HiViTPreTrainedModel:
