@@ -14,7 +14,7 @@ from transformers import BitImageProcessor
 
 import export_onnx as command
 import hivit_hf.onnx_export as onnx_export
-from hivit_hf import HiViTBackbone, HiViTForImageClassification, HiViTForMaskedImageModeling, HiViTModel
+from hivit_hf import ARCHITECTURES, HiViTBackbone, HiViTForImageClassification, HiViTForMaskedImageModeling, HiViTModel
 from hivit_hf.handler import read_picture
 from hivit_hf.onnx_export import OPSET, cpu_session, export_onnx, tasks_of
 from nonsense import noise
@@ -148,6 +148,25 @@ def test_the_command(classifier, model_folder, pictures, tmp_path, capsys):
     assert onnx.TensorProto.INT8 in types
     assert f"a drop of {cost['drop']:.2%}" in capsys.readouterr().out
     assert {"config.json", "preprocessor_config.json"} <= {path.name for path in out.iterdir()}
+
+
+@pytest.mark.slow
+def test_networks_as_deep_as_base_take_any_size(tiny_network, tmp_path):
+    """Twenty layers whose relative bias is interpolated for each size, in one file."""
+    depths = ARCHITECTURES["base"]["depths"]
+    model = tiny_network(HiViTForImageClassification, depths=depths)
+    assert model.config.use_relative_position_bias
+    model.save_pretrained(tmp_path / "model")
+    arguments = [str(tmp_path / "model"), str(tmp_path / "onnx"), "--task", "classification", "--size", "dynamic"]
+    assert command.main(arguments) == 0
+    for size in [(48, 112), (96, 80)]:
+        pixel_values = torch.randn(2, 3, *size)
+        with torch.no_grad():
+            expected = model(pixel_values).logits
+        assert expected.std() > 0.1
+        assert_close(
+            run(tmp_path / "onnx" / "classification.onnx", pixel_values=pixel_values)[0], expected, atol=1e-4, rtol=0
+        )
 
 
 @pytest.mark.slow
