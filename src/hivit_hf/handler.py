@@ -129,25 +129,26 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def read_processor(source: str | Path) -> BaseImageProcessor:
+def read_processor(source: str | Path, revision: str | None = None) -> BaseImageProcessor:
     """
     The image processor that a model was saved with, of the class that its `preprocessor_config.json` names.
 
     Args:
         source: folder of the model, or its repository on the Hub.
+        revision: of the repository.
 
     Raises:
         ValueError: if it names a class that transformers does not have, or one for anything but pictures.
         OSError: if there is no such file, or it is no JSON.
     """
-    content = BitImageProcessor.get_image_processor_dict(source)[0]
+    content = BitImageProcessor.get_image_processor_dict(source, revision=revision)[0]
     name = content.get("image_processor_type", "BitImageProcessor")
     if name.removesuffix("Fast") == "BitImageProcessor":  # by itself: some versions' Auto class needs torchvision
-        return BitImageProcessor.from_pretrained(source)
+        return BitImageProcessor.from_pretrained(source, revision=revision)
     try:
         from transformers import AutoImageProcessor
 
-        processor = AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
+        processor = AutoImageProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
     except Exception as error:  # whatever the class stumbles over
         processor = error
     if not isinstance(processor, BaseImageProcessor):

@@ -242,29 +242,30 @@ def _first_line(error: Exception) -> str:
     return text if text.endswith(".") else f"{text}."
 
 
-def find_processor(source: str | Path) -> BaseImageProcessor | None:
+def find_processor(source: str | Path, revision: str | None = None) -> BaseImageProcessor | None:
     """
-    The image processor in a folder or a repository of the Hub; None where there is none.
+    The image processor in a folder or a repository of the Hub, at a revision of it; None where there is none.
 
     Raises:
         ValueError: if it cannot be used.
     """
     try:
-        if cached_file(source, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False):
-            return read_processor(source)
+        options = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+        if cached_file(source, "preprocessor_config.json", **options):
+            return read_processor(source, revision)
     except Exception as error:  # as above
         raise ValueError(f"{source}/preprocessor_config.json cannot be used: {_first_line(error)}") from error
     return None
 
 
-def load_processor(source: str | Path, config: HiViTConfig) -> BaseImageProcessor:
+def load_processor(source: str | Path, config: HiViTConfig, revision: str | None = None) -> BaseImageProcessor:
     """
     As `find_processor`; where there is none, the published one of the model's size, and a warning.
 
     Raises:
         ValueError: if it cannot be used, or there is none and the model sees no squares.
     """
-    found = find_processor(source)
+    found = find_processor(source, revision)
     if found is not None:
         return found
     height, width = (length * config.patch_size for length in config.grid_size)
