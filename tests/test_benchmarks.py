@@ -24,7 +24,9 @@ def test_make_bench_runs_every_benchmark_with_flags_that_it_has(monkeypatch, cap
     """And the browser page after the models that it opens."""
     made = subprocess.run(["make", "--dry-run", "bench"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     commands = re.findall(r"^\S+python (benchmarks/\w+\.py)(.*)$", made, flags=re.MULTILINE)
-    written = {path.name for path in (ROOT / "benchmarks").glob("*.py") if "write(" in path.read_text()} - {"measure.py"}
+    written = {path.name for path in (ROOT / "benchmarks").glob("*.py") if "write(" in path.read_text()} - {
+        "measure.py"
+    }
     assert {Path(script).name for script, _ in commands} == written - BY_HAND | {"table.py"}
     assert made.index("browser/models/classifier") < made.index("benchmarks/browser.py")
     assert commands[-1] == ("benchmarks/table.py", "")
