@@ -3,6 +3,7 @@
 import base64
 import io
 import random
+import re
 
 from PIL import Image
 
@@ -70,6 +71,30 @@ def unreadable() -> dict[str, object]:
         "yes": True,
         "object": {"image": "x"},
     }
+
+
+NO_PICTURE = "not a picture that can be read"
+# a name of `unreadable()` -> words of the answer
+REFUSALS = {
+    **dict.fromkeys(["text", "HTML", "zeros", "cut off", "head of a PNG", "base64 of text"], NO_PICTURE),
+    **dict.fromkeys(["nothing", "data URI of nothing"], "The picture is empty"),
+    "broken PNG": "The picture is damaged",
+    "100 megapixels": "too large: 10000x10000 px are 100 megapixels, at most 64",
+    "too thin": "too long and thin: 9000x1 px",
+    **dict.fromkeys(["address", "local file"], "Addresses are not fetched"),
+    **dict.fromkeys(["path", "no base64"], "The text is not base64"),
+    "more than 16 bits": "its numbers go from 70000 to 70000, not from 0 to 65535",
+    "negative": "its numbers go from -1 to -1, not from 0 to 1",
+    "number": "got a int",
+    "yes": "got a bool",
+    "object": "got a dict",
+}
+
+
+def is_one_sentence(words: str) -> bool:
+    """Whether it is a sentence for people: one, of one line and not long, without names of Python's errors."""
+    whole = re.fullmatch(r'(?:[A-Z"]|top_k)[^\n]{10,200}\.', words) is not None
+    return whole and not re.search(r"[.!?] +[A-Z]|Error\b|Traceback|<class", words)
 
 
 def random_bytes(number: int) -> bytes:

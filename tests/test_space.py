@@ -23,7 +23,7 @@ from hivit_hf import HiViTBackbone, HiViTForImageClassification, HiViTForMaskedI
 from hivit_hf.checkpoints import CHECKPOINTS, SPACE_CHECKPOINTS
 from hivit_hf.handler import RequestError
 from hivit_hf.pictures import feature_picture
-from nonsense import encoded, hundred_megapixels, noise, random_bytes, unreadable, unusual_pictures
+from nonsense import REFUSALS, encoded, is_one_sentence, noise, random_bytes, unreadable, unusual_pictures
 from patience import PATIENCE_S
 
 
@@ -153,8 +153,9 @@ def test_masks(studio):
     ],
 )
 def test_mistakes_are_answered_in_words(studio, call, words):
-    with pytest.raises(RequestError, match=words):
+    with pytest.raises(RequestError, match=words) as refusal:
         call(studio)
+    assert is_one_sentence(str(refusal.value))
 
 
 def test_its_card_names_checkpoints_of_the_table():
@@ -330,19 +331,28 @@ def test_a_thousand_requests_of_nonsense(address, models):
 
         good = upload((models / "picture.png").read_bytes())
         before = client.post("/run/look", json={"data": [good, 0.5]}).json()["data"][0]
-        contents = [value for value in unreadable().values() if isinstance(value, bytes)]
-        contents += [random_bytes(number) for number in range(40)] + [hundred_megapixels()]
-        uploads = [upload(content) for content in contents]
-        foreign = [{"path": "/etc/hostname", "meta": {"_type": "gradio.FileData"}}, "x", 7, {}, []]
-        bodies = [{"data": [picture, 0.5]} for picture in uploads + foreign]
-        bodies += [{"data": [good, ratio]} for ratio in ("half", -1, 2, None, [], {})]
-        bodies += [{"data": []}, {"data": "x"}, {}, [], "x", None, {"data": [good] * 9}]
-        for number in range(1000):
+        named = {name: value for name, value in unreadable().items() if isinstance(value, bytes)}
+        requests = [({"data": [upload(value), 0.5]}, REFUSALS[name]) for name, value in named.items()]
+        # bytes behind a real head may be one thing or another
+        requests += [({"data": [upload(random_bytes(number)), 0.5]}, "picture") for number in range(40)]
+        requests += [
+            ({"data": [good, ratio]}, "a number from 0 to 1, got") for ratio in ("half", -1, 2, None, [], good)
+        ]
+        requests += [({"data": [{}, 0.5]}, "There is no picture yet")]
+        told = [(body, words, client.post("/run/look", json=body).json()) for body, words in requests]
+        for body, words, answer in told:
+            assert words in answer["data"][-1] and is_one_sentence(answer["data"][-1]), (body, answer)
+        # what Gradio itself answers, as no page of ours sends it
+        foreign = [{"path": "/etc/hostname", "meta": {"_type": "gradio.FileData"}}, {"path": "/etc/hostname"}]
+        malformed = [{"data": [picture, 0.5]} for picture in [*foreign, "x", 7, []]]
+        malformed += [{"data": []}, {"data": "x"}, {}, [], "x", None]
+        bodies = malformed + [body for body, _ in requests]
+        for number in range(1000 - len(requests)):
             answer = client.post("/run/look", json=bodies[number % len(bodies)])
             words = answer.json()
             told = words["data"][-1] if answer.status_code == 200 else words.get("error") or words.get("detail")
             assert told, (bodies[number % len(bodies)], answer.text)
-            assert "Traceback" not in answer.text
+            assert "Traceback" not in answer.text and socket.gethostname() not in answer.text
         for name, content in unusual_pictures().items():
             assert client.post("/run/look", json={"data": [upload(content), 0.5]}).json()["data"][-1] == "", name
         assert client.post("/run/look", json={"data": [good, 0.5]}).json()["data"][0] == before

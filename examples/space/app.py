@@ -151,6 +151,7 @@ def build(studio: Studio, samples: list[str]) -> gr.Blocks:
                 with gr.Tab("Reconstruct"):
                     with gr.Row(equal_height=True):
                         ratio = gr.Slider(0, 0.95, studio.mask_ratio, step=0.05, label="Share that is hidden", scale=4)
+                        ratio.preprocess = lambda payload: payload  # the studio says what is wrong with it, in words
                         again = gr.Button("Hide other squares", scale=1, min_width=170)
                     with gr.Row():
                         masked = shown_picture("What the model sees: click a square to hide or show it", "masked")

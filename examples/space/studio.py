@@ -124,7 +124,7 @@ def _read(path: str | None) -> Image.Image:
     try:
         content = Path(path).read_bytes()
     except (OSError, TypeError, ValueError) as error:
-        raise RequestError("The picture did not arrive. Send it again.") from error
+        raise RequestError("The picture did not arrive: send it again.") from error
     return read_picture(content)
 
 

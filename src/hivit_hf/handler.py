@@ -53,13 +53,13 @@ def read_picture(source: Image.Image | bytes | str) -> Image.Image:
         source = _decode_base64(source)
     if isinstance(source, (bytes, bytearray, memoryview)):
         if not len(source):
-            raise RequestError("The picture is empty. Send the bytes of a PNG, JPEG, GIF or WebP file.")
+            raise RequestError("The picture is empty: send the bytes of a PNG, JPEG, GIF or WebP file.")
         try:
             source = Image.open(io.BytesIO(source))
         except Exception as error:  # decoders raise whatever they stumble over
             if isinstance(error, Image.DecompressionBombError):
                 raise RequestError(_too_large("more than 170")) from error
-            raise RequestError("This is not a picture that can be read. Send a PNG, JPEG, GIF or WebP file.") from error
+            raise RequestError("This is not a picture that can be read: send a PNG, JPEG, GIF or WebP file.") from error
     if not isinstance(source, Image.Image):
         raise RequestError(f"A picture must be an image, bytes or base64 text, got a {type(source).__name__}.")
     _check_size(source.width, source.height)
@@ -67,19 +67,19 @@ def read_picture(source: Image.Image | bytes | str) -> Image.Image:
         source.seek(0)
         return _to_rgb(ImageOps.exif_transpose(source))
     except LevelsError as error:
-        raise RequestError(f"This is not a picture for people: {error}. Save it with 8 or 16 bits.") from error
+        raise RequestError(f"The picture has no known white, as {error}: save it with 8 or 16 bits.") from error
     except Exception as error:
-        raise RequestError("The picture is damaged: its pixels cannot be read. Send it again, or another.") from error
+        raise RequestError("The picture is damaged, its pixels cannot be read: send it again, or another.") from error
 
 
 def _decode_base64(text: str) -> bytes:
     if re.match(r"\s*(https?|ftp|file)://", text, flags=re.IGNORECASE):
-        raise RequestError("Addresses are not fetched. Send the picture itself, as bytes or in base64.")
+        raise RequestError("Addresses are not fetched: send the picture itself, as bytes or in base64.")
     text = re.sub(r"^\s*data:[\w/+.;=-]*,", "", text)
     try:
         return base64.b64decode(re.sub(r"\s", "", text), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise RequestError("The text is not base64. Send the bytes of a picture file in base64.") from error
+        raise RequestError("The text is not base64: send the bytes of a picture file in base64.") from error
 
 
 def _check_size(width: int, height: int):
@@ -89,13 +89,13 @@ def _check_size(width: int, height: int):
         raise RequestError(_too_large(f"{width}x{height} px are {width * height / 1e6:.0f}"))
     if max(width, height) > MAX_SIDE_RATIO * min(width, height):
         raise RequestError(
-            f"The picture is too long and thin: {width}x{height} px. One side may be {MAX_SIDE_RATIO} times the other; "
-            "crop it."
+            f"The picture is too long and thin: {width}x{height} px, where one side may be {MAX_SIDE_RATIO} times the "
+            "other; crop it."
         )
 
 
 def _too_large(what: str) -> str:
-    return f"The picture is too large: {what} megapixels, at most {MAX_MEGAPIXELS} are read. Send a smaller one."
+    return f"The picture is too large: {what} megapixels, at most {MAX_MEGAPIXELS} are read; send a smaller one."
 
 
 def to_eight_bits(image: Image.Image) -> Image.Image:
@@ -205,7 +205,7 @@ class EndpointHandler:
         except RequestError as error:
             return {"error": str(error)}
         except Exception as error:  # a request must not end the endpoint, whatever was overlooked
-            return {"error": f"The request could not be answered ({type(error).__name__}). Please report it."}
+            return {"error": f"The request could not be answered ({type(error).__name__}): please report it."}
         return answers if is_batch else answers[0]
 
     def _read_request(self, data: Any) -> tuple[list, bool, int | None]:
@@ -230,7 +230,7 @@ class EndpointHandler:
             if megapixels > MAX_REQUEST_MEGAPIXELS:
                 raise RequestError(
                     f"The request is too large: its pictures have more than {MAX_REQUEST_MEGAPIXELS} megapixels in "
-                    "all. Send fewer at once, or smaller ones."
+                    "all; send fewer at once, or smaller ones."
                 )
             pixels.append(self.processor(picture, return_tensors="pt").pixel_values)
         return torch.cat(pixels)
@@ -243,7 +243,7 @@ class EndpointHandler:
             raise RequestError(f"The only parameter is top_k, got {', '.join(unknown)[:80]}.")
         if not self.classifies:
             if parameters:
-                raise RequestError("top_k is for classifiers; this model gives features. Leave it out.")
+                raise RequestError("top_k is for classifiers, and this model gives features: leave it out.")
             return None
         top_k, num_labels = parameters.get("top_k"), self.model.config.num_labels
         if top_k is None:
