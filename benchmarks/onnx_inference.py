@@ -88,8 +88,8 @@ def main():
                 results["differences"][f"demo, {name}"] = differences(model, folder / name)
             path = folder / "model" / "HiViTForImageClassification_classification_False.onnx"
             pictures = labelled_pictures(arguments.demo / "holdout", demo["model"].config)
-            processor = load_processor(arguments.demo / "model", demo["model"])
-            results["demo_int8"] = int8_cost(path, folder / "int8.onnx", processor, pictures)
+            processor = load_processor(arguments.demo / "model", demo["model"].config)
+            results["demo_int8"] = int8_cost(path, folder / "int8.onnx", processor, *pictures)
     print("written:", write("onnx_cpu", results, "cpu"))
 
 

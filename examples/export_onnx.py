@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace):
         raise ValueError("--int8 is measured by accuracy: it is for classifiers. Leave it out.")
     for task in tasks:
         check_exportable(model, task, dynamic_size(arguments, task), arguments.opset)
-    processor = load_processor(arguments.model, model)
+    processor = load_processor(arguments.model, model.config)
     pictures = labelled_pictures(arguments.int8, model.config) if arguments.int8 else None
 
     record = {"opset": arguments.opset, "tolerance": TOLERANCE, "files": {}}
@@ -66,7 +66,7 @@ def run(arguments: argparse.Namespace):
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {difference:.1e} from PyTorch at most")
     if pictures is not None:
         path, quantized = arguments.out_dir / "classification.onnx", arguments.out_dir / "classification_int8.onnx"
-        cost = int8_cost(path, quantized, processor, pictures)
+        cost = int8_cost(path, quantized, processor, *pictures)
         record["files"][quantized.name] = {"task": "classification", **cost}
         print(
             f"{quantized}: {quantized.stat().st_size / 1e6:.1f} MB; accuracy on {cost['pictures']} pictures "

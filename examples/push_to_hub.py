@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace):
     report = arguments.model / "conversion_report.json"
     options = {
         "about": describe(arguments, model),
-        "image_processor": load_processor(arguments.model, model),
+        "image_processor": load_processor(arguments.model, model.config),
         "samples": arguments.samples,
         "conversion_report": read_report(report) if report.exists() else None,
         "onnx": not arguments.no_onnx,

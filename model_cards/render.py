@@ -1,20 +1,23 @@
 """
 python model_cards/render.py [--check]
 
-Writes the card of each checkpoint of `hivit_hf.checkpoints.CHECKPOINTS`, and the tables that name them here and in the
-main README, from the data; with --check it only says whether all of them are what the data give.
+Writes the card of each checkpoint of `hivit_hf.checkpoints.CHECKPOINTS`, the tables that name them here and in the main
+README, and the ids in the Space's metadata, from the data; with --check it only says whether all of them are what the
+data give.
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
 from hivit_hf import HiViTConfig
 from hivit_hf.cards import render_card
-from hivit_hf.checkpoints import CHECKPOINTS
+from hivit_hf.checkpoints import CHECKPOINTS, SPACE_CHECKPOINTS
 
 
 CARDS = Path(__file__).parent
+SPACE = CARDS.parent / "examples" / "space" / "README.md"
 RESULTS = CARDS.parent / "benchmarks" / "results"
 BEGIN, END = "<!-- checkpoints: begin -->\n", "<!-- checkpoints: end -->\n"
 WEIGHTS = {"original": "published by the authors", "unpublished": "never published", "own": "ours"}
@@ -38,6 +41,12 @@ def with_table(path: Path, cards: str) -> str:
     return before + BEGIN + table(cards) + END + rest.split(END)[1]
 
 
+def with_models(path: Path) -> str:
+    """The text of the Space's README with the repositories of its models in the metadata."""
+    lines = "".join(f"- {CHECKPOINTS[name].repo_id}\n" for name in SPACE_CHECKPOINTS.values())
+    return re.sub(r"(?<=^models:\n)(- .*\n)*", lines, path.read_text(encoding="utf-8"), count=1, flags=re.MULTILINE)
+
+
 def rendered() -> dict[Path, str]:
     """What each file should hold."""
     files = {
@@ -46,6 +55,7 @@ def rendered() -> dict[Path, str]:
     }
     files[CARDS / "README.md"] = with_table(CARDS / "README.md", "")
     files[CARDS.parent / "README.md"] = with_table(CARDS.parent / "README.md", "model_cards/")
+    files[SPACE] = with_models(SPACE)
     return files
 
 

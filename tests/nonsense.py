@@ -3,6 +3,7 @@
 import base64
 import io
 import random
+import re
 
 from PIL import Image
 
@@ -36,6 +37,8 @@ def unusual_pictures() -> dict[str, bytes]:
         "1x1": encoded(Image.new("RGB", (1, 1))),
         "grey": encoded(Image.new("L", (9, 40))),
         "16 bits": encoded(Image.new("I;16", (9, 9), 40_000)),
+        "32 bits": encoded(Image.new("I", (9, 9), 40_000), "TIFF"),
+        "floating point": encoded(Image.new("F", (9, 9), 0.6), "TIFF"),
         "1 bit": encoded(Image.new("1", (9, 9))),
         "CMYK": encoded(Image.new("CMYK", (9, 9)), "JPEG"),
         "WebP": encoded(noise(30, 20), "WEBP"),
@@ -59,6 +62,8 @@ def unreadable() -> dict[str, object]:
         "address": "https://example.com/cat.jpg",
         "local file": "file:///etc/hostname",
         "path": "/etc/hostname",
+        "more than 16 bits": encoded(Image.new("I", (9, 9), 70_000), "TIFF"),
+        "negative": encoded(Image.new("F", (9, 9), -1.0), "TIFF"),
         "no base64": "what is this?",
         "base64 of text": base64.b64encode(b"not a picture").decode(),
         "data URI of nothing": "data:image/png;base64,",
@@ -66,6 +71,30 @@ def unreadable() -> dict[str, object]:
         "yes": True,
         "object": {"image": "x"},
     }
+
+
+NO_PICTURE = "not a picture that can be read"
+# a name of `unreadable()` -> words of the answer
+REFUSALS = {
+    **dict.fromkeys(["text", "HTML", "zeros", "cut off", "head of a PNG", "base64 of text"], NO_PICTURE),
+    **dict.fromkeys(["nothing", "data URI of nothing"], "The picture is empty"),
+    "broken PNG": "The picture is damaged",
+    "100 megapixels": "too large: 10000x10000 px are 100 megapixels, at most 64",
+    "too thin": "too long and thin: 9000x1 px",
+    **dict.fromkeys(["address", "local file"], "Addresses are not fetched"),
+    **dict.fromkeys(["path", "no base64"], "The text is not base64"),
+    "more than 16 bits": "its numbers go from 70000 to 70000, not from 0 to 65535",
+    "negative": "its numbers go from -1 to -1, not from 0 to 1",
+    "number": "got a int",
+    "yes": "got a bool",
+    "object": "got a dict",
+}
+
+
+def is_one_sentence(words: str) -> bool:
+    """Whether it is a sentence for people: one, of one line and not long, without names of Python's errors."""
+    whole = re.fullmatch(r'(?:[A-Z"]|top_k)[^\n]{10,200}\.', words) is not None
+    return whole and not re.search(r"[.!?] +[A-Z]|Error\b|Traceback|<class", words)
 
 
 def random_bytes(number: int) -> bytes:

@@ -1,6 +1,11 @@
 """The benchmarks compare equal things: the model in the original's order of operations gives the numbers of ours."""
 
 import copy
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +13,29 @@ from torch.testing import assert_close
 
 from hivit_hf import HiViTForImageClassification, HiViTForMaskedImageModeling
 from original_order import reorder
+
+
+ROOT = Path(__file__).parents[1]
+# on a GPU only; and trainings of scenes, which are no matter of speed
+BY_HAND = {"training.py", "detection_scenes.py"}
+
+
+def test_make_bench_runs_every_benchmark_with_flags_that_it_has(monkeypatch, capsys):
+    """And the browser page after the models that it opens."""
+    made = subprocess.run(["make", "--dry-run", "bench"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    commands = re.findall(r"^\S+python (benchmarks/\w+\.py)(.*)$", made, flags=re.MULTILINE)
+    written = {path.name for path in (ROOT / "benchmarks").glob("*.py") if "write(" in path.read_text()} - {
+        "measure.py"
+    }
+    assert {Path(script).name for script, _ in commands} == written - BY_HAND | {"table.py"}
+    assert made.index("browser/models/classifier") < made.index("benchmarks/browser.py")
+    assert commands[-1] == ("benchmarks/table.py", "")
+    for script, flags in commands:
+        monkeypatch.setattr(sys, "argv", [script, "--help"])
+        with pytest.raises(SystemExit):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        help_text = capsys.readouterr().out
+        assert all(flag in help_text for flag in re.findall(r"--\w+", flags)), (script, flags)
 
 
 @pytest.mark.parametrize("bias", [True, False])

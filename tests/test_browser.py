@@ -2,8 +2,8 @@
 
 import base64
 import functools
+import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +13,8 @@ from transformers import BitImageProcessor
 
 from chromium import BROWSER_EXAMPLE, browser, serve
 from hivit_hf import HiViTForImageClassification, HiViTForMaskedImageModeling
+from hivit_hf.handler import read_picture
+from hivit_hf.hub import export
 from hivit_hf.onnx_export import export_onnx
 from nonsense import animation, encoded, hundred_megapixels, noise
 from patience import PATIENCE_S
@@ -68,6 +70,13 @@ def site(tmp_path_factory, models):
         models[name].config.save_pretrained(root / "models" / name)
         PROCESSORS[processor].save_pretrained(root / "models" / name)
     return root
+
+
+def link_page(site, folder):
+    """The page without its models, in another folder."""
+    for path in site.iterdir():
+        if path.name != "models":
+            (folder / path.name).symlink_to(path)
 
 
 @pytest.fixture(scope="module")
@@ -189,17 +198,113 @@ def test_unusual_pictures(page):
     assert page.inner_text("#status") == ""
 
 
+def test_16_bits_are_scaled_as_in_python(page):
+    ramp = Image.fromarray(np.linspace(0, 65_535, 900).astype(np.uint16).reshape(30, 30))
+    drop(page, encoded(ramp))
+    seen = np.array(page.evaluate("Array.from(window.hivit.current().picture.data)")).reshape(30, 30, 3)
+    assert np.abs(seen - np.asarray(read_picture(ramp), int)).max() <= 1  # browsers cut off the lower 8 bits
+
+
 def test_missing_models_are_said(chromium, site, tmp_path):
-    for path in Path(site).iterdir():
-        if path.name != "models":
-            (tmp_path / path.name).symlink_to(path)
+    link_page(site, tmp_path)
     page = chromium.new_page()
     with serve(tmp_path) as address:
         page.goto(f"{address}/index.html")
         page.wait_for_selector("html[data-ready]", timeout=1000 * PATIENCE_S)
-        assert "export the models first, as README.md says" in page.inner_text("#status")
+        words = page.inner_text("#status")
+        assert "is not there (404)" in words
+        assert words.endswith("README.md says how to export models for this page.")
         assert page.is_disabled("#file")
         page.close()
+
+
+def test_processors_that_the_page_does_not_have_are_said(chromium, site, tmp_path):
+    shutil.copytree(site, tmp_path / "site", symlinks=True)
+    for name, changes in [
+        ("classifier", {"image_processor_type": "ConvNextImageProcessor"}),
+        ("autoencoder", {"do_normalize": False}),
+    ]:
+        path = tmp_path / "site" / "models" / name / "preprocessor_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    page = chromium.new_page()
+    with serve(tmp_path / "site") as address:
+        page.goto(f"{address}/index.html")
+        page.wait_for_selector("html[data-ready]", timeout=1000 * PATIENCE_S)
+        assert "not as ConvNextImageProcessor does" in page.inner_text("#status")
+        assert "and the model's processor does not" in page.inner_text("#status")
+        page.close()
+
+
+@pytest.fixture(scope="module")
+def repositories(tmp_path_factory, site, tiny_network):
+    """The page with folders of `hivit_hf.hub.export` as they are: a classifier of several labels and an autoencoder."""
+    root = tmp_path_factory.mktemp("repositories")
+    link_page(site, root)
+    changes = {"id2label": {0: "round", 1: "red", 2: "alive"}, "problem_type": "multi_label_classification"}
+    models = {
+        "classifier": tiny_network(HiViTForImageClassification, **changes),
+        "autoencoder": tiny_network(HiViTForMaskedImageModeling),
+    }
+    for (name, model), processor in zip(models.items(), PROCESSORS.values()):
+        export(model, root / "models" / name, image_processor=processor)
+    return root, models
+
+
+def test_folders_of_the_hub_are_loaded_as_they_are(chromium, repositories):
+    """And each of several labels has a probability of its own."""
+    root, models = repositories
+    page, picture = chromium.new_page(), noise(70, 70)
+    with serve(root) as address:
+        page.goto(f"{address}/index.html")
+        page.wait_for_selector("html[data-ready]", timeout=1000 * PATIENCE_S)
+        assert page.inner_text("#status") == ""
+        drop(page, encoded(picture))
+        pixels = expected_pixels(PROCESSORS["crop"], picture)[None]
+        with torch.no_grad():
+            scores = models["classifier"](pixels).logits[0].sigmoid()
+        found = dict(page.evaluate("window.hivit.current().classified.classes.map(({label, score}) => [label, score])"))
+        names = models["classifier"].config.id2label
+        assert found == pytest.approx({names[n]: score for n, score in enumerate(scores.tolist())}, abs=1e-3)
+        assert abs(sum(found.values()) - 1) > 0.1
+        pixels = expected_pixels(PROCESSORS["squeeze"], picture)[None]
+        mask = models["autoencoder"].draw_mask(pixels, shown(page, "reconstructed", "noise")[None])
+        filled = models["autoencoder"].reconstruct(pixels, bool_masked_pos=mask)
+        torch.testing.assert_close(shown(page, "reconstructed", "values").view_as(filled), filled, atol=1e-3, rtol=0)
+        page.close()
+
+
+def test_models_of_another_kind_are_said(chromium, repositories, tmp_path):
+    """An encoder's repository has a model.onnx too."""
+    root, _ = repositories
+    link_page(root, tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "classifier").symlink_to(root / "models" / "autoencoder")
+    page = chromium.new_page()
+    with serve(tmp_path) as address:
+        page.goto(f"{address}/index.html")
+        page.wait_for_selector("html[data-ready]", timeout=1000 * PATIENCE_S)
+        assert "The model in ./models/classifier computes no logits" in page.inner_text("#status")
+        page.close()
+
+
+def test_numbers_are_shown_as_numbers(chromium, site, tiny_network, tmp_path):
+    model = tiny_network(HiViTForImageClassification, problem_type="regression", num_labels=2)
+    link_page(site, tmp_path)
+    export_onnx(model, tmp_path / "models" / "classifier" / "classification.onnx", "classification")
+    model.config.save_pretrained(tmp_path / "models" / "classifier")
+    PROCESSORS["crop"].save_pretrained(tmp_path / "models" / "classifier")
+    picture, page = noise(70, 70), chromium.new_page()
+    with torch.no_grad():
+        values = model(expected_pixels(PROCESSORS["crop"], picture)[None]).logits[0]
+    with serve(tmp_path) as address:
+        page.goto(f"{address}/index.html")
+        page.wait_for_selector("html[data-ready]", timeout=1000 * PATIENCE_S)
+        drop(page, encoded(picture))
+        rows = dict(row.split("\n") for row in page.locator("#classes li").all_inner_texts())
+        page.close()
+    assert rows.keys() == {"LABEL_0", "LABEL_1"}  # as the pipeline calls them
+    for number in (0, 1):
+        assert float(rows[f"LABEL_{number}"]) == pytest.approx(values[number].item(), abs=2e-3)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

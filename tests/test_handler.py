@@ -15,7 +15,8 @@ from transformers import BitImageProcessor, pipeline
 from hivit_hf import HiViTForImageClassification, HiViTForMaskedImageModeling, HiViTModel
 from hivit_hf.handler import MAX_MEGAPIXELS, RequestError, read_picture
 from hivit_hf.hub import export
-from nonsense import animation, encoded, noise, random_bytes, unreadable, unusual_pictures
+from hivit_hf.training.augment import UnreadablePictureError, upright
+from nonsense import REFUSALS, animation, encoded, is_one_sentence, noise, random_bytes, unreadable, unusual_pictures
 
 
 def toolkit(folder):
@@ -149,15 +150,14 @@ def test_an_encoder_gives_features(folders):
 def test_wrong_requests_are_answered_in_words(endpoint, request_, words):
     found = answer(endpoint, request_)
     assert list(found) == ["error"]
-    assert words in found["error"]
+    assert words in found["error"] and is_one_sentence(found["error"])
 
 
 @pytest.mark.parametrize("name", unreadable())
 def test_what_is_no_picture_is_answered_in_words(endpoint, name):
     found = answer(endpoint, {"inputs": unreadable()[name]})
     assert list(found) == ["error"]
-    assert found["error"].endswith(".")
-    assert "report it" not in found["error"]
+    assert REFUSALS[name] in found["error"] and is_one_sentence(found["error"])
 
 
 @pytest.mark.parametrize("name", unusual_pictures())
@@ -168,7 +168,6 @@ def test_unusual_pictures_are_classified(endpoint, name):
 def test_what_a_picture_becomes():
     assert read_picture(animation()).getpixel((3, 3))[0] > 200  # the first frame, red
     assert read_picture(unusual_pictures()["transparent"]).getpixel((3, 3)) == (255, 255, 255)
-    assert read_picture(unusual_pictures()["16 bits"]).getpixel((3, 3)) == (156, 156, 156)
     upright = Image.new("RGB", (20, 10))
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
@@ -176,6 +175,36 @@ def test_what_a_picture_becomes():
     array = np.zeros((8000, 8001), np.uint8)
     with pytest.raises(RequestError, match=f"8001x8000 px are 64 megapixels, at most {MAX_MEGAPIXELS}"):
         read_picture(Image.fromarray(array))
+
+
+@pytest.mark.parametrize(
+    ("mode", "level", "grey"),
+    [("I;16", 40_000, 156), ("I;16", 65_535, 255), ("I;16", 100, 0), ("I;16B", 40_000, 156), ("I", 40_000, 156),
+     ("F", 0.6, 153), ("F", 1.0, 255), ("F", 200.0, 200)],
+)  # fmt: skip
+def test_more_than_8_bits_are_scaled_here_as_in_training(mode, level, grey):
+    picture = Image.new(mode, (9, 9), level)
+    assert read_picture(picture).getpixel((3, 3)) == (grey,) * 3
+    assert upright(picture, 3).getpixel((3, 3)) == (grey,) * 3
+    assert upright(picture, 1).getpixel((3, 3)) == grey
+
+
+def test_numbers_of_which_nobody_knows_what_is_white(tmp_path):
+    for mode, level, words in [
+        ("I", 70_000, "from 70000 to 70000, not from 0 to 65535"),
+        ("I", -1, "from -1 to -1"),
+        ("F", 300.0, "from 300 to 300, not from 0 to 255"),
+    ]:
+        with pytest.raises(RequestError, match=f"{words}.*: save it with 8 or 16 bits"):
+            read_picture(Image.new(mode, (9, 9), level))
+        with pytest.raises(UnreadablePictureError, match=f"^its numbers go {words}"):
+            upright(Image.new(mode, (9, 9), level), 3)
+
+
+def test_the_transparent_level_of_16_bits_is_scaled_too():
+    picture = Image.fromarray(np.array([[40_000, 1000]], np.uint16))
+    found = read_picture(encoded(picture, transparency=40_000))
+    assert [found.getpixel((column, 0))[0] for column in (0, 1)] == [255, 4]
 
 
 @pytest.mark.slow
@@ -191,7 +220,7 @@ def test_a_thousand_requests_of_nonsense(endpoint):
         request = [{"inputs": inputs}, {"inputs": [picture, inputs]}, {"inputs": io.BytesIO(b"x")}][number % 3]
         found = answer(endpoint, request)
         assert list(found) == ["error"], (number, found)
-        assert found["error"] and "report it" not in found["error"], (number, inputs, found)
+        assert "report it" not in found["error"] and is_one_sentence(found["error"]), (number, inputs, found)
     assert answer(endpoint, {"inputs": picture}) == before
 
 

@@ -8,12 +8,14 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
+from PIL import Image
 from torch.testing import assert_close
 from transformers import BitImageProcessor
 
 import export_onnx as command
 import hivit_hf.onnx_export as onnx_export
-from hivit_hf import HiViTBackbone, HiViTForImageClassification, HiViTForMaskedImageModeling, HiViTModel
+from hivit_hf import ARCHITECTURES, HiViTBackbone, HiViTForImageClassification, HiViTForMaskedImageModeling, HiViTModel
+from hivit_hf.handler import read_picture
 from hivit_hf.onnx_export import OPSET, cpu_session, export_onnx, tasks_of
 from nonsense import noise
 
@@ -138,7 +140,7 @@ def test_the_command(classifier, model_folder, pictures, tmp_path, capsys):
         hits = 0
         for label, kind in enumerate(("dark", "light")):
             for path in sorted((pictures / kind).iterdir()):
-                pixel_values = processor(onnx_export.Image.open(path), return_tensors="np").pixel_values
+                pixel_values = processor(Image.open(path), return_tensors="np").pixel_values
                 hits += int(np.argmax(session.run(None, {"pixel_values": pixel_values})[0]) == label)
         assert cost[f"accuracy_{name}"] == pytest.approx(hits / 12)
     assert cost["drop"] == pytest.approx(cost["accuracy_float32"] - cost["accuracy_int8"])
@@ -146,6 +148,45 @@ def test_the_command(classifier, model_folder, pictures, tmp_path, capsys):
     assert onnx.TensorProto.INT8 in types
     assert f"a drop of {cost['drop']:.2%}" in capsys.readouterr().out
     assert {"config.json", "preprocessor_config.json"} <= {path.name for path in out.iterdir()}
+
+
+@pytest.mark.slow
+def test_networks_as_deep_as_base_take_any_size(tiny_network, tmp_path):
+    """Twenty layers whose relative bias is interpolated for each size, in one file."""
+    depths = ARCHITECTURES["base"]["depths"]
+    model = tiny_network(HiViTForImageClassification, depths=depths)
+    assert model.config.use_relative_position_bias
+    model.save_pretrained(tmp_path / "model")
+    arguments = [str(tmp_path / "model"), str(tmp_path / "onnx"), "--task", "classification", "--size", "dynamic"]
+    assert command.main(arguments) == 0
+    for size in [(48, 112), (96, 80)]:
+        pixel_values = torch.randn(2, 3, *size)
+        with torch.no_grad():
+            expected = model(pixel_values).logits
+        assert expected.std() > 0.1
+        assert_close(
+            run(tmp_path / "onnx" / "classification.onnx", pixel_values=pixel_values)[0], expected, atol=1e-4, rtol=0
+        )
+
+
+@pytest.mark.slow
+def test_labelled_pictures_are_read_a_batch_at_a_time(classifier, model_folder, pictures, tmp_path, monkeypatch):
+    export_onnx(classifier, tmp_path / "model.onnx", "classification")
+    read, seen = [], []
+    monkeypatch.setattr(onnx_export, "read_picture", lambda data: read.append(data) or read_picture(data))
+    processor = BitImageProcessor.from_pretrained(model_folder)
+
+    def counting(batch, **options):
+        seen.append(len(read))
+        return processor(batch, **options)
+
+    dataset, labels = onnx_export.labelled_pictures(pictures, classifier.config)
+    assert (sorted(labels), read) == ([0] * 6 + [1] * 6, [])
+    cost = onnx_export.int8_cost(tmp_path / "model.onnx", tmp_path / "int8.onnx", counting, dataset, labels, 5)
+    assert seen == [5, 10, 12] and cost["pictures"] == 12
+    (pictures / "dark" / "0.png").write_bytes(b"not a picture")
+    with pytest.raises(ValueError, match=r"0\.png\) cannot be measured with: This is not a picture"):
+        onnx_export.int8_cost(tmp_path / "model.onnx", tmp_path / "int8.onnx", processor, dataset, labels)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -16,18 +17,19 @@ import yaml
 from PIL import Image
 from transformers import BitImageProcessor
 
+import hivit_hf
 from chromium import browser
 from hivit_hf import HiViTBackbone, HiViTForImageClassification, HiViTForMaskedImageModeling
-from hivit_hf.checkpoints import CHECKPOINTS
+from hivit_hf.checkpoints import CHECKPOINTS, SPACE_CHECKPOINTS
 from hivit_hf.handler import RequestError
 from hivit_hf.pictures import feature_picture
-from nonsense import encoded, hundred_megapixels, noise, random_bytes, unreadable, unusual_pictures
+from nonsense import REFUSALS, encoded, is_one_sentence, noise, random_bytes, unreadable, unusual_pictures
 from patience import PATIENCE_S
 
 
 SPACE = Path(__file__).parents[1] / "examples" / "space"
 sys.path.append(str(SPACE))
-from studio import Studio  # noqa: E402
+from studio import Source, Studio  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def models(tmp_path_factory, tiny_network):
 
 @pytest.fixture(scope="module")
 def studio(models):
-    return Studio(models / "classifier", models / "autoencoder")
+    return Studio(Source(models / "classifier"), Source(models / "autoencoder"))
 
 
 def test_it_computes_what_the_models_do(studio, models):
@@ -88,13 +90,13 @@ def test_like_features_have_like_colours():
 
 def test_a_folder_without_the_weights_is_refused(models, tiny_network, tmp_path):
     with pytest.raises(ValueError, match=r"weights lack classifier\.bias"):
-        Studio(models / "autoencoder", models / "autoencoder")
+        Studio(Source(models / "autoencoder"), Source(models / "autoencoder"))
     with pytest.raises(ValueError, match="weights lack decoder"):
-        Studio(models / "classifier", models / "classifier")
+        Studio(Source(models / "classifier"), Source(models / "classifier"))
     (tmp_path / "model.safetensors").write_text("garbage")
     (tmp_path / "config.json").write_text((models / "classifier" / "config.json").read_text())
     with pytest.raises(ValueError, match="cannot be loaded"):
-        Studio(tmp_path, models / "autoencoder")
+        Studio(Source(tmp_path), Source(models / "autoencoder"))
 
 
 def test_several_labels_are_scored_each_by_itself(models, tiny_network, tmp_path):
@@ -106,7 +108,7 @@ def test_several_labels_are_scored_each_by_itself(models, tiny_network, tmp_path
     pixel_values = processor(Image.open(models / "picture.png"), return_tensors="pt").pixel_values
     with torch.no_grad():
         expected = model(pixel_values).logits[0].sigmoid().tolist()
-    found = Studio(tmp_path, models / "autoencoder").classify(str(models / "picture.png"))
+    found = Studio(Source(tmp_path), Source(models / "autoencoder")).classify(str(models / "picture.png"))
     assert list(found.values()) == pytest.approx(expected, abs=1e-5)
 
 
@@ -151,15 +153,95 @@ def test_masks(studio):
     ],
 )
 def test_mistakes_are_answered_in_words(studio, call, words):
-    with pytest.raises(RequestError, match=words):
+    with pytest.raises(RequestError, match=words) as refusal:
         call(studio)
+    assert is_one_sentence(str(refusal.value))
 
 
 def test_its_card_names_checkpoints_of_the_table():
-    data = yaml.safe_load((SPACE / "README.md").read_text().split("---")[1])
-    assert set(data["models"]) <= {about.repo_id for about in CHECKPOINTS.values()}
+    text = (SPACE / "README.md").read_text()
+    data = yaml.safe_load(text.split("---")[1])
+    assert data["models"] == [CHECKPOINTS[name].repo_id for name in SPACE_CHECKPOINTS.values()]
+    for link in re.findall(r"\]\((?!https?://)(.*?)\)", text):  # what is uploaded is this folder alone
+        assert (SPACE / link).resolve().is_relative_to(SPACE) and (SPACE / link).exists(), link
     pinned = (SPACE.parents[1] / "constraints.txt").read_text()
     assert f"gradio=={data['sdk_version']}\n" in pinned
+
+
+def test_every_flag_of_the_readme_and_its_variable_is_read(monkeypatch):
+    import app
+
+    rows = re.findall(r"^\| `--(\w+)` \| `(\w+)` \|", (SPACE / "README.md").read_text(), flags=re.MULTILINE)
+    assert len(rows) == 4
+    for number, (flag, variable) in enumerate(rows):
+        monkeypatch.setenv(variable, f"value {number}")
+        assert getattr(app.parse_arguments([]), flag) == f"value {number}"
+        assert getattr(app.parse_arguments([f"--{flag}", "mine"]), flag) == "mine"
+
+
+REVISIONS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import hivit_hf
+from studio import Source, Studio
+assert hivit_hf.__file__.startswith(sys.argv[1]), hivit_hf.__file__
+autoencoder = Source(sys.argv[2])
+for revision in sys.argv[3:]:
+    studio = Studio(Source("me/fish", revision), autoencoder)
+    print(*studio.classifier.config.id2label.values(), *studio.classifier_processor.image_mean, *studio.may_change)
+try:
+    Studio(Source("me/fish", "f" * 40), autoencoder)
+except ValueError as error:
+    print(error)
+"""
+
+
+@pytest.mark.slow
+def test_models_of_the_hub_are_of_the_revision_that_is_given(models, tiny_network, tmp_path):
+    """From the Hub's cache, as without network, with the files as they lie in a Space: the package beside the app."""
+    repository, commits = tmp_path / "home" / "hub" / "models--me--fish", ["0" * 40, "1" * 40]
+    for commit, name, mean in zip(commits, ("tench", "shark"), (0.25, 0.75)):
+        folder = repository / "snapshots" / commit
+        tiny_network(HiViTForImageClassification, id2label={0: name, 1: "other"}).save_pretrained(folder)
+        size = {"height": 64, "width": 64}
+        BitImageProcessor(size=size, do_center_crop=False, image_mean=[mean] * 3).save_pretrained(folder)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commits[1])
+    shutil.copytree(SPACE, tmp_path / "space")
+    shutil.copytree(Path(hivit_hf.__file__).parent, tmp_path / "space" / "hivit_hf")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", REVISIONS, str(tmp_path / "space"), str(models / "autoencoder"), *commits, ""]
+    finished = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE_S
+    )
+    assert finished.returncode == 0, finished.stderr
+    *found, words = finished.stdout.splitlines()
+    expected = ["tench other 0.25 0.25 0.25", "shark other 0.75 0.75 0.75", "shark other 0.75 0.75 0.75 me/fish"]
+    assert found == expected  # the last one of the main branch, which may change
+    assert words.startswith("me/fish cannot be loaded: ")
+
+
+def test_the_page_says_when_no_revision_is_given(studio, monkeypatch):
+    import app
+
+    def texts():
+        return [block["props"].get("value") for block in app.build(studio, []).get_config_file()["components"]]
+
+    assert not any(str(text).startswith(app.UNPINNED) for text in texts())
+    monkeypatch.setattr(studio, "may_change", ["me/fish"])
+    assert f"{app.UNPINNED} me/fish." in texts()
+
+
+def test_revisions_of_nothing_are_refused(models, capsys):
+    import app
+
+    for arguments, words in [
+        (["--classifier_revision", "abc"], "--classifier_revision abc is of no repository"),
+        (["--classifier", str(models / "classifier"), "--classifier_revision", "abc"], "has no revision 'abc'"),
+    ]:
+        assert app.main(arguments) == 2
+        assert words in capsys.readouterr().err
 
 
 # -- running --------------------------------------------------------------------------------------------------------
@@ -249,19 +331,28 @@ def test_a_thousand_requests_of_nonsense(address, models):
 
         good = upload((models / "picture.png").read_bytes())
         before = client.post("/run/look", json={"data": [good, 0.5]}).json()["data"][0]
-        contents = [value for value in unreadable().values() if isinstance(value, bytes)]
-        contents += [random_bytes(number) for number in range(40)] + [hundred_megapixels()]
-        uploads = [upload(content) for content in contents]
-        foreign = [{"path": "/etc/hostname", "meta": {"_type": "gradio.FileData"}}, "x", 7, {}, []]
-        bodies = [{"data": [picture, 0.5]} for picture in uploads + foreign]
-        bodies += [{"data": [good, ratio]} for ratio in ("half", -1, 2, None, [], {})]
-        bodies += [{"data": []}, {"data": "x"}, {}, [], "x", None, {"data": [good] * 9}]
-        for number in range(1000):
+        named = {name: value for name, value in unreadable().items() if isinstance(value, bytes)}
+        requests = [({"data": [upload(value), 0.5]}, REFUSALS[name]) for name, value in named.items()]
+        # bytes behind a real head may be one thing or another
+        requests += [({"data": [upload(random_bytes(number)), 0.5]}, "picture") for number in range(40)]
+        requests += [
+            ({"data": [good, ratio]}, "a number from 0 to 1, got") for ratio in ("half", -1, 2, None, [], good)
+        ]
+        requests += [({"data": [{}, 0.5]}, "There is no picture yet")]
+        told = [(body, words, client.post("/run/look", json=body).json()) for body, words in requests]
+        for body, words, answer in told:
+            assert words in answer["data"][-1] and is_one_sentence(answer["data"][-1]), (body, answer)
+        # what Gradio itself answers, as no page of ours sends it
+        foreign = [{"path": "/etc/hostname", "meta": {"_type": "gradio.FileData"}}, {"path": "/etc/hostname"}]
+        malformed = [{"data": [picture, 0.5]} for picture in [*foreign, "x", 7, []]]
+        malformed += [{"data": []}, {"data": "x"}, {}, [], "x", None]
+        bodies = malformed + [body for body, _ in requests]
+        for number in range(1000 - len(requests)):
             answer = client.post("/run/look", json=bodies[number % len(bodies)])
             words = answer.json()
             told = words["data"][-1] if answer.status_code == 200 else words.get("error") or words.get("detail")
             assert told, (bodies[number % len(bodies)], answer.text)
-            assert "Traceback" not in answer.text
+            assert "Traceback" not in answer.text and socket.gethostname() not in answer.text
         for name, content in unusual_pictures().items():
             assert client.post("/run/look", json={"data": [upload(content), 0.5]}).json()["data"][-1] == "", name
         assert client.post("/run/look", json={"data": [good, 0.5]}).json()["data"][0] == before

@@ -1,8 +1,9 @@
-// The models: ONNX files of examples/export_onnx.py, run by onnxruntime-web. Nothing leaves the browser.
+// The models: ONNX files in a repository's folder, or of examples/export_onnx.py, run by onnxruntime-web. Nothing leaves
+// the browser.
 
 import * as ort from "./node_modules/onnxruntime-web/dist/ort.wasm.min.mjs";
 
-import { seenBy, toPicture, toPixelValues } from "./preprocess.js";
+import { checkProcessor, seenBy, toPicture, toPixelValues } from "./preprocess.js";
 
 ort.env.wasm.wasmPaths = new URL("./node_modules/onnxruntime-web/dist/", import.meta.url).href;
 ort.env.wasm.numThreads = 1; // more need headers that a static host may not send
@@ -14,13 +15,25 @@ async function read(url) {
   return response;
 }
 
-async function load(folder, file) {
+// The first of the files that is there.
+async function readFirst(urls) {
+  for (const url of urls.slice(0, -1)) {
+    const response = await fetch(url);
+    if (response.ok) return response;
+  }
+  return read(urls.at(-1));
+}
+
+// `files` are the names that the model may have, and `output` is what it must compute.
+async function load(folder, files, output) {
   const [config, processor, weights] = await Promise.all([
     read(`${folder}/config.json`).then((r) => r.json()),
     read(`${folder}/preprocessor_config.json`).then((r) => r.json()),
-    read(`${folder}/${file}`).then((r) => r.arrayBuffer()),
+    readFirst(files.map((file) => `${folder}/${file}`)).then((r) => r.arrayBuffer()),
   ]);
+  checkProcessor(processor);
   const session = await ort.InferenceSession.create(new Uint8Array(weights), { executionProviders: ["wasm"] });
+  if (!session.outputNames.includes(output)) throw new Error(`The model in ${folder} computes no ${output}`);
   return { config, processor, session };
 }
 
@@ -45,7 +58,12 @@ function classScores(logits, problemType) {
 
 export class Classifier {
   static async load(folder) {
-    return Object.assign(new Classifier(), await load(folder, "classification.onnx"));
+    return Object.assign(new Classifier(), await load(folder, ["onnx/model.onnx", "classification.onnx"], "logits"));
+  }
+
+  // Whether scores are numbers of any size, and no probabilities.
+  get predictsNumbers() {
+    return this.config.problem_type === "regression";
   }
 
   // Classes, most likely first: [{label, score}].
@@ -55,7 +73,7 @@ export class Classifier {
     const logits = (await this.session.run({ pixel_values: tensor })).logits.data;
     const milliseconds = performance.now() - start;
     const scores = classScores(Array.from(logits), this.config.problem_type);
-    const classes = scores.map((score, n) => ({ label: this.config.id2label[n] ?? `class ${n}`, score }));
+    const classes = scores.map((score, n) => ({ label: this.config.id2label?.[n] ?? `LABEL_${n}`, score }));
     classes.sort((a, b) => b.score - a.score);
     return { seen, pixelValues, logits, classes, milliseconds };
   }
@@ -63,7 +81,7 @@ export class Classifier {
 
 export class Autoencoder {
   static async load(folder) {
-    return Object.assign(new Autoencoder(), await load(folder, "reconstruction.onnx"));
+    return Object.assign(new Autoencoder(), await load(folder, ["onnx/reconstruction.onnx", "reconstruction.onnx"], "reconstruction"));
   }
 
   get patchSize() {

@@ -82,7 +82,7 @@ function say(text, isError = false) {
   part("status").classList.toggle("error", isError);
 }
 
-function showClasses({ classes, seen, milliseconds }) {
+function showClasses({ classes, seen, milliseconds }, areNumbers) {
   draw(part("seen"), seen);
   part("classes").replaceChildren(
     ...classes.slice(0, 5).map(({ label, score }) => {
@@ -90,7 +90,8 @@ function showClasses({ classes, seen, milliseconds }) {
       const [name, bar, number] = ["span", "meter", "output"].map((tag) => document.createElement(tag));
       name.textContent = label;
       bar.value = score;
-      number.textContent = `${(100 * score).toFixed(1)} %`;
+      bar.style.visibility = areNumbers ? "hidden" : "visible";
+      number.textContent = areNumbers ? score.toPrecision(4) : `${(100 * score).toFixed(1)} %`;
       row.append(name, bar, number);
       return row;
     }),
@@ -117,7 +118,7 @@ async function look(file) {
     const picture = await readPicture(file);
     const classified = models.classifier && (await models.classifier.classify(picture));
     if (mine !== turn) return; // another picture has come meanwhile
-    if (classified) showClasses(classified);
+    if (classified) showClasses(classified, models.classifier.predictsNumbers);
     current = { picture, classified };
     await maskAgain();
     say("");
@@ -163,7 +164,7 @@ const loading = [
 });
 const outcomes = await Promise.allSettled(loading);
 const missing = outcomes.filter((outcome) => outcome.status === "rejected").map((outcome) => outcome.reason.message);
-if (missing.length) say(`${missing.join("; ")}: export the models first, as README.md says.`, true);
+if (missing.length) say(`${missing.join("; ")}. README.md says how to export models for this page.`, true);
 else say("");
 part("file").disabled = missing.length === outcomes.length;
 document.documentElement.dataset.ready = performance.now().toFixed(0); // ms since the page was asked for

@@ -88,6 +88,18 @@ function target(picture, size) {
   return picture.width <= picture.height ? [size.shortest_edge, longer] : [longer, size.shortest_edge];
 }
 
+// Processors that resize, cut out the middle and normalise, in this order.
+const KNOWN = ["BitImageProcessor", "ViTImageProcessor", "CLIPImageProcessor"];
+
+export function checkProcessor({ image_processor_type: name = KNOWN[0], do_rescale, do_normalize }) {
+  if (!KNOWN.includes(name.replace(/Fast$/, ""))) {
+    throw new Error(`This page prepares pictures as ${KNOWN.join(", ")} do, not as ${name} does`);
+  }
+  if (do_rescale === false || do_normalize === false) {
+    throw new Error("This page rescales and normalises pictures, and the model's processor does not");
+  }
+}
+
 // What the model sees, still as bytes. `processor` is the content of preprocessor_config.json.
 export function seenBy(processor, picture) {
   if (processor.do_resize !== false) {

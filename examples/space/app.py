@@ -2,7 +2,8 @@
 python examples/space/app.py [--classifier demo_output/model] [--autoencoder demo_output/pretrained] [--port 7860]
 
 A Gradio Space: classes of a picture, a reconstruction with a mask to click, and the features of the three stages.
-Without arguments it takes what `make demo` leaves, or, where that is missing, checkpoints that are on the Hub.
+Without arguments it takes what `make demo` leaves, or, where that is missing, checkpoints that are on the Hub. The
+README.md beside it tells which environment variables do the same as the flags.
 """
 
 import argparse
@@ -12,16 +13,13 @@ import sys
 from pathlib import Path
 
 import gradio as gr
-from studio import STAGES, Studio
+from studio import STAGES, Source, Studio
 
-from hivit_hf.checkpoints import CHECKPOINTS
+from hivit_hf.checkpoints import CHECKPOINTS, SPACE_CHECKPOINTS
 from hivit_hf.handler import RequestError
 
 
-DEFAULTS = {
-    "classifier": ("demo_output/model", "hivit-base-mae-1600ep-ft100ep"),
-    "autoencoder": ("demo_output/pretrained", "hivit-base-mae-1600ep"),
-}
+DEMO_FOLDERS = {"classifier": "demo_output/model", "autoencoder": "demo_output/pretrained"}
 CSS = """
 .gradio-container { max-width: 1120px !important; margin: 0 auto !important; }
 #picture img { width: 100%; height: 100%; object-fit: contain; }
@@ -37,6 +35,8 @@ INTRODUCTION = """# HiViT
 A vision transformer that names a picture, fills in what is hidden of it, and shows what it computes on the way
 ([paper](https://arxiv.org/abs/2205.14949))."""
 
+UNPINNED = "No revision is given, so what is shown may change with the repository:"
+
 
 def port(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 65535:
@@ -46,21 +46,34 @@ def port(text: str) -> int:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in DEFAULTS:
-        default = os.environ.get(f"HIVIT_{name.upper()}")
-        parser.add_argument(f"--{name}", default=default, help="folder, or id on the Hub")
+    for name in DEMO_FOLDERS:
+        for flag, what in [
+            (name, "folder, or id on the Hub"),
+            (f"{name}_revision", "commit of that id; main if empty"),
+        ]:
+            parser.add_argument(f"--{flag}", default=os.environ.get(f"HIVIT_{flag.upper()}"), help=what)
     parser.add_argument("--samples", type=Path, default=Path("demo_output/samples"), help="folder of sample pictures")
     parser.add_argument("--port", type=port, help="the first free one from 7860 on if not given")
     return parser.parse_args(argv)
 
 
-def default_model(name: str) -> str:
-    """What `make demo` has left, or the checkpoint on the Hub. ValueError if there is neither."""
-    folder, checkpoint = DEFAULTS[name]
-    if Path(folder).exists():
-        return folder
-    if CHECKPOINTS[checkpoint].uploaded:
-        return CHECKPOINTS[checkpoint].repo_id
+def find_source(arguments: argparse.Namespace, name: str) -> Source:
+    """
+    What the flags say, or `make demo` has left, or the checkpoint on the Hub.
+
+    Raises:
+        ValueError: if there is none of them, or a revision without its repository.
+    """
+    given, revision = getattr(arguments, name), getattr(arguments, f"{name}_revision")
+    if given:
+        return Source(given, revision)
+    if revision:
+        raise ValueError(f"--{name}_revision {revision} is of no repository: give --{name} ID as well.")
+    if Path(DEMO_FOLDERS[name]).exists():
+        return Source(DEMO_FOLDERS[name])
+    about = CHECKPOINTS[SPACE_CHECKPOINTS[name]]
+    if about.uploaded:
+        return Source(about.repo_id, about.revision)
     raise ValueError(f"There is no {name}: run `make demo` first, or give --{name} FOLDER.")
 
 
@@ -120,6 +133,8 @@ def build(studio: Studio, samples: list[str]) -> gr.Blocks:
 
     with gr.Blocks(title="HiViT") as page:
         gr.Markdown(INTRODUCTION)
+        if studio.may_change:
+            gr.Markdown(f"{UNPINNED} {', '.join(studio.may_change)}.", elem_id="unpinned")
         mask = gr.State([])
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
@@ -136,6 +151,7 @@ def build(studio: Studio, samples: list[str]) -> gr.Blocks:
                 with gr.Tab("Reconstruct"):
                     with gr.Row(equal_height=True):
                         ratio = gr.Slider(0, 0.95, studio.mask_ratio, step=0.05, label="Share that is hidden", scale=4)
+                        ratio.preprocess = lambda payload: payload  # the studio says what is wrong with it, in words
                         again = gr.Button("Hide other squares", scale=1, min_width=170)
                     with gr.Row():
                         masked = shown_picture("What the model sees: click a square to hide or show it", "masked")
@@ -159,12 +175,7 @@ def build(studio: Studio, samples: list[str]) -> gr.Blocks:
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
-        sources = [getattr(arguments, name) or default_model(name) for name in DEFAULTS]
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
-        studio = Studio(*sources)
+        studio = Studio(*(find_source(arguments, name) for name in DEMO_FOLDERS))
     except (ValueError, OSError) as error:
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2

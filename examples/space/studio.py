@@ -1,14 +1,14 @@
 """What the Space does with a picture, without its window: classes, masks and reconstructions, features as colours."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
-from transformers import BitImageProcessor
 
 from hivit_hf import HiViTBackbone, HiViTForImageClassification, HiViTForMaskedImageModeling
 from hivit_hf.handler import RequestError, class_scores, read_picture
-from hivit_hf.hub import load_model
+from hivit_hf.hub import load_model, load_processor
 from hivit_hf.pictures import feature_picture, masked_picture, pixels_to_picture
 
 
@@ -16,23 +16,54 @@ STAGES = ("stage1", "stage2", "stage3")
 SHOWN_PX = 448
 
 
+@dataclass(frozen=True)
+class Source:
+    """
+    Where a model comes from.
+
+    Args:
+        name: a folder, or a repository of the Hub.
+        revision: commit, tag or branch of the repository; its main branch if empty.
+
+    Raises:
+        ValueError: for a revision of a folder.
+    """
+
+    name: str | Path
+    revision: str | None = None
+
+    def __post_init__(self):
+        if self.revision and Path(self.name).is_dir():
+            raise ValueError(f"{self.name} is a folder, which has no revision {self.revision!r}: leave that out.")
+
+    @property
+    def may_change(self) -> bool:
+        """Whether another model may come from there the next time."""
+        return not self.revision and not Path(self.name).is_dir()
+
+    def load(self, model_class: type, **arguments):
+        """The model in evaluation mode, and its processor. ValueError if it cannot be loaded, or lacks weights."""
+        revision = self.revision or None
+        model = load_model(model_class, self.name, revision=revision, **arguments).eval()
+        return model, load_processor(self.name, model.config, revision)
+
+
 class Studio:
     """
     The models of the Space.
 
     Args:
-        classifier, autoencoder: folders, or repositories of the Hub, of the two models.
+        classifier, autoencoder: where they come from.
 
     Raises:
         ValueError: if one cannot be loaded, or lacks weights.
     """
 
-    def __init__(self, classifier: str | Path, autoencoder: str | Path):
-        self.classifier = load_model(HiViTForImageClassification, classifier).eval()
-        self.classifier_processor = BitImageProcessor.from_pretrained(classifier)
-        self.autoencoder = load_model(HiViTForMaskedImageModeling, autoencoder).eval()
-        self.backbone = load_model(HiViTBackbone, autoencoder, out_features=list(STAGES)).eval()
-        self.autoencoder_processor = BitImageProcessor.from_pretrained(autoencoder)
+    def __init__(self, classifier: Source, autoencoder: Source):
+        self.may_change = [str(source.name) for source in (classifier, autoencoder) if source.may_change]
+        self.classifier, self.classifier_processor = classifier.load(HiViTForImageClassification)
+        self.autoencoder, self.autoencoder_processor = autoencoder.load(HiViTForMaskedImageModeling)
+        self.backbone, _ = autoencoder.load(HiViTBackbone, out_features=list(STAGES))
         self.grid = self.autoencoder.config.grid_size
         self.mask_ratio = self.autoencoder.config.mask_ratio
 
@@ -93,7 +124,7 @@ def _read(path: str | None) -> Image.Image:
     try:
         content = Path(path).read_bytes()
     except (OSError, TypeError, ValueError) as error:
-        raise RequestError("The picture did not arrive. Send it again.") from error
+        raise RequestError("The picture did not arrive: send it again.") from error
     return read_picture(content)
 
 

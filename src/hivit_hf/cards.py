@@ -52,9 +52,9 @@ classify = pipeline("image-classification", "{source}", trust_remote_code=True{r
 classify({picture}, top_k=3)""",
     "HiViTForMaskedImageModeling": """import torch
 from PIL import Image
-from transformers import AutoModelForMaskedImageModeling, BitImageProcessor
+from transformers import AutoModelForMaskedImageModeling, {processor}
 
-processor = BitImageProcessor.from_pretrained("{source}"{revision})
+processor = {processor}.from_pretrained("{source}"{revision})
 model = AutoModelForMaskedImageModeling.from_pretrained("{source}", trust_remote_code=True{revision})
 pixel_values = processor(Image.open({picture}).convert("RGB"), return_tensors="pt").pixel_values
 mask = model.draw_mask(pixel_values)  # (1, {units}), True = masked
@@ -63,9 +63,9 @@ with torch.no_grad():
     features = model.hivit(pixel_values).last_hidden_state  # (1, {units}, {channels}): nothing is masked""",
     "HiViTModel": """import torch
 from PIL import Image
-from transformers import AutoModel, BitImageProcessor
+from transformers import AutoModel, {processor}
 
-processor = BitImageProcessor.from_pretrained("{source}"{revision})
+processor = {processor}.from_pretrained("{source}"{revision})
 model = AutoModel.from_pretrained("{source}", add_pooling_layer=False, trust_remote_code=True{revision})
 pixel_values = processor(Image.open({picture}).convert("RGB"), return_tensors="pt").pixel_values
 with torch.no_grad():
@@ -97,12 +97,16 @@ class Folder:
         reconstructions: of an autoencoder: paths of pictures.
         report: the conversion report, if the weights were converted.
         tree: the files.
+        processor: class of the image processor.
+        parameters: of the model in it; counted from the configuration if not given.
     """
 
     samples: Sequence[Sample] = ()
     reconstructions: Sequence[str] = ()
     report: dict | None = None
     tree: str = ""
+    processor: str = "BitImageProcessor"
+    parameters: int | None = None
 
 
 def count_parameters(model_class: str, config: HiViTConfig) -> int:
@@ -217,7 +221,7 @@ def render_card(
         load_from=load_from,
         revision=about.revision,
         model_class=about.model_class,
-        parameters=count_parameters(about.model_class, config),
+        parameters=folder.parameters or count_parameters(about.model_class, config),
         config=config,
         decoder=about.model_class == "HiViTForMaskedImageModeling",
         num_labels=config.num_labels if classifies else 0,
@@ -227,6 +231,7 @@ def render_card(
             source=load_from,
             revision=f', revision="{about.revision}"' if about.revision else "",
             picture=picture,
+            processor=folder.processor,
             units=config.grid_size[0] * config.grid_size[1],
             channels=config.hidden_size,
         ),

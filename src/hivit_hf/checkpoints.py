@@ -197,3 +197,6 @@ CHECKPOINTS = {
         papers=("itpn", "hivit"),
     ),
 }
+
+# what the Space shows, unless it is told otherwise
+SPACE_CHECKPOINTS = {"classifier": "hivit-base-mae-1600ep-ft100ep", "autoencoder": "hivit-base-mae-1600ep"}

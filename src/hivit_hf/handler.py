@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from PIL import Image, ImageOps
 from transformers import AutoModel, AutoModelForImageClassification, BitImageProcessor, PreTrainedConfig
+from transformers.image_processing_utils import BaseImageProcessor
 
 
 MAX_MEGAPIXELS = 64
@@ -32,6 +33,10 @@ MAX_REQUEST_MEGAPIXELS = 256  # of all pictures of a request together
 
 class RequestError(ValueError):
     """What is wrong with a request, and what would do."""
+
+
+class LevelsError(ValueError):
+    """Numbers of a picture of which nobody knows what is white."""
 
 
 def read_picture(source: Image.Image | bytes | str) -> Image.Image:
@@ -48,31 +53,33 @@ def read_picture(source: Image.Image | bytes | str) -> Image.Image:
         source = _decode_base64(source)
     if isinstance(source, (bytes, bytearray, memoryview)):
         if not len(source):
-            raise RequestError("The picture is empty. Send the bytes of a PNG, JPEG, GIF or WebP file.")
+            raise RequestError("The picture is empty: send the bytes of a PNG, JPEG, GIF or WebP file.")
         try:
             source = Image.open(io.BytesIO(source))
         except Exception as error:  # decoders raise whatever they stumble over
             if isinstance(error, Image.DecompressionBombError):
                 raise RequestError(_too_large("more than 170")) from error
-            raise RequestError("This is not a picture that can be read. Send a PNG, JPEG, GIF or WebP file.") from error
+            raise RequestError("This is not a picture that can be read: send a PNG, JPEG, GIF or WebP file.") from error
     if not isinstance(source, Image.Image):
         raise RequestError(f"A picture must be an image, bytes or base64 text, got a {type(source).__name__}.")
     _check_size(source.width, source.height)
     try:
         source.seek(0)
         return _to_rgb(ImageOps.exif_transpose(source))
+    except LevelsError as error:
+        raise RequestError(f"The picture has no known white, as {error}: save it with 8 or 16 bits.") from error
     except Exception as error:
-        raise RequestError("The picture is damaged: its pixels cannot be read. Send it again, or another.") from error
+        raise RequestError("The picture is damaged, its pixels cannot be read: send it again, or another.") from error
 
 
 def _decode_base64(text: str) -> bytes:
     if re.match(r"\s*(https?|ftp|file)://", text, flags=re.IGNORECASE):
-        raise RequestError("Addresses are not fetched. Send the picture itself, as bytes or in base64.")
+        raise RequestError("Addresses are not fetched: send the picture itself, as bytes or in base64.")
     text = re.sub(r"^\s*data:[\w/+.;=-]*,", "", text)
     try:
         return base64.b64decode(re.sub(r"\s", "", text), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise RequestError("The text is not base64. Send the bytes of a picture file in base64.") from error
+        raise RequestError("The text is not base64: send the bytes of a picture file in base64.") from error
 
 
 def _check_size(width: int, height: int):
@@ -82,22 +89,74 @@ def _check_size(width: int, height: int):
         raise RequestError(_too_large(f"{width}x{height} px are {width * height / 1e6:.0f}"))
     if max(width, height) > MAX_SIDE_RATIO * min(width, height):
         raise RequestError(
-            f"The picture is too long and thin: {width}x{height} px. One side may be {MAX_SIDE_RATIO} times the other; "
-            "crop it."
+            f"The picture is too long and thin: {width}x{height} px, where one side may be {MAX_SIDE_RATIO} times the "
+            "other; crop it."
         )
 
 
 def _too_large(what: str) -> str:
-    return f"The picture is too large: {what} megapixels, at most {MAX_MEGAPIXELS} are read. Send a smaller one."
+    return f"The picture is too large: {what} megapixels, at most {MAX_MEGAPIXELS} are read; send a smaller one."
+
+
+def to_eight_bits(image: Image.Image) -> Image.Image:
+    """
+    A grey picture of more than 8 bits with 8, from black to white; `convert` would clip it. Whole numbers are of 16
+    bits, other ones from 0 to 1 or, if larger ones are among them, to 255. Other pictures come back as they are.
+
+    Raises:
+        LevelsError: if there are larger or negative numbers.
+    """
+    if image.mode.startswith("I;16"):
+        image = image.convert("I")
+    if image.mode not in ("I", "F"):
+        return image
+    low, high = image.getextrema()
+    white = 65535 if image.mode == "I" else 1 if high <= 1 else 255
+    if not 0 <= low <= high <= white:
+        raise LevelsError(f"its numbers go from {low:g} to {high:g}, not from 0 to {white}")
+    scale = 255 / white
+    grey = image.point(lambda level: level * scale + 0.5).convert("L")
+    if isinstance(image.info.get("transparency"), int):
+        grey.info["transparency"] = round(image.info["transparency"] * scale)
+    return grey
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):  # 16 bits of grey, which `convert` would clip to white
-        image = image.point(lambda level: level / 256).convert("L")
+    image = to_eight_bits(image)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+def read_processor(source: str | Path, revision: str | None = None) -> BaseImageProcessor:
+    """
+    The image processor that a model was saved with, of the class that its `preprocessor_config.json` names.
+
+    Args:
+        source: folder of the model, or its repository on the Hub.
+        revision: of the repository.
+
+    Raises:
+        ValueError: if it names a class that transformers does not have, or one for anything but pictures.
+        OSError: if there is no such file, or it is no JSON.
+    """
+    content = BitImageProcessor.get_image_processor_dict(source, revision=revision)[0]
+    name = content.get("image_processor_type", "BitImageProcessor")
+    if name.removesuffix("Fast") == "BitImageProcessor":  # by itself: some versions' Auto class needs torchvision
+        return BitImageProcessor.from_pretrained(source, revision=revision)
+    try:
+        from transformers import AutoImageProcessor
+
+        processor = AutoImageProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
+    except Exception as error:  # whatever the class stumbles over
+        processor = error
+    if not isinstance(processor, BaseImageProcessor):
+        raise ValueError(
+            f"{source} names the image processor {name}, which transformers does not have or cannot use here: save a "
+            "BitImageProcessor that does the same."
+        ) from (processor if isinstance(processor, Exception) else None)
+    return processor
 
 
 def class_scores(logits: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
@@ -136,7 +195,7 @@ class EndpointHandler:
             self.model = AutoModel.from_pretrained(path, trust_remote_code=True, add_pooling_layer=False)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = self.model.to(self.device).eval()
-        self.processor = BitImageProcessor.from_pretrained(path)
+        self.processor = read_processor(path)
 
     def __call__(self, data: dict[str, Any]) -> list | dict:
         """The answer to a request, always of types that JSON knows. Never raises."""
@@ -146,7 +205,7 @@ class EndpointHandler:
         except RequestError as error:
             return {"error": str(error)}
         except Exception as error:  # a request must not end the endpoint, whatever was overlooked
-            return {"error": f"The request could not be answered ({type(error).__name__}). Please report it."}
+            return {"error": f"The request could not be answered ({type(error).__name__}): please report it."}
         return answers if is_batch else answers[0]
 
     def _read_request(self, data: Any) -> tuple[list, bool, int | None]:
@@ -171,7 +230,7 @@ class EndpointHandler:
             if megapixels > MAX_REQUEST_MEGAPIXELS:
                 raise RequestError(
                     f"The request is too large: its pictures have more than {MAX_REQUEST_MEGAPIXELS} megapixels in "
-                    "all. Send fewer at once, or smaller ones."
+                    "all; send fewer at once, or smaller ones."
                 )
             pixels.append(self.processor(picture, return_tensors="pt").pixel_values)
         return torch.cat(pixels)
@@ -184,7 +243,7 @@ class EndpointHandler:
             raise RequestError(f"The only parameter is top_k, got {', '.join(unknown)[:80]}.")
         if not self.classifies:
             if parameters:
-                raise RequestError("top_k is for classifiers; this model gives features. Leave it out.")
+                raise RequestError("top_k is for classifiers, and this model gives features: leave it out.")
             return None
         top_k, num_labels = parameters.get("top_k"), self.model.config.num_labels
         if top_k is None:

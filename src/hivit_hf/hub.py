@@ -5,13 +5,16 @@ import copy
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 from transformers import BitImageProcessor, pipeline
-from transformers.utils import logging
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import cached_file, logging
 
 from . import modeling_hivit
 from .auto_registration import AUTO_MODELS
@@ -19,7 +22,7 @@ from .cards import Folder, Sample, differences, render_card
 from .checkpoints import Checkpoint
 from .configuration_hivit import HiViTConfig
 from .folders import refuse_output, written_whole
-from .handler import RequestError, read_picture
+from .handler import RequestError, read_picture, read_processor
 from .modeling_hivit import (
     HiViTBackbone,
     HiViTForImageClassification,
@@ -82,7 +85,7 @@ def export(
     model: HiViTPreTrainedModel,
     out_dir: str | Path,
     about: Checkpoint | None = None,
-    image_processor: BitImageProcessor | None = None,
+    image_processor: BaseImageProcessor | None = None,
     samples: Sequence[str | Path] = (),
     conversion_report: dict | None = None,
     onnx: bool = True,
@@ -146,7 +149,9 @@ def export(
                 export_onnx(model, folder / "onnx" / ONNX_FILES[task], task)
         found = _run_samples(model, image_processor, pictures, folder)
         (folder / "README.md").touch()  # it names itself
-        found = replace(found, report=conversion_report, tree=tree(folder, out_dir.resolve().name))
+        processor = image_processor.to_dict()["image_processor_type"]
+        files, parameters = tree(folder, out_dir.resolve().name), model.num_parameters()
+        found = replace(found, report=conversion_report, tree=files, processor=processor, parameters=parameters)
         card = render_card(about, model.config, found, results_dir, to_hub=push_to_hub)
         (folder / "README.md").write_text(card, encoding="utf-8")
     if push_to_hub:
@@ -198,8 +203,17 @@ def load_folder(folder: Path) -> HiViTPreTrainedModel:
         raise ValueError(f"{folder} is no folder of a model: it has no config.json with architectures.") from error
     if name not in AUTO_MODELS.values():
         raise ValueError(f"{folder} holds a {name}, which is no HiViT: choose one of {sorted(AUTO_MODELS.values())}.")
-    arguments = {"add_pooling_layer": False} if name == "HiViTModel" else {}
+    arguments = {"add_pooling_layer": _holds(folder, "layernorm.weight")} if name == "HiViTModel" else {}
     return load_model(getattr(modeling_hivit, name), folder, **arguments)
+
+
+def _holds(folder: Path, name: str) -> bool:
+    """Whether the weights in a folder have a tensor of that name; damaged ones have none."""
+    for path in folder.glob("*.safetensors"):
+        with suppress(SafetensorError), safe_open(path, framework="pt") as file:
+            if name in file.keys():  # noqa: SIM118  (no dictionary)
+                return True
+    return False
 
 
 def load_model(model_class: type[HiViTPreTrainedModel], source: str | Path, **arguments) -> HiViTPreTrainedModel:
@@ -228,18 +242,37 @@ def _first_line(error: Exception) -> str:
     return text if text.endswith(".") else f"{text}."
 
 
-def load_processor(folder: Path, model: HiViTPreTrainedModel) -> BitImageProcessor:
-    """The image processor in a folder; where there is none, the published one of the model's size, and a warning."""
-    if (folder / "preprocessor_config.json").exists():
-        try:
-            return BitImageProcessor.from_pretrained(folder)
-        except Exception as error:  # as above
-            raise ValueError(f"{folder}/preprocessor_config.json cannot be used: {_first_line(error)}") from error
-    height, width = (length * model.config.patch_size for length in model.config.grid_size)
+def find_processor(source: str | Path, revision: str | None = None) -> BaseImageProcessor | None:
+    """
+    The image processor in a folder or a repository of the Hub, at a revision of it; None where there is none.
+
+    Raises:
+        ValueError: if it cannot be used.
+    """
+    try:
+        options = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+        if cached_file(source, "preprocessor_config.json", **options):
+            return read_processor(source, revision)
+    except Exception as error:  # as above
+        raise ValueError(f"{source}/preprocessor_config.json cannot be used: {_first_line(error)}") from error
+    return None
+
+
+def load_processor(source: str | Path, config: HiViTConfig, revision: str | None = None) -> BaseImageProcessor:
+    """
+    As `find_processor`; where there is none, the published one of the model's size, and a warning.
+
+    Raises:
+        ValueError: if it cannot be used, or there is none and the model sees no squares.
+    """
+    found = find_processor(source, revision)
+    if found is not None:
+        return found
+    height, width = (length * config.patch_size for length in config.grid_size)
     if height != width:
-        raise ValueError(f"{folder} has no preprocessor_config.json, which {height}x{width} px need: write one.")
+        raise ValueError(f"{source} has no preprocessor_config.json, which {height}x{width} px need: write one.")
     logger.warning(
-        f"{folder} has no preprocessor_config.json: taking ImageNet's mean and deviation at {height} px. If the model "
+        f"{source} has no preprocessor_config.json: taking ImageNet's mean and deviation at {height} px. If the model "
         "was trained with others, save its image processor there."
     )
     return evaluation_processor(height)
@@ -346,7 +379,7 @@ def _onnx_tasks(model: HiViTPreTrainedModel) -> list[str]:
 @torch.no_grad()
 def _run_samples(
     model: HiViTPreTrainedModel,
-    processor: BitImageProcessor,
+    processor: BaseImageProcessor,
     pictures: dict[str, tuple[Path, Image.Image]],
     folder: Path,
 ) -> Folder:
@@ -358,7 +391,8 @@ def _run_samples(
         shutil.copyfile(path, folder / "samples" / name)
     if isinstance(model, HiViTForImageClassification):
         classify = pipeline("image-classification", model=model, image_processor=processor)
-        answers = [classify(picture, top_k=3) for _, picture in pictures.values()]
+        # the files, as a user would: the pipeline reads transparent and 16-bit ones in its own way
+        answers = [classify(str(folder / "samples" / name), top_k=3) for name in pictures]
         titles = [Path(name).stem.replace("_", " ") for name in pictures]
         rounded = [[{**guess, "score": round(guess["score"], 4)} for guess in answer] for answer in answers]
         return Folder(samples=[Sample(t, f"samples/{n}", a) for t, n, a in zip(titles, pictures, rounded)])

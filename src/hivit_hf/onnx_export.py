@@ -2,21 +2,27 @@
 """ONNX files of HiViT, each checked against PyTorch in onnxruntime. Needs the extra `onnx`."""
 
 import contextlib
+import gc
 import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+import PIL.Image
 import torch
-from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import BitImageProcessor
+from transformers.image_processing_utils import BaseImageProcessor
 
 from .configuration_hivit import HiViTConfig
+from .handler import RequestError, read_picture
 from .modeling_hivit import HiViTForImageClassification, HiViTForMaskedImageModeling, HiViTPreTrainedModel
 
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 OPSET = 23  # the newest that both onnxruntime and onnxruntime-web run everywhere
 OPSETS = range(18, 26)  # what torch.onnx writes
@@ -100,7 +106,8 @@ def export_onnx(
 
     with _exportable(model):
         wrapper = _WRAPPERS[task](model).eval()
-        inputs = _example(model, task, batch_size=2, grid=(3, 5) if dynamic_size else model.config.grid_size)
+        # of a size that is not compared later, and traced only: its numbers are never computed
+        inputs = _example(model, task, batch_size=3, grid=(3, 5) if dynamic_size else model.config.grid_size)
         shapes = {name: {0: torch.export.Dim("batch")} for name in inputs}
         if dynamic_size:
             patch_size = model.config.patch_size
@@ -109,7 +116,7 @@ def export_onnx(
             }
         # exported apart: torch.onnx.export would fall back to a fixed batch size without a word
         program = torch.export.export(wrapper, (), kwargs=inputs, dynamic_shapes=shapes, strict=False)
-        outputs = OUTPUTS[task][: len(wrapper(**inputs))]
+        outputs = OUTPUTS[task][: len(program.graph_signature.user_outputs)]
         exported = torch.onnx.export(
             program,
             (),
@@ -157,7 +164,7 @@ def largest_difference(model: HiViTPreTrainedModel, path: Path, task: str, dynam
     wrapper, own = _WRAPPERS[task](model).eval(), model.config.grid_size
     grids = [own, (2, 3), (own[0] + 3, own[1] + 1)] if dynamic_size else [own]
     largest = 0.0
-    for batch_size in (1, 3):
+    for batch_size in (1, 2):
         for grid in grids:
             inputs = _example(model, task, batch_size, grid)
             found = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
@@ -196,60 +203,86 @@ def quantize(path: Path, out_path: Path):
         quantize_dynamic(path, out_path, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
 
 
-def labelled_pictures(path: Path, config: HiViTConfig) -> list[tuple[Image.Image, int]]:
+def labelled_pictures(path: Path, config: HiViTConfig) -> tuple["Dataset", list[int]]:
     """
-    Pictures with the numbers of their classes.
+    Pictures and the numbers of their classes. None of them is decoded yet.
 
     Args:
         path: a folder with a folder of pictures for each class, or a dataset saved with `save_to_disk` with the columns
             `image` and `label`; classes have the names of `config.id2label`.
 
-    Raises:
-        ValueError: if there are none, or their classes are not those of the model.
-    """
-    from datasets import load_dataset, load_from_disk
+    Returns:
+        A dataset with the column `image`, of files, and one number for each of its rows.
 
+    Raises:
+        ValueError: if there are none, their classes are not those of the model, or the package `datasets` is missing.
+    """
+    try:
+        from datasets import Image, load_dataset, load_from_disk
+    except ImportError as error:
+        raise ValueError("Labelled pictures need datasets: pip install datasets.") from error
     try:
         if (path / "dataset_info.json").exists():
             dataset = load_from_disk(str(path))
         else:
             dataset = load_dataset("imagefolder", data_dir=str(path), split="train")
         names = dataset.features["label"].names
-        examples = [(example["image"], names[example["label"]]) for example in dataset]
+        found = [names[number] for number in dataset["label"]]
+        dataset = dataset.select_columns("image").cast_column("image", Image(decode=False))
     except (OSError, KeyError, AttributeError, ValueError) as error:
         raise ValueError(
             f"{path} holds no labelled pictures: give a folder with a folder of pictures for each class, or a dataset "
             "saved with `save_to_disk` that has the columns image and label."
         ) from error
     numbers = {name: number for number, name in config.id2label.items()}
-    unknown = sorted({name for _, name in examples} - set(numbers))
+    unknown = sorted(set(found) - set(numbers))
     if unknown:
         raise ValueError(f"{path} has the classes {unknown[:5]}, but the model knows {list(numbers)[:5]}: give others.")
-    if not examples:
+    if not found:
         raise ValueError(f"{path} holds no pictures: give some whose classes are known.")
-    return [(picture.convert("RGB"), numbers[name]) for picture, name in examples]
+    return dataset, [numbers[name] for name in found]
 
 
 def int8_cost(
     path: Path,
     quantized_path: Path,
-    processor: BitImageProcessor,
-    pictures: list[tuple[Image.Image, int]],
+    processor: BaseImageProcessor,
+    dataset: "Dataset",
+    labels: list[int],
     batch_size: int = 32,
 ) -> dict[str, float | int]:
-    """Quantizes a classifier, and measures the accuracy of both on labelled pictures."""
+    """
+    Quantizes a classifier, and measures the accuracy of both on labelled pictures, of which it holds a batch at a time.
+
+    Args:
+        dataset, labels: of `labelled_pictures`.
+
+    Raises:
+        ValueError: if a picture cannot be read; says which.
+    """
     quantize(path, quantized_path)
     hits = dict.fromkeys(("float32", "int8"), 0)
     sessions = {"float32": cpu_session(path), "int8": cpu_session(quantized_path)}
-    for start in tqdm(range(0, len(pictures), batch_size), desc="accuracy", unit="batch", disable=None):
-        batch, labels = zip(*pictures[start : start + batch_size])
-        pixel_values = processor(list(batch), return_tensors="np").pixel_values
+    for start in tqdm(range(0, len(dataset), batch_size), desc="accuracy", unit="batch", disable=None):
+        rows = range(start, min(start + batch_size, len(dataset)))
+        batch = [_read_row(dataset, row) for row in rows]
+        pixel_values = processor(batch, return_tensors="np").pixel_values
         for name, session in sessions.items():
             logits = session.run(["logits"], {"pixel_values": pixel_values})[0]
-            hits[name] += int((logits.argmax(axis=1) == np.array(labels)).sum())
-    accuracy = {f"accuracy_{name}": count / len(pictures) for name, count in hits.items()}
+            hits[name] += int((logits.argmax(axis=1) == np.array(labels[start : start + batch_size])).sum())
+    accuracy = {f"accuracy_{name}": count / len(dataset) for name, count in hits.items()}
     drop = accuracy["accuracy_float32"] - accuracy["accuracy_int8"]
-    return {"pictures": len(pictures), **accuracy, "drop": drop}
+    return {"pictures": len(dataset), **accuracy, "drop": drop}
+
+
+def _read_row(dataset: "Dataset", row: int) -> PIL.Image.Image:
+    """The picture of a row, in RGB."""
+    file = dataset[row]["image"]
+    try:
+        return read_picture(Path(file["path"]).read_bytes() if file["bytes"] is None else file["bytes"])
+    except (RequestError, OSError) as error:
+        name = f" ({file['path']})" if file["path"] else ""
+        raise ValueError(f"Picture {row}{name} cannot be measured with: {error}") from error
 
 
 def _example(model: HiViTPreTrainedModel, task: str, batch_size: int, grid: tuple[int, int]) -> dict[str, torch.Tensor]:
@@ -262,13 +295,16 @@ def _example(model: HiViTPreTrainedModel, task: str, batch_size: int, grid: tupl
 
 @contextlib.contextmanager
 def _exportable(model: HiViTPreTrainedModel) -> Iterator[None]:
-    """The model in evaluation mode, in float32 on the CPU, with attention written out, and afterwards as it was."""
-    training, attention = model.training, model.config._attn_implementation
+    """The model in evaluation mode with attention written out, and afterwards as it was."""
+    training, attention, collecting = model.training, model.config._attn_implementation, gc.isenabled()
     model.eval().set_attn_implementation("eager")
+    gc.disable()  # it would search what tracing makes, again and again, for a fifth of the time, and find it in use
     try:
         with torch.no_grad(), _quiet():
             yield
     finally:
+        if collecting:
+            gc.enable()
         model.set_attn_implementation(attention)
         model.train(training)
 

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 
 import torch
 from PIL import Image
-from transformers import BitImageProcessor
+from transformers.image_processing_utils import BaseImageProcessor
 
 
 MASK_GREY = 140
 GAP_PX = 8
 
 
-def pixels_to_picture(pixel_values: torch.Tensor, processor: BitImageProcessor) -> Image.Image:
+def pixels_to_picture(pixel_values: torch.Tensor, processor: BaseImageProcessor) -> Image.Image:
     """The picture whose processed pixels these are: (3, H, W), normalised."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
     levels = ((pixel_values.float().cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)

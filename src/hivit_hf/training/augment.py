@@ -12,6 +12,8 @@ import xxhash
 from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
+from ..handler import LevelsError, to_eight_bits
+
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # of PIL, by the number of channels
 _BICUBIC = v2.InterpolationMode.BICUBIC
@@ -63,16 +65,15 @@ def upright_size(picture: Image.Image) -> tuple[int, int]:
 def upright(picture: Image.Image, num_channels: int) -> Image.Image:
     """
     An opened picture decoded and turned as its EXIF orientation says. Palette, CMYK and animated pictures are
-    converted; 16-bit ones keep their upper 8 bits.
+    converted, 16-bit and floating-point ones as `to_eight_bits` does.
 
     Raises:
-        UnreadablePictureError: if it is truncated or otherwise damaged.
+        UnreadablePictureError: if it is truncated or otherwise damaged, or its numbers are none of a picture.
     """
     try:
-        picture = ImageOps.exif_transpose(picture)
-        if picture.mode.startswith("I;16") or picture.mode == "I":
-            picture = picture.convert("I").point(lambda value: value * (1 / 257)).convert("L")
-        return picture.convert(MODES[num_channels])
+        return to_eight_bits(ImageOps.exif_transpose(picture)).convert(MODES[num_channels])
+    except LevelsError as error:
+        raise UnreadablePictureError(str(error)) from error
     except Exception as error:
         raise UnreadablePictureError(f"damaged: {error}") from error
 

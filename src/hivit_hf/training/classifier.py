@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor
+from transformers import AutoConfig
 from transformers.utils import logging
 
 from ..configuration_hivit import ARCHITECTURES, HiViTConfig
-from ..hub import IMAGENET_MEAN, IMAGENET_STD
+from ..hub import IMAGENET_MEAN, IMAGENET_STD, find_processor
 from ..modeling_hivit import HiViTAttention, HiViTForImageClassification, resize_table
 
 
@@ -156,13 +156,16 @@ def read_config(name: str) -> HiViTConfig:
 
 
 def normalization(name: str, num_channels: int) -> tuple[list[float], list[float]]:
-    """Mean and deviation of a folder's image processor; those of ImageNet if it has none."""
+    """
+    Mean and deviation of a folder's image processor; those of ImageNet if it has none.
+
+    Raises:
+        ValueError: if it has one that cannot be used.
+    """
     with silent_transformers():
-        try:
-            processor = AutoImageProcessor.from_pretrained(name)
-            return list(processor.image_mean), list(processor.image_std)
-        except (OSError, ValueError):
-            pass
+        processor = find_processor(name)
+    if processor is not None:
+        return list(processor.image_mean), list(processor.image_std)
     if num_channels == 3:
         return list(IMAGENET_MEAN), list(IMAGENET_STD)
     return [0.5] * num_channels, [0.5] * num_channels

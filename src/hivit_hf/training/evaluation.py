@@ -12,9 +12,10 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as v2
 from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, AutoModelForImageClassification, BitImageProcessor, PreTrainedModel
+from transformers import AutoModelForImageClassification, PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
 
-from ..hub import evaluation_processor
+from ..hub import load_processor
 from ..modeling_hivit import HiViTForImageClassification, cut_into_units
 from .augment import normalize
 from .classifier import read_config, silent_transformers
@@ -26,7 +27,7 @@ SEVERITIES = (1, 2, 3, 4, 5)
 DROPPED = (0.1, 0.3, 0.5, 0.7, 0.9)  # shares of the units that are left out, by severity
 
 
-def load_for_evaluation(name: str) -> tuple[PreTrainedModel, BitImageProcessor]:
+def load_for_evaluation(name: str) -> tuple[PreTrainedModel, BaseImageProcessor]:
     """
     A classifier of one label per picture, with its adapter if it has one, and its image processor.
 
@@ -40,12 +41,7 @@ def load_for_evaluation(name: str) -> tuple[PreTrainedModel, BitImageProcessor]:
         raise ValueError(f"{name} is no classifier: fine-tune it first (examples/finetune_classification.py).")
     with silent_transformers():
         model = AutoModelForImageClassification.from_pretrained(name, dtype=torch.float32).eval()
-        try:
-            processor = AutoImageProcessor.from_pretrained(name)
-        except (OSError, ValueError):
-            if not isinstance(config.image_size, int):
-                raise ValueError(f"{name} has no preprocessor_config.json: write one with its transform.") from None
-            processor = evaluation_processor(config.image_size)
+        processor = load_processor(name, config)
     return model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu"), processor
 
 
@@ -115,7 +111,7 @@ class ScoringEvaluator(ImageClassificationEvaluator):
 
 def evaluate_pictures(
     model: PreTrainedModel,
-    processor: BitImageProcessor,
+    processor: BaseImageProcessor,
     dataset: datasets.Dataset,
     column: str,
     targets: torch.Tensor,
@@ -209,7 +205,7 @@ def piece_counts(grid: int) -> list[int]:
 class Crops:
     """The transform of evaluations but for its last step: (channels, H, W), uint8, to be damaged, then normalised."""
 
-    def __init__(self, processor: BitImageProcessor):
+    def __init__(self, processor: BaseImageProcessor):
         self.processor = processor
 
     def __call__(self, picture) -> torch.Tensor:
@@ -220,7 +216,7 @@ class Crops:
 @torch.no_grad()
 def robustness(
     model: PreTrainedModel,
-    processor: BitImageProcessor,
+    processor: BaseImageProcessor,
     dataset: datasets.Dataset,
     column: str,
     targets: torch.Tensor,
@@ -275,7 +271,7 @@ def average_weights(states: Sequence[dict[str, torch.Tensor]]) -> dict[str, torc
 
 def soup(
     folders: Sequence[str], kind: str, accuracy: Callable[[PreTrainedModel], float]
-) -> tuple[HiViTForImageClassification, BitImageProcessor, dict]:
+) -> tuple[HiViTForImageClassification, BaseImageProcessor, dict]:
     """
     One classifier from several that were fine-tuned from the same start (arXiv 2203.05482).
 
@@ -328,7 +324,7 @@ def _check_same_network(first, other, first_name: str, other_name: str):
 @torch.no_grad()
 def accuracy_of(
     model: PreTrainedModel,
-    processor: BitImageProcessor,
+    processor: BaseImageProcessor,
     dataset: datasets.Dataset,
     column: str,
     targets: torch.Tensor,
