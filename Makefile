@@ -36,6 +36,7 @@ bench: $(DEMO) $(BROWSER)  ## Speed and memory against the peers: benchmarks/res
 	$(RUN) examples/export_onnx.py demo_output/pretrained examples/browser/models/autoencoder --task reconstruction
 	$(RUN) benchmarks/browser.py
 	$(RUN) benchmarks/finetuning.py
+	$(RUN) benchmarks/scene_tasks.py --pretrained demo_output/pretrained
 	$(RUN) benchmarks/table.py
 
 cards: $(VENV)/installed  ## The model cards, and the tables of checkpoints, from the data
