@@ -16,8 +16,8 @@ from original_order import reorder
 
 
 ROOT = Path(__file__).parents[1]
-# on a GPU only; and trainings of scenes, which are no matter of speed
-BY_HAND = {"training.py", "detection_scenes.py"}
+# on a GPU only
+BY_HAND = {"training.py"}
 
 
 def test_make_bench_runs_every_benchmark_with_flags_that_it_has(monkeypatch, capsys):
