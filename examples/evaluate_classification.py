@@ -25,23 +25,29 @@ METRICS = Path(__file__).parent / "metrics"
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", nargs="+", required=True, help="A classifier, or several for a soup.")
+    parser.add_argument(
+        "--model_name_or_path", nargs="+", required=True, help="Judge a classifier, or a soup of several."
+    )
     parser.add_argument("--soup", choices=["uniform", "greedy"], help="Average all classifiers, or those that help.")
-    parser.add_argument("--soup_split", default="validation", help="Split that a greedy soup chooses with.")
-    parser.add_argument("--dataset_name", required=True, help="Dataset of the Hub, or a folder, as in fine-tuning.")
-    parser.add_argument("--dataset_config", help="Configuration of the Hub dataset.")
-    parser.add_argument("--split", default="test", help="Split to judge with.")
-    parser.add_argument("--image_column", help="The column with the pictures, if it cannot be told.")
-    parser.add_argument("--label_column", help="The column with the labels, if it cannot be told.")
+    parser.add_argument("--soup_split", default="validation", help="Choose with this split for a greedy soup.")
+    parser.add_argument(
+        "--dataset_name", required=True, help="Read a dataset of the Hub, or a folder, as in fine-tuning."
+    )
+    parser.add_argument("--dataset_config", help="Take this configuration of the Hub dataset.")
+    parser.add_argument("--split", default="test", help="Judge with this split.")
+    parser.add_argument("--image_column", help="Find the pictures in this column, if it cannot be told.")
+    parser.add_argument("--label_column", help="Find the labels in this column, if it cannot be told.")
     parser.add_argument("--max_samples", type=int, help="Judge with the first so many pictures only.")
     parser.add_argument(
-        "--check_images", type=int, default=1000, help="Pictures that are decoded first, to find bad ones."
+        "--check_images", type=int, default=1000, help="Decode so many pictures first, to find bad ones."
     )
     parser.add_argument("--robustness", action="store_true", help="Judge with damaged, dropped and shuffled parts too.")
-    parser.add_argument("--severities", type=int, nargs="+", default=SEVERITIES, choices=SEVERITIES, help="How strong.")
-    parser.add_argument("--batch_size", type=int, default=32, help="Pictures per forward pass.")
     parser.add_argument(
-        "--output_dir", type=Path, required=True, help="Folder for results.json, pictures and the soup."
+        "--severities", type=int, nargs="+", default=SEVERITIES, choices=SEVERITIES, help="Damage with these strengths."
+    )
+    parser.add_argument("--batch_size", type=int, default=32, help="Take so many pictures per forward pass.")
+    parser.add_argument(
+        "--output_dir", type=Path, required=True, help="Write results.json, pictures and the soup to this folder."
     )
     arguments = parser.parse_args(argv)
     if len(arguments.model_name_or_path) > 1 and not arguments.soup:
