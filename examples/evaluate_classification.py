@@ -18,6 +18,7 @@ from hivit_hf.training import evaluation, monitor
 from hivit_hf.training.evaluation import SEVERITIES
 from hivit_hf.training.labelled import LabelledPictures, check_pictures, choose_split, open_splits, picture_column
 from hivit_hf.training.metrics import calibration
+from hivit_hf.training.recipe import one_sentence
 
 
 METRICS = Path(__file__).parent / "metrics"
@@ -63,8 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     datasets.disable_progress_bars()
     try:
         results = judge(arguments)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"error: {one_sentence(error)}", file=sys.stderr)
         return 2
     (arguments.output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     for name in ("accuracy", "top5_accuracy", "expected_calibration_error", "samples_per_second"):

@@ -14,6 +14,7 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from hivit_hf.training.features import FEATURES, extract, load_encoder
 from hivit_hf.training.labelled import choose_split, open_splits, picture_column
+from hivit_hf.training.recipe import one_sentence
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -50,8 +51,8 @@ def main(argv: list[str] | None = None) -> int:
         rest = pictures.remove_columns(column)
         table = concatenate_datasets([rest, embeddings], axis=1) if rest.column_names else embeddings
         table.to_parquet(arguments.output)
-    except (ValueError, OSError) as error:
-        print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"error: {one_sentence(error)}", file=sys.stderr)
         return 2
     widths = ", ".join(f"{name} ({found[name].shape[1]})" for name in arguments.features)
     print(f"{len(table)} rows with {widths}: {arguments.output}")

@@ -19,6 +19,7 @@ from hivit_hf.training.labelled import SINGLE, check_same_labels, find_labels, o
 from hivit_hf.training.labelled import train_and_eval as choose
 from hivit_hf.training.metrics import top_k_accuracy
 from hivit_hf.training.monitor import nearest_neighbours
+from hivit_hf.training.recipe import one_sentence
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -94,8 +95,8 @@ def main(argv: list[str] | None = None) -> int:
     datasets.disable_progress_bars()
     try:
         results = probe(arguments)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"error: {one_sentence(error)}", file=sys.stderr)
         return 2
     print(f"{'features':<10}" + "".join(f"{method:>8}" for method in arguments.methods))
     for name, row in results.items():

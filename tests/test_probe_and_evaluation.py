@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 from datasets import DatasetDict, load_dataset
+from PIL import Image
 from safetensors.torch import load_file
 from sklearn.metrics import top_k_accuracy_score
 from torch.testing import assert_close
-from transformers import set_seed
+from transformers import BitImageProcessor, set_seed
+from transformers.image_utils import PILImageResampling
 
 import evaluate_classification
 import extract_features
@@ -20,6 +22,7 @@ from digits.data import DigitPixels, digits_dataset, digits_processor
 from digits.experiment import DemoSettings, digits_config, pretrain_digits
 from digits.labels import PROPERTIES, several_labels
 from hivit_hf import HiViTBackbone, HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling
+from hivit_hf.hub import evaluation_processor
 from hivit_hf.training import features
 from hivit_hf.training.evaluation import (
     CORRUPTIONS,
@@ -160,6 +163,27 @@ def test_features_are_computed_once(random_start, data, tmp_path, capsys, monkey
     probe(random_start, data / "few", tmp_path, *flags, "--random_weights")
     assert "features computed" in capsys.readouterr().out
     assert probe(random_start, data / "few", tmp_path, *flags, "--image_size", "16") != first
+
+
+def test_features_are_of_what_the_folders_processor_makes(random_start, data, tmp_path):
+    """Size and crop too, as in evaluations; a folder without one, or another size, has the published transform."""
+    config, folder = digits_config(), tmp_path / "start"
+    HiViTForMaskedImageModeling(config).save_pretrained(folder)
+    normal = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    own = BitImageProcessor(
+        size={"shortest_edge": 48}, crop_size={"height": 32, "width": 32}, resample=PILImageResampling.NEAREST, **normal
+    )
+    own.save_pretrained(folder)
+    pictures = DatasetDict.load_from_disk(data / "few")["test"].select(range(4))
+    encoder = load_encoder(str(folder))
+    found = extract(encoder, pictures, "image")["stage3"]
+    inputs = own([image.convert("RGB") for image in pictures["image"]], return_tensors="pt")["pixel_values"]
+    assert_close(found, stage_features(encoder.model, inputs)["stage3"], atol=1e-5, rtol=1e-4)
+    smaller = load_encoder(str(folder), image_size=16).processor.to_dict()
+    published = evaluation_processor(16, *normal.values()).to_dict()
+    assert smaller == published
+    (folder / "preprocessor_config.json").unlink()
+    assert load_encoder(str(folder)).processor.to_dict() == evaluation_processor(32).to_dict()
 
 
 def test_flags_of_the_probe(random_start, data, tmp_path):
@@ -355,6 +379,21 @@ def test_bad_input_of_the_scripts(classifiers, random_start, data, tmp_path, cap
         (extract_features.main, (*model, "--dataset_name", tmp_path / "x", "--output", "y"), "There is no folder"),
     ]:
         assert message in refusal(main, capsys, *arguments)
+
+
+def test_pictures_that_cannot_be_read_are_one_sentence(random_start, tmp_path, capsys):
+    for name in ("train/a/1", "train/a/2", "train/b/1", "train/b/2", "test/a/1", "test/b/1"):
+        path = tmp_path / "data" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32)).save(path)
+    path = tmp_path / "data" / "train" / "b" / "2.png"
+    path.write_bytes(b"no picture")
+    arguments = ("--model_name_or_path", random_start, "--dataset_name", tmp_path / "data")
+    for workers in (0, 1):
+        flags = (*arguments, "--num_workers", workers)
+        for main, output in ((linear_probe.main, "--output_dir"), (extract_features.main, "--output")):
+            said = refusal(main, capsys, *flags, output, tmp_path / "out")
+            assert said.startswith(f"error: Picture 3 of train ({path}) cannot be read")
 
 
 def test_soups_of_other_networks(classifiers, data, tmp_path, capsys):

@@ -292,6 +292,13 @@ def read_recipe(path: str | Path, recipe_class: type[Recipe] = PretrainRecipe) -
     return values
 
 
+def one_sentence(error: Exception) -> str:
+    """What happened, without the stack that the error of a data loader's worker brings along as text."""
+    name, module = type(error).__name__, type(error).__module__
+    last = (str(error).strip() or name).splitlines()[-1]
+    return last.removeprefix(f"{module}.{name}: ").removeprefix(f"{name}: ")
+
+
 def parse_recipe(recipe_class: type[Recipe], description: str, argv: list[str] | None = None) -> Recipe:
     """The recipe that a command line asks for: a file's numbers, changed by flags. Exits with 2 if it cannot be."""
     parser = HfArgumentParser(recipe_class, description=description)
