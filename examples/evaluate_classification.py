@@ -12,7 +12,8 @@ from pathlib import Path
 
 import datasets
 import evaluate
-import torch
+from transformers import PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
 
 from hivit_hf.training import evaluation, monitor
 from hivit_hf.training.evaluation import SEVERITIES
@@ -38,6 +39,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--split", default="test", help="Judge with this split.")
     parser.add_argument("--image_column", help="Find the pictures in this column, if it cannot be told.")
     parser.add_argument("--label_column", help="Find the labels in this column, if it cannot be told.")
+    parser.add_argument("--label_names", nargs="+", default=[], help="Name the classes, in the order of their numbers.")
     parser.add_argument("--max_samples", type=int, help="Judge with the first so many pictures only.")
     parser.add_argument(
         "--check_images", type=int, default=1000, help="Decode so many pictures first, to find bad ones."
@@ -84,7 +86,8 @@ def judge(arguments: argparse.Namespace) -> dict:
     check_pictures(LabelledPictures(pictures, column, transform=None, name=arguments.split), arguments.check_images)
     model, processor, made = classifier(arguments, splits, column)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    targets = evaluation.targets_for(model, pictures, arguments.split, arguments.label_column)
+    labels = (arguments.label_column, arguments.label_names)
+    targets = evaluation.targets_for(model, pictures, arguments.split, *labels)
     work = (model, processor, pictures, column, targets)
     numbers, probabilities = evaluation.evaluate_pictures(*work, arguments.batch_size)
     confidence = calibration(probabilities, targets.numpy())
@@ -110,10 +113,10 @@ def classifier(arguments: argparse.Namespace, splits: datasets.DatasetDict, colu
     if not arguments.soup:
         return *evaluation.load_for_evaluation(arguments.model_name_or_path[0]), {}
 
-    def accuracy(model: torch.nn.Module) -> float:
+    def accuracy(model: PreTrainedModel, processor: BaseImageProcessor) -> float:
         held_out = choose_split(splits, arguments.soup_split, "soup_split")
-        targets = evaluation.targets_for(model, held_out, arguments.soup_split, arguments.label_column)
-        processor = evaluation.load_for_evaluation(arguments.model_name_or_path[0])[1]
+        labels = (arguments.label_column, arguments.label_names)
+        targets = evaluation.targets_for(model, held_out, arguments.soup_split, *labels)
         return evaluation.accuracy_of(model, processor, held_out, column, targets, arguments.batch_size)
 
     model, processor, made = evaluation.soup(arguments.model_name_or_path, arguments.soup, accuracy)

@@ -1,12 +1,13 @@
 """Frozen features, embeddings, evaluation, robustness and soups; and what pre-training on digits is worth."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from datasets import DatasetDict, load_dataset
+from datasets import DatasetDict, Value, load_dataset
 from PIL import Image
 from safetensors.torch import load_file
 from sklearn.metrics import top_k_accuracy_score
@@ -41,6 +42,7 @@ from hivit_hf.training.monitor import calibration_figure, nearest_neighbours, ro
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 DIGITS = ["--recipe", str(EXAMPLES / "recipes" / "finetune_digits.yaml")]
+SMALL = {"patch_size": 8, "hidden_size": 32, "depths": [1, 1, 1], "num_attention_heads": 2}
 MULTI, THRESHOLD = "multi_label_classification", 0.915
 
 
@@ -260,6 +262,35 @@ def test_labels_are_matched_by_name(classifiers, data):
     assert targets_for(model, pictures, "test").tolist() == [9 - label for label in pictures["label"]]
 
 
+def test_bare_numbers_are_named_as_in_finetuning(data, tmp_path, capsys):
+    """In reverse, so that a name in the wrong place would show."""
+    names = [f"digit {number}" for number in range(9, -1, -1)]
+    splits = DatasetDict.load_from_disk(data / "few").cast_column("label", Value("int64"))
+    splits.save_to_disk(tmp_path / "few")
+    flags = ["--dataset_name", str(tmp_path / "few"), "--label_names", *names]
+    start = ["--from_scratch", "--architecture", "tiny", "--model", json.dumps(SMALL), "--image_size", "16"]
+    small = ["--epochs", "1", "--warmup_epochs", "0", "--num_workers", "0", "--batch_size", "50"]
+    small += ["--effective_batch_size", "50", "--mixed_precision", "no", "--output_dir", str(tmp_path / "model")]
+    assert finetune_classification.main([*start, *flags, *small]) == 0
+    trained = json.loads((tmp_path / "model" / "eval_results.json").read_text())["eval_accuracy"]
+    judged = judge([str(tmp_path / "model")], tmp_path, tmp_path / "out", "--label_names", *names)
+    assert judged["accuracy"] == pytest.approx(trained)
+    both = [str(tmp_path / "model")] * 2
+    greedy = ("--soup", "greedy", "--soup_split", "test", "--label_names", *names)
+    assert judge(both, tmp_path, tmp_path / "soup", *greedy)["soup"]["accuracy"][both[0]] == pytest.approx(trained)
+    model, _ = load_for_evaluation(both[0])
+    assert targets_for(model, splits["test"], "test", None, names).tolist() == list(splits["test"]["label"])
+    assert targets_for(model, splits["test"], "test", None, names[::-1]).tolist() == [
+        9 - label for label in splits["test"]["label"]
+    ]
+    arguments = ("--model_name_or_path", both[0], "--dataset_name", tmp_path / "few", "--output_dir", tmp_path / "out")
+    said = refusal(evaluate_classification.main, capsys, *arguments)
+    assert "the label '0', which the model does not know" in said and "name them with --label_names" in said
+    assert "there are 2 classes, 0 to 1" in refusal(
+        evaluate_classification.main, capsys, *arguments, "--label_names", *names[:2]
+    )
+
+
 def test_damage_of_pictures():
     pixels = torch.randint(0, 256, (2, 3, 112, 112), dtype=torch.uint8)
     for kind, (corrupt, strengths) in CORRUPTIONS.items():
@@ -328,7 +359,8 @@ def test_greedy_soup_leaves_out_what_harms(classifiers):
     best = (weights[0] + weights[1]) / 2
     tried = []
 
-    def closeness(model) -> float:
+    def closeness(model, processor) -> float:
+        assert processor.size == digits_processor().size
         tried.append(-(model.classifier.weight - best).abs().sum().item())
         return tried[-1]
 
@@ -404,6 +436,27 @@ def test_soups_of_other_networks(classifiers, data, tmp_path, capsys):
     arguments = ("--model_name_or_path", classifiers[0], tmp_path / "other", "--soup", "uniform")
     arguments += ("--dataset_name", data / "digits", "--output_dir", tmp_path / "out")
     assert "have other networks or labels" in refusal(evaluate_classification.main, capsys, *arguments)
+
+
+def test_soups_of_classifiers_that_see_pictures_otherwise(classifiers, data, tmp_path, capsys):
+    usual = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_center_crop": False}
+    usual |= {"size": {"height": 32, "width": 32}}
+    for field, changes in (
+        ("image_mean", {"image_mean": [0.4, 0.5, 0.5]}),
+        ("image_std", {"image_std": [0.5, 0.5, 0.4]}),
+        ("size", {"size": {"height": 36, "width": 36}}),
+        ("crop_size", {"do_center_crop": True, "crop_size": {"height": 32, "width": 32}}),
+    ):
+        other = tmp_path / field
+        shutil.copytree(classifiers[0], other)
+        BitImageProcessor(**usual | changes).save_pretrained(other)
+        arguments = ("--model_name_or_path", classifiers[0], other, "--soup", "uniform")
+        arguments += ("--dataset_name", data / "digits", "--output_dir", tmp_path / "out")
+        said = refusal(evaluate_classification.main, capsys, *arguments)
+        assert f"{classifiers[0]} and {other} have image processors of another {field}, " in said
+    same = BitImageProcessor(**usual, crop_size={"height": 7, "width": 7})  # which it leaves out
+    same.save_pretrained(other)
+    assert soup([classifiers[0], str(other)], "uniform", None)[2]["ingredients"] == [classifiers[0], str(other)]
 
 
 def test_metrics_of_edge_cases():
