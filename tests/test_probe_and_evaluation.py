@@ -118,12 +118,12 @@ def probe(start: Path, dataset: Path, output: Path, *flags: str) -> dict:
 
 @pytest.mark.slow
 def test_pretrained_features_beat_random_ones(pretrained, random_start, data, tmp_path):
-    """Thresholds between the two: measured are 0.83 and 0.70 for neighbours, 0.88 and 0.77 for the linear probe."""
+    """Thresholds between the two: measured are 0.81 and 0.67 for neighbours, 0.86 and 0.70 for the linear probe."""
     flags = ("--features", "stage3", "fused", "--methods", "knn", "lars")
     for start, is_better in ((pretrained, True), (random_start, False)):
         accuracy = probe(start, data / "digits", tmp_path / str(is_better), *flags)
-        assert (accuracy["stage3"]["knn"] > 0.76) == is_better
-        assert (accuracy["fused"]["lars"] > 0.82) == is_better
+        assert (accuracy["stage3"]["knn"] > 0.74) == is_better
+        assert (accuracy["fused"]["lars"] > 0.78) == is_better
 
 
 @pytest.mark.slow
