@@ -119,9 +119,9 @@ def timed(phase: str, seconds: dict[str, float]):
 
 def parse_arguments() -> tuple[experiment.DemoSettings, argparse.Namespace]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="folder to write (demo_output)")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each kind (3)")
-    parser.add_argument("--fast", action="store_true", help="a handful of steps, to see that everything runs")
+    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="Write this folder (demo_output).")
+    parser.add_argument("--seeds", type=int, default=3, help="Make so many runs of each kind (3).")
+    parser.add_argument("--fast", action="store_true", help="Take a handful of steps, to see that everything runs.")
     arguments = parser.parse_args()
     if arguments.seeds < 1:
         parser.error(f"--seeds must be at least 1, got {arguments.seeds}")

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import datasets
 import evaluate
-import torch
+from transformers import PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
 
 from hivit_hf.training import evaluation, monitor
 from hivit_hf.training.evaluation import SEVERITIES
 from hivit_hf.training.labelled import LabelledPictures, check_pictures, choose_split, open_splits, picture_column
 from hivit_hf.training.metrics import calibration
+from hivit_hf.training.recipe import one_sentence
 
 
 METRICS = Path(__file__).parent / "metrics"
@@ -25,23 +27,30 @@ METRICS = Path(__file__).parent / "metrics"
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", nargs="+", required=True, help="A classifier, or several for a soup.")
+    parser.add_argument(
+        "--model_name_or_path", nargs="+", required=True, help="Judge a classifier, or a soup of several."
+    )
     parser.add_argument("--soup", choices=["uniform", "greedy"], help="Average all classifiers, or those that help.")
-    parser.add_argument("--soup_split", default="validation", help="Split that a greedy soup chooses with.")
-    parser.add_argument("--dataset_name", required=True, help="Dataset of the Hub, or a folder, as in fine-tuning.")
-    parser.add_argument("--dataset_config", help="Configuration of the Hub dataset.")
-    parser.add_argument("--split", default="test", help="Split to judge with.")
-    parser.add_argument("--image_column", help="The column with the pictures, if it cannot be told.")
-    parser.add_argument("--label_column", help="The column with the labels, if it cannot be told.")
+    parser.add_argument("--soup_split", default="validation", help="Choose with this split for a greedy soup.")
+    parser.add_argument(
+        "--dataset_name", required=True, help="Read a dataset of the Hub, or a folder, as in fine-tuning."
+    )
+    parser.add_argument("--dataset_config", help="Take this configuration of the Hub dataset.")
+    parser.add_argument("--split", default="test", help="Judge with this split.")
+    parser.add_argument("--image_column", help="Find the pictures in this column, if it cannot be told.")
+    parser.add_argument("--label_column", help="Find the labels in this column, if it cannot be told.")
+    parser.add_argument("--label_names", nargs="+", default=[], help="Name the classes, in the order of their numbers.")
     parser.add_argument("--max_samples", type=int, help="Judge with the first so many pictures only.")
     parser.add_argument(
-        "--check_images", type=int, default=1000, help="Pictures that are decoded first, to find bad ones."
+        "--check_images", type=int, default=1000, help="Decode so many pictures first, to find bad ones."
     )
     parser.add_argument("--robustness", action="store_true", help="Judge with damaged, dropped and shuffled parts too.")
-    parser.add_argument("--severities", type=int, nargs="+", default=SEVERITIES, choices=SEVERITIES, help="How strong.")
-    parser.add_argument("--batch_size", type=int, default=32, help="Pictures per forward pass.")
     parser.add_argument(
-        "--output_dir", type=Path, required=True, help="Folder for results.json, pictures and the soup."
+        "--severities", type=int, nargs="+", default=SEVERITIES, choices=SEVERITIES, help="Damage with these strengths."
+    )
+    parser.add_argument("--batch_size", type=int, default=32, help="Take so many pictures per forward pass.")
+    parser.add_argument(
+        "--output_dir", type=Path, required=True, help="Write results.json, pictures and the soup to this folder."
     )
     arguments = parser.parse_args(argv)
     if len(arguments.model_name_or_path) > 1 and not arguments.soup:
@@ -57,8 +66,8 @@ def main(argv: list[str] | None = None) -> int:
     datasets.disable_progress_bars()
     try:
         results = judge(arguments)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"error: {one_sentence(error)}", file=sys.stderr)
         return 2
     (arguments.output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     for name in ("accuracy", "top5_accuracy", "expected_calibration_error", "samples_per_second"):
@@ -77,7 +86,8 @@ def judge(arguments: argparse.Namespace) -> dict:
     check_pictures(LabelledPictures(pictures, column, transform=None, name=arguments.split), arguments.check_images)
     model, processor, made = classifier(arguments, splits, column)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    targets = evaluation.targets_for(model, pictures, arguments.split, arguments.label_column)
+    labels = (arguments.label_column, arguments.label_names)
+    targets = evaluation.targets_for(model, pictures, arguments.split, *labels)
     work = (model, processor, pictures, column, targets)
     numbers, probabilities = evaluation.evaluate_pictures(*work, arguments.batch_size)
     confidence = calibration(probabilities, targets.numpy())
@@ -103,10 +113,10 @@ def classifier(arguments: argparse.Namespace, splits: datasets.DatasetDict, colu
     if not arguments.soup:
         return *evaluation.load_for_evaluation(arguments.model_name_or_path[0]), {}
 
-    def accuracy(model: torch.nn.Module) -> float:
+    def accuracy(model: PreTrainedModel, processor: BaseImageProcessor) -> float:
         held_out = choose_split(splits, arguments.soup_split, "soup_split")
-        targets = evaluation.targets_for(model, held_out, arguments.soup_split, arguments.label_column)
-        processor = evaluation.load_for_evaluation(arguments.model_name_or_path[0])[1]
+        labels = (arguments.label_column, arguments.label_names)
+        targets = evaluation.targets_for(model, held_out, arguments.soup_split, *labels)
         return evaluation.accuracy_of(model, processor, held_out, column, targets, arguments.batch_size)
 
     model, processor, made = evaluation.soup(arguments.model_name_or_path, arguments.soup, accuracy)

@@ -22,22 +22,24 @@ from hivit_hf.onnx_export import OPSET, TOLERANCE, check_exportable, export_onnx
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="folder of a trained model")
-    parser.add_argument("out_dir", type=Path, help="folder to write into")
+    parser.add_argument("model", type=Path, help="Read the trained model from this folder.")
+    parser.add_argument("out_dir", type=Path, help="Write into this folder.")
     parser.add_argument(
         "--task",
         choices=["all", "classification", "features", "reconstruction"],
         default="all",
-        help="what to export (all that the model does)",
+        help="Export this (all that the model does).",
     )
     parser.add_argument(
         "--size",
         choices=["fixed", "dynamic"],
         default="fixed",
-        help="pictures of the model's own size, or of any multiples of its patch size; reconstructions are fixed",
+        help="Take pictures of the model's own size, or of any multiples of its patch size; reconstructions are fixed.",
     )
-    parser.add_argument("--opset", type=int, default=OPSET, help=f"version of ONNX's operators ({OPSET})")
-    parser.add_argument("--int8", type=Path, metavar="PICTURES", help="also 8-bit, measured on these labelled pictures")
+    parser.add_argument("--opset", type=int, default=OPSET, help=f"Use this version of ONNX's operators ({OPSET}).")
+    parser.add_argument(
+        "--int8", type=Path, metavar="PICTURES", help="Write 8 bits too, measured on these labelled pictures."
+    )
     return parser.parse_args(argv)
 
 

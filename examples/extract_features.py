@@ -14,20 +14,23 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from hivit_hf.training.features import FEATURES, extract, load_encoder
 from hivit_hf.training.labelled import choose_split, open_splits, picture_column
+from hivit_hf.training.recipe import one_sentence
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", required=True, help="Folder or Hub name of a HiViT.")
-    parser.add_argument("--dataset_name", required=True, help="Dataset of the Hub, or a folder, as in fine-tuning.")
-    parser.add_argument("--dataset_config", help="Configuration of the Hub dataset.")
-    parser.add_argument("--split", default="train", help="Split to read.")
-    parser.add_argument("--image_column", help="The column with the pictures, if it cannot be told.")
-    parser.add_argument("--image_size", type=int, help="Side of the pictures in px; that of the model if not given.")
-    parser.add_argument("--features", nargs="+", choices=FEATURES, default=["stage3"], help="What is written.")
-    parser.add_argument("--batch_size", type=int, default=64, help="Pictures per forward pass.")
-    parser.add_argument("--num_workers", type=int, default=4, help="Processes that read and decode.")
-    parser.add_argument("--output", type=Path, required=True, help="The Parquet file to write.")
+    parser.add_argument("--model_name_or_path", required=True, help="Read the HiViT from this folder or Hub name.")
+    parser.add_argument(
+        "--dataset_name", required=True, help="Read a dataset of the Hub, or a folder, as in fine-tuning."
+    )
+    parser.add_argument("--dataset_config", help="Take this configuration of the Hub dataset.")
+    parser.add_argument("--split", default="train", help="Read this split.")
+    parser.add_argument("--image_column", help="Find the pictures in this column, if it cannot be told.")
+    parser.add_argument("--image_size", type=int, help="Take pictures of this side in px; the model's if not given.")
+    parser.add_argument("--features", nargs="+", choices=FEATURES, default=["stage3"], help="Write these features.")
+    parser.add_argument("--batch_size", type=int, default=64, help="Take so many pictures per forward pass.")
+    parser.add_argument("--num_workers", type=int, default=4, help="Read and decode in so many processes.")
+    parser.add_argument("--output", type=Path, required=True, help="Write this Parquet file.")
     return parser.parse_args(argv)
 
 
@@ -48,8 +51,8 @@ def main(argv: list[str] | None = None) -> int:
         rest = pictures.remove_columns(column)
         table = concatenate_datasets([rest, embeddings], axis=1) if rest.column_names else embeddings
         table.to_parquet(arguments.output)
-    except (ValueError, OSError) as error:
-        print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"error: {one_sentence(error)}", file=sys.stderr)
         return 2
     widths = ", ".join(f"{name} ({found[name].shape[1]})" for name in arguments.features)
     print(f"{len(table)} rows with {widths}: {arguments.output}")

@@ -19,32 +19,37 @@ from hivit_hf.training.labelled import SINGLE, check_same_labels, find_labels, o
 from hivit_hf.training.labelled import train_and_eval as choose
 from hivit_hf.training.metrics import top_k_accuracy
 from hivit_hf.training.monitor import nearest_neighbours
+from hivit_hf.training.recipe import one_sentence
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", required=True, help="Folder or Hub name of a HiViT.")
+    parser.add_argument("--model_name_or_path", required=True, help="Read the HiViT from this folder or Hub name.")
     parser.add_argument("--random_weights", action="store_true", help="Take its network, but with random weights.")
-    parser.add_argument("--dataset_name", required=True, help="Dataset of the Hub, or a folder, as in fine-tuning.")
-    parser.add_argument("--dataset_config", help="Configuration of the Hub dataset.")
-    parser.add_argument("--train_split", default="train", help="Split to learn from.")
-    parser.add_argument("--eval_split", help="Split to evaluate with; 'validation' or 'test' if not given.")
-    parser.add_argument("--eval_fraction", type=float, help="Hold out this share of the training split instead.")
-    parser.add_argument("--image_column", help="The column with the pictures, if it cannot be told.")
-    parser.add_argument("--label_column", help="The column with the labels, if it cannot be told.")
-    parser.add_argument("--image_size", type=int, help="Side of the pictures in px; that of the model if not given.")
-    parser.add_argument("--features", nargs="+", choices=FEATURES, default=FEATURES, help="What is judged.")
-    methods = ("lbfgs", "lars", "knn")
-    parser.add_argument("--methods", nargs="+", choices=methods, default=methods, help="What it is judged by.")
-    parser.add_argument("--neighbours", type=int, default=20, help="Nearest neighbours that are asked.")
-    parser.add_argument("--strength", type=float, default=1.0, help="Regularisation of the L-BFGS probe.")
     parser.add_argument(
-        "--lars_epochs", type=int, default=90, help="Epochs of the LARS probe, a ninth of them warm-up."
+        "--dataset_name", required=True, help="Read a dataset of the Hub, or a folder, as in fine-tuning."
     )
-    parser.add_argument("--lars_learning_rate", type=float, default=6.4, help="The highest rate of the LARS probe.")
-    parser.add_argument("--batch_size", type=int, default=64, help="Pictures per forward pass.")
-    parser.add_argument("--num_workers", type=int, default=4, help="Processes that read and decode.")
-    parser.add_argument("--output_dir", type=Path, required=True, help="Folder for results.json and kept features.")
+    parser.add_argument("--dataset_config", help="Take this configuration of the Hub dataset.")
+    parser.add_argument("--train_split", default="train", help="Learn from this split.")
+    parser.add_argument("--eval_split", help="Evaluate with this split; 'validation' or 'test' if not given.")
+    parser.add_argument("--eval_fraction", type=float, help="Hold out this share of the training split instead.")
+    parser.add_argument("--image_column", help="Find the pictures in this column, if it cannot be told.")
+    parser.add_argument("--label_column", help="Find the labels in this column, if it cannot be told.")
+    parser.add_argument("--image_size", type=int, help="Take pictures of this side in px; the model's if not given.")
+    parser.add_argument("--features", nargs="+", choices=FEATURES, default=FEATURES, help="Judge these features.")
+    methods = ("lbfgs", "lars", "knn")
+    parser.add_argument("--methods", nargs="+", choices=methods, default=methods, help="Judge them by these methods.")
+    parser.add_argument("--neighbours", type=int, default=20, help="Ask so many nearest neighbours.")
+    parser.add_argument("--strength", type=float, default=1.0, help="Regularise the L-BFGS probe this strongly.")
+    parser.add_argument(
+        "--lars_epochs", type=int, default=90, help="Train the LARS probe for so many epochs, a ninth of them warm-up."
+    )
+    parser.add_argument("--lars_learning_rate", type=float, default=6.4, help="Reach this rate in the LARS probe.")
+    parser.add_argument("--batch_size", type=int, default=64, help="Take so many pictures per forward pass.")
+    parser.add_argument("--num_workers", type=int, default=4, help="Read and decode in so many processes.")
+    parser.add_argument(
+        "--output_dir", type=Path, required=True, help="Write results.json and the kept features to this folder."
+    )
     arguments = parser.parse_args(argv)
     for name in ("neighbours", "strength", "lars_epochs", "lars_learning_rate", "batch_size"):
         if not getattr(arguments, name) > 0:
@@ -90,8 +95,8 @@ def main(argv: list[str] | None = None) -> int:
     datasets.disable_progress_bars()
     try:
         results = probe(arguments)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"error: {one_sentence(error)}", file=sys.stderr)
         return 2
     print(f"{'features':<10}" + "".join(f"{method:>8}" for method in arguments.methods))
     for name, row in results.items():

@@ -17,13 +17,13 @@ from scenes.data import ALL_DIGITS, scenes_dataset, write_coco
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--train", type=int, default=256, help="scenes to learn from (256)")
-    parser.add_argument("--test", type=int, default=64, help="scenes to evaluate with (64)")
-    parser.add_argument("--height", type=int, default=96, help="of a scene in px (96)")
-    parser.add_argument("--width", type=int, default=96, help="of a scene in px (96)")
-    parser.add_argument("--seed", type=int, default=0, help="other seeds give other scenes (0)")
-    parser.add_argument("--digits", type=int, nargs="+", default=ALL_DIGITS, help="that there may be (all)")
+    parser.add_argument("--output", type=Path, required=True, help="Write this folder.")
+    parser.add_argument("--train", type=int, default=256, help="Make so many scenes to learn from (256).")
+    parser.add_argument("--test", type=int, default=64, help="Make so many scenes to evaluate with (64).")
+    parser.add_argument("--height", type=int, default=96, help="Make scenes of this height in px (96).")
+    parser.add_argument("--width", type=int, default=96, help="Make scenes of this width in px (96).")
+    parser.add_argument("--seed", type=int, default=0, help="Seed the scenes; other seeds give others (0).")
+    parser.add_argument("--digits", type=int, nargs="+", default=ALL_DIGITS, help="Show these digits only (all).")
     arguments = parser.parse_args(argv)
     datasets.disable_progress_bars()
     number = {"train": arguments.train, "test": arguments.test}

@@ -15,7 +15,7 @@ import datasets
 from accelerate import Accelerator
 from accelerate.utils import is_wandb_available
 
-from hivit_hf.training.recipe import PretrainRecipe, parse_recipe
+from hivit_hf.training.recipe import PretrainRecipe, one_sentence, parse_recipe
 from hivit_hf.training.run import PretrainRun
 
 
@@ -41,14 +41,11 @@ def main(argv: list[str] | None = None) -> int:
         accelerator.init_trackers("hivit")
         finished = run.train()
     except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
-        text = (
-            (str(error).strip() or type(error).__name__).splitlines()[-1].removeprefix("ValueError: ")
-        )  # a worker's comes with its stack
         if accelerator.num_processes == 1:
-            print(f"error: {text}", file=sys.stderr)
+            print(f"error: {one_sentence(error)}", file=sys.stderr)
             return 2
         # The others may wait for this process in a collective: leave at once, and the launcher stops them.
-        print(f"error in process {accelerator.process_index}: {text}", file=sys.stderr, flush=True)
+        print(f"error in process {accelerator.process_index}: {one_sentence(error)}", file=sys.stderr, flush=True)
         os._exit(2)
     accelerator.wait_for_everyone()  # a process that leaves first may take the others with it
     accelerator.end_training()

@@ -19,27 +19,29 @@ from hivit_hf.hub import export, load_folder, load_processor, tree, undescribed
 
 
 CARD_FLAGS = {
-    "title": "heading of the card",
-    "repo_id": "OWNER/NAME on the Hub",
-    "description": "what the model is, a sentence or two",
-    "training": "what it was trained with, and how",
-    "license": "licence of the weights, an identifier of the Hub",
+    "title": "Head the card with this.",
+    "repo_id": "Name it OWNER/NAME on the Hub.",
+    "description": "Say what the model is, in a sentence or two.",
+    "training": "Say what it was trained with, and how.",
+    "license": "Name the licence of the weights by an identifier of the Hub.",
 }
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="folder of a trained or converted model")
-    parser.add_argument("out_dir", type=Path, help="folder to write")
-    parser.add_argument("--checkpoint", choices=CHECKPOINTS, help="the published checkpoint that it is")
+    parser.add_argument("model", type=Path, help="Read the trained or converted model from this folder.")
+    parser.add_argument("out_dir", type=Path, help="Write this folder.")
+    parser.add_argument("--checkpoint", choices=CHECKPOINTS, help="Describe it as this published checkpoint.")
     for name, what in CARD_FLAGS.items():
         parser.add_argument(f"--{name}", help=what)
-    parser.add_argument("--samples", type=Path, nargs="+", default=[], metavar="PICTURE", help="PNG and JPEG files")
-    parser.add_argument("--no_onnx", action="store_true", help="leave onnx/ out, which takes most of the time")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in OUT_DIR")
-    parser.add_argument("--push", action="store_true", help="upload it to the Hub")
-    parser.add_argument("--dry_run", action="store_true", help="make the folder, print what is in it, and delete it")
+    parser.add_argument(
+        "--samples", type=Path, nargs="+", default=[], metavar="PICTURE", help="Show these PNG and JPEG files."
+    )
+    parser.add_argument("--no_onnx", action="store_true", help="Leave onnx/ out, which takes most of the time.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace an earlier export in OUT_DIR.")
+    parser.add_argument("--push", action="store_true", help="Upload it to the Hub.")
+    parser.add_argument("--dry_run", action="store_true", help="Make the folder, print what is in it, and delete it.")
     arguments = parser.parse_args(argv)
     if arguments.dry_run and arguments.push:
         parser.error("--dry_run and --push exclude each other: leave one out")

@@ -666,11 +666,10 @@ def test_defaults_run(digits, tmp_path, capsys):
     assert (tmp_path / "run" / "model.safetensors").exists()
 
 
-def test_every_flag_is_tested_and_explained():
+def test_every_flag_is_tested():
     tested = Path(__file__).read_text() + (Path(__file__).parent / "test_labelled.py").read_text()
     for field in fields(FinetuneRecipe):
         assert field.name in tested, field.name
-        assert field.metadata["help"].endswith((".", ".'")), field.name
 
 
 @pytest.mark.slow

@@ -1,16 +1,19 @@
 """Frozen features, embeddings, evaluation, robustness and soups; and what pre-training on digits is worth."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from datasets import DatasetDict, load_dataset
+from datasets import DatasetDict, Value, load_dataset
+from PIL import Image
 from safetensors.torch import load_file
 from sklearn.metrics import top_k_accuracy_score
 from torch.testing import assert_close
-from transformers import set_seed
+from transformers import BitImageProcessor, set_seed
+from transformers.image_utils import PILImageResampling
 
 import evaluate_classification
 import extract_features
@@ -20,6 +23,7 @@ from digits.data import DigitPixels, digits_dataset, digits_processor
 from digits.experiment import DemoSettings, digits_config, pretrain_digits
 from digits.labels import PROPERTIES, several_labels
 from hivit_hf import HiViTBackbone, HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling
+from hivit_hf.hub import evaluation_processor
 from hivit_hf.training import features
 from hivit_hf.training.evaluation import (
     CORRUPTIONS,
@@ -38,6 +42,7 @@ from hivit_hf.training.monitor import calibration_figure, nearest_neighbours, ro
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 DIGITS = ["--recipe", str(EXAMPLES / "recipes" / "finetune_digits.yaml")]
+SMALL = {"patch_size": 8, "hidden_size": 32, "depths": [1, 1, 1], "num_attention_heads": 2}
 MULTI, THRESHOLD = "multi_label_classification", 0.915
 
 
@@ -113,12 +118,12 @@ def probe(start: Path, dataset: Path, output: Path, *flags: str) -> dict:
 
 @pytest.mark.slow
 def test_pretrained_features_beat_random_ones(pretrained, random_start, data, tmp_path):
-    """Thresholds between the two: measured are 0.83 and 0.70 for neighbours, 0.88 and 0.77 for the linear probe."""
+    """Thresholds between the two: measured are 0.81 and 0.67 for neighbours, 0.86 and 0.70 for the linear probe."""
     flags = ("--features", "stage3", "fused", "--methods", "knn", "lars")
     for start, is_better in ((pretrained, True), (random_start, False)):
         accuracy = probe(start, data / "digits", tmp_path / str(is_better), *flags)
-        assert (accuracy["stage3"]["knn"] > 0.76) == is_better
-        assert (accuracy["fused"]["lars"] > 0.82) == is_better
+        assert (accuracy["stage3"]["knn"] > 0.74) == is_better
+        assert (accuracy["fused"]["lars"] > 0.78) == is_better
 
 
 @pytest.mark.slow
@@ -160,6 +165,27 @@ def test_features_are_computed_once(random_start, data, tmp_path, capsys, monkey
     probe(random_start, data / "few", tmp_path, *flags, "--random_weights")
     assert "features computed" in capsys.readouterr().out
     assert probe(random_start, data / "few", tmp_path, *flags, "--image_size", "16") != first
+
+
+def test_features_are_of_what_the_folders_processor_makes(random_start, data, tmp_path):
+    """Size and crop too, as in evaluations; a folder without one, or another size, has the published transform."""
+    config, folder = digits_config(), tmp_path / "start"
+    HiViTForMaskedImageModeling(config).save_pretrained(folder)
+    normal = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    own = BitImageProcessor(
+        size={"shortest_edge": 48}, crop_size={"height": 32, "width": 32}, resample=PILImageResampling.NEAREST, **normal
+    )
+    own.save_pretrained(folder)
+    pictures = DatasetDict.load_from_disk(data / "few")["test"].select(range(4))
+    encoder = load_encoder(str(folder))
+    found = extract(encoder, pictures, "image")["stage3"]
+    inputs = own([image.convert("RGB") for image in pictures["image"]], return_tensors="pt")["pixel_values"]
+    assert_close(found, stage_features(encoder.model, inputs)["stage3"], atol=1e-5, rtol=1e-4)
+    smaller = load_encoder(str(folder), image_size=16).processor.to_dict()
+    published = evaluation_processor(16, *normal.values()).to_dict()
+    assert smaller == published
+    (folder / "preprocessor_config.json").unlink()
+    assert load_encoder(str(folder)).processor.to_dict() == evaluation_processor(32).to_dict()
 
 
 def test_flags_of_the_probe(random_start, data, tmp_path):
@@ -236,6 +262,35 @@ def test_labels_are_matched_by_name(classifiers, data):
     assert targets_for(model, pictures, "test").tolist() == [9 - label for label in pictures["label"]]
 
 
+def test_bare_numbers_are_named_as_in_finetuning(data, tmp_path, capsys):
+    """In reverse, so that a name in the wrong place would show."""
+    names = [f"digit {number}" for number in range(9, -1, -1)]
+    splits = DatasetDict.load_from_disk(data / "few").cast_column("label", Value("int64"))
+    splits.save_to_disk(tmp_path / "few")
+    flags = ["--dataset_name", str(tmp_path / "few"), "--label_names", *names]
+    start = ["--from_scratch", "--architecture", "tiny", "--model", json.dumps(SMALL), "--image_size", "16"]
+    small = ["--epochs", "1", "--warmup_epochs", "0", "--num_workers", "0", "--batch_size", "50"]
+    small += ["--effective_batch_size", "50", "--mixed_precision", "no", "--output_dir", str(tmp_path / "model")]
+    assert finetune_classification.main([*start, *flags, *small]) == 0
+    trained = json.loads((tmp_path / "model" / "eval_results.json").read_text())["eval_accuracy"]
+    judged = judge([str(tmp_path / "model")], tmp_path, tmp_path / "out", "--label_names", *names)
+    assert judged["accuracy"] == pytest.approx(trained)
+    both = [str(tmp_path / "model")] * 2
+    greedy = ("--soup", "greedy", "--soup_split", "test", "--label_names", *names)
+    assert judge(both, tmp_path, tmp_path / "soup", *greedy)["soup"]["accuracy"][both[0]] == pytest.approx(trained)
+    model, _ = load_for_evaluation(both[0])
+    assert targets_for(model, splits["test"], "test", None, names).tolist() == list(splits["test"]["label"])
+    assert targets_for(model, splits["test"], "test", None, names[::-1]).tolist() == [
+        9 - label for label in splits["test"]["label"]
+    ]
+    arguments = ("--model_name_or_path", both[0], "--dataset_name", tmp_path / "few", "--output_dir", tmp_path / "out")
+    said = refusal(evaluate_classification.main, capsys, *arguments)
+    assert "the label '0', which the model does not know" in said and "name them with --label_names" in said
+    assert "there are 2 classes, 0 to 1" in refusal(
+        evaluate_classification.main, capsys, *arguments, "--label_names", *names[:2]
+    )
+
+
 def test_damage_of_pictures():
     pixels = torch.randint(0, 256, (2, 3, 112, 112), dtype=torch.uint8)
     for kind, (corrupt, strengths) in CORRUPTIONS.items():
@@ -304,7 +359,8 @@ def test_greedy_soup_leaves_out_what_harms(classifiers):
     best = (weights[0] + weights[1]) / 2
     tried = []
 
-    def closeness(model) -> float:
+    def closeness(model, processor) -> float:
+        assert processor.size == digits_processor().size
         tried.append(-(model.classifier.weight - best).abs().sum().item())
         return tried[-1]
 
@@ -357,6 +413,21 @@ def test_bad_input_of_the_scripts(classifiers, random_start, data, tmp_path, cap
         assert message in refusal(main, capsys, *arguments)
 
 
+def test_pictures_that_cannot_be_read_are_one_sentence(random_start, tmp_path, capsys):
+    for name in ("train/a/1", "train/a/2", "train/b/1", "train/b/2", "test/a/1", "test/b/1"):
+        path = tmp_path / "data" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32)).save(path)
+    path = tmp_path / "data" / "train" / "b" / "2.png"
+    path.write_bytes(b"no picture")
+    arguments = ("--model_name_or_path", random_start, "--dataset_name", tmp_path / "data")
+    for workers in (0, 1):
+        flags = (*arguments, "--num_workers", workers)
+        for main, output in ((linear_probe.main, "--output_dir"), (extract_features.main, "--output")):
+            said = refusal(main, capsys, *flags, output, tmp_path / "out")
+            assert said.startswith(f"error: Picture 3 of train ({path}) cannot be read")
+
+
 def test_soups_of_other_networks(classifiers, data, tmp_path, capsys):
     other = HiViTForImageClassification(
         HiViTConfig(image_size=32, patch_size=8, hidden_size=32, depths=[1, 1, 2], num_attention_heads=2)
@@ -365,6 +436,27 @@ def test_soups_of_other_networks(classifiers, data, tmp_path, capsys):
     arguments = ("--model_name_or_path", classifiers[0], tmp_path / "other", "--soup", "uniform")
     arguments += ("--dataset_name", data / "digits", "--output_dir", tmp_path / "out")
     assert "have other networks or labels" in refusal(evaluate_classification.main, capsys, *arguments)
+
+
+def test_soups_of_classifiers_that_see_pictures_otherwise(classifiers, data, tmp_path, capsys):
+    usual = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_center_crop": False}
+    usual |= {"size": {"height": 32, "width": 32}}
+    for field, changes in (
+        ("image_mean", {"image_mean": [0.4, 0.5, 0.5]}),
+        ("image_std", {"image_std": [0.5, 0.5, 0.4]}),
+        ("size", {"size": {"height": 36, "width": 36}}),
+        ("crop_size", {"do_center_crop": True, "crop_size": {"height": 32, "width": 32}}),
+    ):
+        other = tmp_path / field
+        shutil.copytree(classifiers[0], other)
+        BitImageProcessor(**usual | changes).save_pretrained(other)
+        arguments = ("--model_name_or_path", classifiers[0], other, "--soup", "uniform")
+        arguments += ("--dataset_name", data / "digits", "--output_dir", tmp_path / "out")
+        said = refusal(evaluate_classification.main, capsys, *arguments)
+        assert f"{classifiers[0]} and {other} have image processors of another {field}, " in said
+    same = BitImageProcessor(**usual, crop_size={"height": 7, "width": 7})  # which it leaves out
+    same.save_pretrained(other)
+    assert soup([classifiers[0], str(other)], "uniform", None)[2]["ingredients"] == [classifiers[0], str(other)]
 
 
 def test_metrics_of_edge_cases():

@@ -1,20 +1,31 @@
 """The README says what is so: its code runs, its figures are those of the result files and of the network."""
 
+import argparse
 import json
 import re
 import runpy
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 
 from hivit_hf import ARCHITECTURES, HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling
+from hivit_hf.training.detection_recipe import DetectionRecipe
+from hivit_hf.training.finetune_recipe import FinetuneRecipe
+from hivit_hf.training.recipe import PretrainRecipe
 
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
+IMPERATIVES = """
+    Accumulate Apply Begin Blend Change Choose Compile Compute Count Crop Cut Decay Decode Divide Draw Drop End
+    Evaluate Fill Find Flip Hide Hold Jitter Keep Learn Limit Look Lower Make Mix Multiply Name Print Probe Reach
+    Read Resize Resume Save Say Scale Seed Set Shuffle Skip Spread Start Stop Subtract Take Track Train Upload Write
+"""
 
 
 def test_benchmark_tables_are_those_of_the_result_files():
@@ -58,7 +69,7 @@ def test_the_code_under_use_runs(tmp_path, monkeypatch):
 
 def test_every_example_has_a_line_and_a_command_that_its_flags_allow(monkeypatch, capsys):
     page = (ROOT / "examples" / "README.md").read_text()
-    scripts = sorted(path.name for path in (ROOT / "examples").glob("*.py"))
+    scripts = [path.name for path in SCRIPTS]
     commands = re.search(r"```\n(.*?)```", page, flags=re.DOTALL).group(1).splitlines()
     assert sorted(re.findall(r"^\| \[`(\w+\.py)`\]", page, flags=re.MULTILINE)) == scripts
     assert sorted(re.search(r"examples/(\w+\.py)", command).group(1) for command in commands) == scripts
@@ -73,3 +84,27 @@ def test_every_example_has_a_line_and_a_command_that_its_flags_allow(monkeypatch
             assert flag in help_text, (command, flag)
         for path in (word for word in words if word.startswith("examples/")):
             assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_help_texts_are_sentences(script, monkeypatch):
+    """Every flag of every script: from a capital letter to a full stop."""
+    parsers = []
+
+    def seize(parser: argparse.ArgumentParser, *arguments, **keywords):
+        parsers.append(parser)
+        raise SystemExit
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", seize)
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(script), run_name="__main__")
+    actions = [action for action in parsers[0]._actions if action.dest != "help"]
+    assert actions
+    for action in actions:
+        assert action.help and action.help[0].isupper() and action.help.endswith("."), action
+
+
+@pytest.mark.parametrize("recipe", [PretrainRecipe, FinetuneRecipe, DetectionRecipe])
+def test_help_texts_of_recipes_say_what_to_do(recipe):
+    for field in fields(recipe):
+        assert field.metadata["help"].split()[0] in IMPERATIVES.split(), field.name

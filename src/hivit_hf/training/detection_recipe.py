@@ -17,34 +17,34 @@ _MOST_PICTURES = 60  # that a person looks at
 class DetectionRecipe(TrainerRecipe):
     """The training of a detector. Every field is a flag of `examples/finetune_detection.py` and a recipe's key."""
 
-    model_name_or_path: str | None = _field(None, "Folder or Hub name of any HiViT, or of a detector to go on with.")
+    model_name_or_path: str | None = _field(None, "Start from this folder or Hub name of any HiViT or detector.")
 
     freeze_backbone: bool = _field(False, "Keep the network as it is and learn the norms of its levels and the rest.")
     evaluate_only: bool = _field(False, "Evaluate the detector --model_name_or_path and stop.")
-    detector: str = _field("mask_rcnn", f"What finds the objects: {', '.join(DETECTORS)}.")
-    head: str = _field("{}", "Changes to the detector's configuration, as JSON, for example '{\"fpn_channels\": 64}'.")
+    detector: str = _field("mask_rcnn", f"Find the objects with this detector: {', '.join(DETECTORS)}.")
+    head: str = _field("{}", "Change the detector's configuration by this JSON, for example '{\"fpn_channels\": 64}'.")
 
-    train_annotations: str | None = _field(None, "Annotations to learn from, a JSON file in COCO's format.")
-    train_images: str | None = _field(None, "Folder of their pictures; that of the file if not given.")
-    eval_annotations: str | None = _field(None, "Annotations to evaluate with, of the same categories.")
-    eval_images: str | None = _field(None, "Folder of their pictures; that of the file if not given.")
-    bad_annotations: str = _field("refuse", "What to do with annotations that cannot be right: refuse or leave_out.")
+    train_annotations: str | None = _field(None, "Learn from these annotations, a JSON file in COCO's format.")
+    train_images: str | None = _field(None, "Find their pictures in this folder; in that of the file if not given.")
+    eval_annotations: str | None = _field(None, "Evaluate with these annotations, of the same categories.")
+    eval_images: str | None = _field(None, "Find their pictures in this folder; in that of the file if not given.")
+    bad_annotations: str = _field("refuse", "Choose for annotations that cannot be right: refuse or leave_out.")
 
-    crop_size: int = _field(1024, "Side in px of the square that large-scale jitter makes to learn from.")
-    jitter_scale: list[float] = _field([0.1, 2.0], "Smallest and largest scale, relative to what fits the square.")
-    eval_min_size: int = _field(800, "Shorter side in px that pictures to evaluate with are resized to.")
-    eval_max_size: int = _field(1333, "Longest side in px that they may then have.")
+    crop_size: int = _field(1024, "Learn from squares of this side in px, which large-scale jitter makes.")
+    jitter_scale: list[float] = _field([0.1, 2.0], "Scale from the first to the second of these; 1 fits the square.")
+    eval_min_size: int = _field(800, "Resize pictures to evaluate with to this shorter side in px.")
+    eval_max_size: int = _field(1333, "Limit their longest side to this, in px.")
 
-    epochs: float = _field(36, "Length of the training.")
-    warmup_steps: int = _field(500, "Steps until the highest learning rate is reached.")
-    decay_epochs: list[float] = _field([27, 33], "Epochs after which the learning rate falls.")
-    decay_factor: float = _field(0.1, "What it falls to each time, of what it was.")
-    batch_size: int = _field(2, "Pictures per process and forward pass.")
-    effective_batch_size: int = _field(16, "Pictures per optimizer step, over all processes; reached by accumulation.")
-    eval_batch_size: int = _field(1, "Pictures per process in evaluations.")
-    learning_rate: float = _field(1e-4, "Highest learning rate, whatever the number of pictures per step.")
-    num_pictures: int = _field(4, "Pictures of the evaluation that are drawn with what is found on them; 0 for none.")
-    picture_threshold: float = _field(0.5, "Lowest score of what is drawn.")
+    epochs: float = _field(36, "Train for so many epochs.")
+    warmup_steps: int = _field(500, "Reach the highest learning rate after so many steps.")
+    decay_epochs: list[float] = _field([27, 33], "Lower the learning rate after these epochs.")
+    decay_factor: float = _field(0.1, "Multiply the learning rate by this each time.")
+    batch_size: int = _field(2, "Take so many pictures per process and forward pass.")
+    effective_batch_size: int = _field(16, "Accumulate so many pictures, over all processes, for an optimizer step.")
+    eval_batch_size: int = _field(1, "Evaluate so many pictures per process at once.")
+    learning_rate: float = _field(1e-4, "Set the highest learning rate, whatever the number of pictures per step.")
+    num_pictures: int = _field(4, "Draw what is found on so many pictures of the evaluation; 0 for none.")
+    picture_threshold: float = _field(0.5, "Draw what has at least this score.")
 
     # what other fine-tunings choose and this one does not
     count_stem = False  # the dense numbering of layers

@@ -15,9 +15,10 @@ from timm.optim import Lars
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import BitImageProcessor
+from transformers.image_processing_utils import BaseImageProcessor
 
-from ..hub import evaluation_processor
+from ..configuration_hivit import HiViTConfig
+from ..hub import evaluation_processor, find_processor
 from ..modeling_hivit import HiViTModel
 from .classifier import normalization, read_config, silent_transformers
 from .labelled import Batches, Evaluating, LabelledPictures
@@ -41,7 +42,7 @@ class Encoder:
     """
 
     model: HiViTModel
-    processor: BitImageProcessor
+    processor: BaseImageProcessor
     identity: str
 
 
@@ -51,11 +52,12 @@ def load_encoder(name: str, image_size: int | None = None, random_weights: bool 
 
     Args:
         name: a folder, or a repository of the Hub.
-        image_size: side of the pictures in px; that of the model if not given.
+        image_size: side of the pictures in px; that of the model if not given. Another one than the model's makes the
+            published transform of it, as in fine-tuning, with the mean and deviation of the folder's processor.
         random_weights: forget what was learnt: the yardstick for features.
 
     Raises:
-        ValueError: if there is no HiViT.
+        ValueError: if there is no HiViT, or an image processor that cannot be used.
     """
     config = read_config(name)
     if random_weights:
@@ -64,12 +66,7 @@ def load_encoder(name: str, image_size: int | None = None, random_weights: bool 
     else:
         with silent_transformers():
             model = HiViTModel.from_pretrained(name, add_pooling_layer=False, dtype=torch.float32)
-    if image_size is None and not isinstance(config.image_size, int):
-        raise ValueError(f"The network sees {config.image_size} px: give one --image_size for square pictures.")
-    size = image_size or config.image_size
-    if size % config.patch_size:
-        raise ValueError(f"image_size must be a multiple of patch_size {config.patch_size}, got {size}.")
-    processor = evaluation_processor(size, *normalization(name, config.num_channels))
+    processor = _processor(name, config, image_size)
     digest = hashlib.sha256(json.dumps(processor.to_dict(), default=str, sort_keys=True).encode())
     for key, tensor in model.state_dict().items():
         digest.update(key.encode() + tensor.contiguous().numpy().tobytes())
@@ -78,6 +75,20 @@ def load_encoder(name: str, image_size: int | None = None, random_weights: bool 
         processor,
         digest.hexdigest(),
     )
+
+
+def _processor(name: str, config: HiViTConfig, image_size: int | None) -> BaseImageProcessor:
+    """The folder's image processor, for pictures of the model's size; else the published one."""
+    size = config.image_size if image_size is None else image_size
+    with silent_transformers():
+        found = find_processor(name)
+    if found is not None and size == config.image_size:
+        return found
+    if not isinstance(size, int):
+        raise ValueError(f"The network sees {size} px: give one --image_size for square pictures.")
+    if size < 1 or size % config.patch_size:
+        raise ValueError(f"image_size must be a multiple of patch_size {config.patch_size}, got {size}.")
+    return evaluation_processor(size, *normalization(name, config.num_channels))
 
 
 @torch.no_grad()

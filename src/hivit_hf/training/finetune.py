@@ -53,7 +53,7 @@ from .labelled import (
 )
 from .metrics import metrics_of
 from .optim import cosine_learning_rate, layer_table, layerwise_parameter_groups, parameter_groups
-from .recipe import Recipe, parse_recipe
+from .recipe import Recipe, one_sentence, parse_recipe
 
 
 AVERAGE = "average.safetensors"  # beside the weights of a checkpoint, if a moving average is kept
@@ -476,13 +476,7 @@ def run_recipe(recipe_class: type[Recipe], run_class: type, description: str, ar
         state.print(f"processes: {state.num_processes}, parameters: {run.model.num_parameters():,}")
         run.train()
     except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
-        # an error of a loader's worker comes with its traceback; the last line is what happened
-        sentence = (
-            (str(error).strip() or type(error).__name__)
-            .splitlines()[-1]
-            .removeprefix(f"{type(error).__module__}.{type(error).__name__}: ")
-        )
-        print(f"error: {sentence}", file=sys.stderr, flush=True)
+        print(f"error: {one_sentence(error)}", file=sys.stderr, flush=True)
         if state.num_processes > 1:
             os._exit(2)  # the others may wait for this process in a collective; the launcher stops them
         return 2

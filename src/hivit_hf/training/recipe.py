@@ -53,10 +53,10 @@ def _as(kind, value, name: str):
 class Recipe:
     """What recipes share: values are brought to the types of their fields, and batches add up to the published ones."""
 
-    title: str = _field("", "What the recipe is, in a line.")
-    source: str = _field("", "Where its numbers come from.")
-    cost: str = _field("", "What it takes, and on what.")
-    expected_result: str = _field("", "What it should lead to.")
+    title: str = _field("", "Say what the recipe is, in a line.")
+    source: str = _field("", "Say where its numbers come from.")
+    cost: str = _field("", "Say what it takes, and on what.")
+    expected_result: str = _field("", "Say what it should lead to.")
 
     def __post_init__(self):
         if isinstance(self.model, dict):
@@ -97,69 +97,67 @@ class Recipe:
 class PretrainRecipe(Recipe):
     """A masked pre-training. Every field is a flag of `examples/pretrain_mim.py` and a key of a recipe file."""
 
-    architecture: str = _field("base-mae", f"The network: {', '.join(ARCHITECTURES)}.")
-    model: str = _field("{}", "Changes to its configuration, as JSON, for example '{\"patch_size\": 8}'.")
-    image_size: int = _field(224, "Side of the pictures that the network sees, in px.")
-    mask_ratio: float = _field(0.75, "Share of the units that are hidden.")
-    drop_path_rate: float = _field(0.0, "Stochastic depth of the last layer.")
+    architecture: str = _field("base-mae", f"Train this network: {', '.join(ARCHITECTURES)}.")
+    model: str = _field("{}", "Change the configuration by this JSON, for example '{\"patch_size\": 8}'.")
+    image_size: int = _field(224, "Train with pictures of this side in px.")
+    mask_ratio: float = _field(0.75, "Hide this share of the units.")
+    drop_path_rate: float = _field(0.0, "Drop paths of the last layer at this rate (stochastic depth).")
 
-    dataset_name: list[str] = _field([], "Datasets of the Hub, or folders of Parquet files, tars or pictures.")
-    dataset_weights: list[float] = _field([], "How often each is read; all alike if not given.")
-    dataset_config: str | None = _field(None, "Configuration of the Hub datasets.")
-    dataset_split: str = _field("train", "Split of the Hub datasets, or sub-folder of folders that have some.")
-    dataset_revision: str | None = _field(None, "Commit of the Hub datasets.")
-    image_column: str | None = _field(None, "The column with the pictures, if it cannot be told.")
-    images_per_epoch: int | None = _field(None, "Pictures that count as an epoch; a stream does not know its length.")
-    crop_scale: list[float] = _field([0.2, 1.0], "Smallest and largest share of a picture that a crop covers.")
-    image_mean: list[float] = _field([0.485, 0.456, 0.406], "Mean of each channel, of values in [0, 1].")
-    image_std: list[float] = _field([0.229, 0.224, 0.225], "Standard deviation of each channel.")
-    flip_probability: float = _field(0.5, "Of a horizontal flip.")
-    shuffle_window: int = _field(256, "Pictures that are shuffled among each other, held in memory by each worker.")
-    max_bad_fraction: float = _field(0.01, "Pictures that cannot be read are skipped, up to this share.")
-    num_workers: int = _field(4, "Processes that read and decode, for each training process.")
+    dataset_name: list[str] = _field([], "Read datasets of the Hub, or folders of Parquet files, tars or pictures.")
+    dataset_weights: list[float] = _field([], "Read each of them this often; all are read alike if not given.")
+    dataset_config: str | None = _field(None, "Take this configuration of the Hub datasets.")
+    dataset_split: str = _field("train", "Read this split of Hub datasets, or sub-folder of folders that have some.")
+    dataset_revision: str | None = _field(None, "Take this commit of the Hub datasets.")
+    image_column: str | None = _field(None, "Find the pictures in this column, if it cannot be told.")
+    images_per_epoch: int | None = _field(None, "Count so many pictures as an epoch; a stream knows no length.")
+    crop_scale: list[float] = _field([0.2, 1.0], "Crop from the first to the second of these shares of a picture.")
+    image_mean: list[float] = _field([0.485, 0.456, 0.406], "Subtract these means of the channels, in [0, 1].")
+    image_std: list[float] = _field([0.229, 0.224, 0.225], "Divide by these standard deviations of the channels.")
+    flip_probability: float = _field(0.5, "Flip pictures horizontally with this probability.")
+    shuffle_window: int = _field(256, "Shuffle so many pictures among each other; each worker holds them in memory.")
+    max_bad_fraction: float = _field(0.01, "Skip pictures that cannot be read, up to this share.")
+    num_workers: int = _field(4, "Read and decode in so many processes, for each training process.")
 
-    eval_dataset_name: str | None = _field(None, "Held-out pictures, to see whether it is working; else training ones.")
-    eval_split: str = _field("validation", "Split of a Hub dataset with held-out pictures, or sub-folder of a folder.")
-    eval_config: str | None = _field(None, "Configuration of that Hub dataset.")
-    eval_image_column: str | None = _field(None, "Its column with the pictures, if it cannot be told.")
-    label_column: str | None = _field(None, "Labels of the held-out pictures, for a nearest-neighbour probe.")
-    monitor_images: int = _field(256, "Held-out pictures that are looked at.")
-    monitor_every_steps: int = _field(1000, "Steps between two looks at them.")
+    eval_dataset_name: str | None = _field(None, "Look at this dataset's held-out pictures; else at training ones.")
+    eval_split: str = _field("validation", "Look at this split of a Hub dataset, or sub-folder of a folder.")
+    eval_config: str | None = _field(None, "Take this configuration of that Hub dataset.")
+    eval_image_column: str | None = _field(None, "Find its pictures in this column, if it cannot be told.")
+    label_column: str | None = _field(None, "Probe held-out pictures by nearest neighbours with this column of labels.")
+    monitor_images: int = _field(256, "Look at so many held-out pictures.")
+    monitor_every_steps: int = _field(1000, "Look at them every so many steps.")
 
-    epochs: float = _field(1600, "Length of the training.")
-    warmup_epochs: float = _field(40, "Epochs until the highest learning rate is reached.")
+    epochs: float = _field(1600, "Train for so many epochs.")
+    warmup_epochs: float = _field(40, "Reach the highest learning rate after so many epochs.")
     max_steps: int | None = _field(None, "Stop after so many steps; the schedule stays that of all epochs.")
-    batch_size: int = _field(64, "Pictures per process and forward pass.")
-    effective_batch_size: int = _field(
-        4096, "Pictures per optimizer step, over all processes; reached by accumulation."
-    )
-    base_learning_rate: float = _field(1e-4, "Highest learning rate for 256 pictures per step; it grows with them.")
-    min_learning_rate: float = _field(0.0, "What the cosine ends at.")
-    weight_decay: float = _field(0.05, "Of the matrices; vectors are not decayed.")
-    adam_betas: list[float] = _field([0.9, 0.95], "Both betas of AdamW.")
-    clip_norm: float | None = _field(None, "Largest norm of the gradient; unlimited if not given.")
-    ema_decay: float | None = _field(None, "Decay of a moving average of the weights; none is kept if not given.")
-    mixed_precision: str = _field("bf16", "bf16, fp16 (with a gradient scaler) or no.")
+    batch_size: int = _field(64, "Take so many pictures per process and forward pass.")
+    effective_batch_size: int = _field(4096, "Accumulate so many pictures, over all processes, for an optimizer step.")
+    base_learning_rate: float = _field(1e-4, "Reach this learning rate for 256 pictures per step; it grows with them.")
+    min_learning_rate: float = _field(0.0, "End the cosine at this learning rate.")
+    weight_decay: float = _field(0.05, "Decay matrices this much; vectors are not decayed.")
+    adam_betas: list[float] = _field([0.9, 0.95], "Set both betas of AdamW.")
+    clip_norm: float | None = _field(None, "Limit the norm of the gradient to this; it is unlimited if not given.")
+    ema_decay: float | None = _field(None, "Keep a moving average of the weights with this decay, if given.")
+    mixed_precision: str = _field("bf16", "Choose the mixed precision: bf16, fp16 (with a gradient scaler) or no.")
     compile: bool = _field(False, "Compile the network with torch.compile.")
     gradient_checkpointing: bool = _field(False, "Compute activations again in the backward pass, to save memory.")
-    seed: int = _field(0, "Of everything random.")
+    seed: int = _field(0, "Seed everything random with this number.")
 
-    output_dir: str | None = _field(None, "Where checkpoints, logs, pictures and the model go.")
-    resume: str | None = _field(None, "'latest', or the folder of a checkpoint to go on from.")
+    output_dir: str | None = _field(None, "Write checkpoints, logs, pictures and the model to this folder.")
+    resume: str | None = _field(None, "Resume from 'latest', or from the folder of a checkpoint.")
     allow_topology_change: bool = _field(
         False, "Resume with other processes, workers or batch_size; shards that were not finished are read again."
     )
     allow_recipe_change: bool = _field(
         False, "Resume with another learning rate, warm-up, decay, clipping or precision, after a run has diverged."
     )
-    checkpoint_every_steps: int = _field(1000, "Steps between two checkpoints.")
-    keep_last: int = _field(2, "Newest checkpoints that are kept.")
-    keep_every_steps: int = _field(0, "Checkpoints of multiples of it are kept for good; 0 for none.")
-    log_every_steps: int = _field(20, "Steps between two lines of the log and the trackers.")
+    checkpoint_every_steps: int = _field(1000, "Write a checkpoint every so many steps.")
+    keep_last: int = _field(2, "Keep so many of the newest checkpoints.")
+    keep_every_steps: int = _field(0, "Keep checkpoints of multiples of so many steps for good; 0 for none.")
+    log_every_steps: int = _field(20, "Write a line of the log and the trackers every so many steps.")
     log_samples: bool = _field(False, "Write what each process read, step by step, to samples_rank*.jsonl.")
-    tracker: str = _field("tensorboard", "tensorboard, wandb or none.")
-    hub_model_id: str | None = _field(None, "Repository of the Hub that checkpoints go to, in the background.")
-    hub_private: bool = _field(True, "Whether that repository is private, if it has to be made.")
+    tracker: str = _field("tensorboard", "Track the run with tensorboard, wandb or none.")
+    hub_model_id: str | None = _field(None, "Upload checkpoints to this repository of the Hub, in the background.")
+    hub_private: bool = _field(True, "Make that repository private, if it has to be made.")
 
     def check(self):
         """
@@ -294,10 +292,17 @@ def read_recipe(path: str | Path, recipe_class: type[Recipe] = PretrainRecipe) -
     return values
 
 
+def one_sentence(error: Exception) -> str:
+    """What happened, without the stack that the error of a data loader's worker brings along as text."""
+    name, module = type(error).__name__, type(error).__module__
+    last = (str(error).strip() or name).splitlines()[-1]
+    return last.removeprefix(f"{module}.{name}: ").removeprefix(f"{name}: ")
+
+
 def parse_recipe(recipe_class: type[Recipe], description: str, argv: list[str] | None = None) -> Recipe:
     """The recipe that a command line asks for: a file's numbers, changed by flags. Exits with 2 if it cannot be."""
     parser = HfArgumentParser(recipe_class, description=description)
-    parser.add_argument("--config", "--recipe", help="A recipe file; flags go before it.")
+    parser.add_argument("--config", "--recipe", help="Read a recipe file; flags go before its numbers.")
     known, _ = parser.parse_known_args(argv)
     try:
         if known.config:
