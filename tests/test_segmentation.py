@@ -2,11 +2,14 @@
 
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import evaluate
 import numpy as np
+import psutil
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, Features, Image, Value, load_from_disk
@@ -17,12 +20,14 @@ from transformers import AutoModelForSemanticSegmentation, UperNetForSemanticSeg
 
 import finetune_segmentation
 from hivit_hf import HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling
+from hivit_hf.hub import IMAGENET_MEAN, IMAGENET_STD
 from hivit_hf.training.class_maps import IGNORED, MappedPictures, TrainingCrop, WholePicture
 from hivit_hf.training.dense import pyramid_start
 from hivit_hf.training.labelled import seeded
 from hivit_hf.training.optim import layer_table, layerwise_parameter_groups, poly_learning_rate
 from hivit_hf.training.overlays import overlay, overlay_sheet, palette
 from hivit_hf.training.recipe import read_recipe
+from hivit_hf.training.segmentation import SegmentationRun
 from hivit_hf.training.segmentation_recipe import SegmentationRecipe
 from hivit_hf.training.segmenter import load_segmenter, new_segmenter, predict
 from scenes.data import map_names, scenes_dataset
@@ -59,7 +64,10 @@ def test_mean_iou_is_that_of_scikit_learn():
     true = [generator.integers(0, 4, size) for size in ((7, 5), (4, 9))]
     guessed = [np.where(generator.random(t.shape) < 0.6, t, generator.integers(0, 4, t.shape)) for t in true]
     true[0][:2] = 255
-    scores = evaluate.load(MEAN_IOU).compute(predictions=guessed, references=true, num_labels=5)
+    metric = evaluate.load(MEAN_IOU)
+    scores = metric.compute(predictions=guessed, references=true, num_labels=5)
+    # of the pictures one by one, as runs ask, it is the same
+    assert metric.scores(sum(metric.counts(g, t, 5) for g, t in zip(guessed, true))) == scores
     flat_true, flat_guessed = (np.concatenate([maps.ravel() for maps in values]) for values in (true, guessed))
     labelled = flat_true != 255
     expected = jaccard_score(flat_true[labelled], flat_guessed[labelled], average=None)
@@ -371,10 +379,13 @@ def run(dataset: str, output: Path, *flags: str) -> int:
 def make_erratic(model: UperNetForSemanticSegmentation, picture: PILImage.Image) -> UperNetForSemanticSegmentation:
     """Redraws what decides on classes; on the picture no class is likelier than another, so small things decide."""
     classifier = model.decode_head.classifier
-    pixel_values = torch.from_numpy(np.asarray(picture)[None, :32, :32] / 255).permute(0, 3, 1, 2).float()
+    pixel_values, _ = WholePicture(IMAGENET_MEAN, IMAGENET_STD)(picture.crop((0, 0, 48, 40)), np.zeros((40, 48)))
     with seeded(0), torch.no_grad():
         torch.nn.init.normal_(classifier.weight)
-        classifier.bias -= model.eval()(pixel_values=pixel_values).logits.mean((0, 2, 3))
+        torch.nn.init.zeros_(classifier.bias)
+        std, mean = torch.std_mean(model.eval()(pixel_values=pixel_values[None]).logits, (0, 2, 3))
+        classifier.weight /= std[:, None, None, None]
+        classifier.bias -= mean / std
     return model
 
 
@@ -445,6 +456,65 @@ def test_every_other_flag_does_something(small_scenes, tmp_path, capsys):
     assert run(small_scenes, tmp_path / "table", *start, "--show_layer_table", "true") == 0
     table = capsys.readouterr().out
     assert "backbone.norms.stage4.weight" in table and not (tmp_path / "table").exists()
+
+
+def recipe_for(dataset: str, output: Path, **changes) -> SegmentationRecipe:
+    values = read_recipe(SCENES, SegmentationRecipe) | {"from_scratch": True, "architecture": "tiny", **SMALL}
+    values |= {"label_names": map_names(), "crop_size": 32, "eval_size": 60, "batch_size": 2, "effective_batch_size": 4}
+    values |= {"model": json.dumps({"depths": [1, 1, 1], "hidden_size": 32, "num_attention_heads": 2, "patch_size": 8})}
+    values |= {"dataset_name": dataset, "output_dir": str(output)} | changes
+    recipe = SegmentationRecipe(**values)
+    recipe.check()
+    return recipe
+
+
+def run_for(dataset: str, output: Path, **changes) -> SegmentationRun:
+    return SegmentationRun(recipe_for(dataset, output, **changes), MEAN_IOU, say=lambda sentence: None)
+
+
+def test_memory_does_not_grow_with_the_pictures_of_an_evaluation(small_scenes, tmp_path, monkeypatch):
+    run = run_for(small_scenes, tmp_path / "run", shown_pictures=0)
+    trainer, process, used = run._trainer(run._training_arguments()), psutil.Process(), []
+    true = np.random.default_rng(0).integers(0, len(map_names()), (512, 683))
+
+    def predictions(dataloader):
+        for _ in range(30):
+            used.append(process.memory_info().rss)
+            yield torch.from_numpy((true + 1) % len(map_names())), {"labels": torch.from_numpy(true)}
+
+    monkeypatch.setattr(trainer, "_predictions", predictions)
+    rows = type("Rows", (), {"dataset": run.eval_pictures, "indices": range(30)})
+    scores = trainer.evaluation_loop(type("Loader", (), {"dataset": rows}), "evaluating").metrics
+    assert scores["eval_mean_iou"] == 0 and len(used) == 30
+    assert used[-1] - used[2] < 50 * 2**20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pictures", [1, 5])
+def test_two_processes_evaluate_every_picture_once(tmp_path, pictures):
+    data = tmp_path / "data"
+    scenes_dataset({"train": 1, "test": pictures}, height_px=40, width_px=50).save_to_disk(data)
+    start = load_segmenter(start_folder(tmp_path / "start"), map_names(), crop_size=32, **SMALL)
+    picture = load_from_disk(data)["test"][0]["image"]
+    make_erratic(start.model, picture).save_pretrained(tmp_path / "segmenter")
+    values = {"--dataset_name": data, "--model_name_or_path": tmp_path / "segmenter", "--evaluate_only": "true"}
+    values |= {"--config": SCENES, "--crop_size": 32, "--eval_size": 40}
+    values |= {"--batch_size": 4, "--effective_batch_size": 8, "--output_dir": tmp_path / "one"}
+    flags = ["--label_names", *map_names(), *(str(word) for item in values.items() for word in item)]
+    assert finetune_segmentation.main(flags) == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launcher, EXAMPLES / "finetune_segmentation.py", *flags, "--output_dir", tmp_path / "two"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "processes: 2" in done.stdout and (tmp_path / "two" / "overlays.png").exists()
+    results = [metrics_of(tmp_path / name) for name in ("one", "two")]
+    figures = [{name: one[name] for name in one if "iou" in name or "accuracy" in name} for one in results]
+    assert figures[0] == figures[1] and figures[0]["eval_mean_iou"] > 0
 
 
 @pytest.mark.parametrize(

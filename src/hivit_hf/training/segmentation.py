@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import evaluate
+import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
 from PIL import Image as PILImage
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
@@ -36,8 +36,8 @@ class SegmentationTrainer(ClassifierTrainer):
     """
 
     def __init__(self, recipe: SegmentationRecipe, config, metric_path: str | Path, **keywords):
-        self.metric_path = str(metric_path)
-        self.shown: list[tuple[PILImage.Image, torch.Tensor, torch.Tensor]] = []
+        self.metric = evaluate.load(str(metric_path))
+        self.shown: list[tuple[PILImage.Image, np.ndarray, np.ndarray]] = []
         super().__init__(recipe, config, **keywords)
         self.model_accepts_loss_kwargs = False  # UPerNet takes any keyword and ignores it; its losses are means
 
@@ -66,28 +66,24 @@ class SegmentationTrainer(ClassifierTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Compares the class maps of all pictures at their own size with the true ones; keeps some to be shown."""
-        args, names = self.args, self.recipe.label_names
-        metric = evaluate.load(
-            self.metric_path,
-            num_process=args.world_size,
-            process_id=args.process_index,
-            experiment_id=Path(args.output_dir).resolve().as_posix().replace("/", "-")[-80:],
-        )
-        self.shown = []
-        for predicted, item in self._predictions(dataloader):
-            metric.add(prediction=predicted.numpy(), reference=item["labels"].numpy())
+        """
+        Compares the class maps of all pictures at their own size with the true ones; keeps some to be shown. Each
+        process counts its own pixels, one picture after the other, and the scores are those of the sum.
+        """
+        names, dataset, rows = self.recipe.label_names, dataloader.dataset.dataset, dataloader.dataset.indices
+        counts, self.shown = np.zeros((len(names), len(names)), dtype=np.int64), []
+        for row, (predicted, item) in zip(rows, self._predictions(dataloader)):
+            predicted, true = predicted.numpy(), item["labels"].numpy()
+            counts += self.metric.counts(predicted, true, len(names), IGNORED, row)
             if len(self.shown) < self.recipe.shown_pictures and self.is_world_process_zero():
-                row = len(self.shown) * args.world_size
-                self.shown.append((self.eval_dataset.picture(row), item["labels"].numpy(), predicted.numpy()))
-        scores = [metric.compute(num_labels=len(names), ignore_index=IGNORED)]
-        if args.world_size > 1:
-            broadcast_object_list(scores)
-        metrics = {f"{metric_key_prefix}_{name}": scores[0][name] for name in ("mean_iou", "mean_accuracy")}
-        metrics[f"{metric_key_prefix}_pixel_accuracy"] = scores[0]["overall_accuracy"]
-        known = [(name, iou) for name, iou in zip(names, scores[0]["per_category_iou"]) if iou is not None]
+                self.shown.append((dataset.picture(row), true, predicted))
+        counts = self.accelerator.reduce(torch.from_numpy(counts).to(self.args.device), "sum").cpu().numpy()
+        scores = self.metric.scores(counts)
+        metrics = {f"{metric_key_prefix}_{name}": scores[name] for name in ("mean_iou", "mean_accuracy")}
+        metrics[f"{metric_key_prefix}_pixel_accuracy"] = scores["overall_accuracy"]
+        known = [(name, iou) for name, iou in zip(names, scores["per_category_iou"]) if iou is not None]
         metrics |= {f"{metric_key_prefix}_iou_{name}": iou for name, iou in known}
-        return EvalLoopOutput(None, None, metrics, len(dataloader.dataset))
+        return EvalLoopOutput(None, None, metrics, len(dataset))
 
     def _predictions(self, dataloader: DataLoader) -> Iterator[tuple[torch.Tensor, dict]]:
         recipe, model = self.recipe, self.model
