@@ -493,7 +493,7 @@ def test_memory_does_not_grow_with_the_pictures_of_an_evaluation(small_scenes, t
 @pytest.mark.parametrize("pictures", [1, 5])
 def test_two_processes_evaluate_every_picture_once(tmp_path, pictures):
     data = tmp_path / "data"
-    scenes_dataset({"train": 1, "test": pictures}, height_px=40, width_px=50).save_to_disk(data)
+    scenes_dataset({"test": pictures}, height_px=40, width_px=50).save_to_disk(data)
     start = load_segmenter(start_folder(tmp_path / "start"), map_names(), crop_size=32, **SMALL)
     picture = load_from_disk(data)["test"][0]["image"]
     make_erratic(start.model, picture).save_pretrained(tmp_path / "segmenter")
@@ -515,6 +515,26 @@ def test_two_processes_evaluate_every_picture_once(tmp_path, pictures):
     results = [metrics_of(tmp_path / name) for name in ("one", "two")]
     figures = [{name: one[name] for name in one if "iou" in name or "accuracy" in name} for one in results]
     assert figures[0] == figures[1] and figures[0]["eval_mean_iou"] > 0
+
+
+def test_judging_needs_trained_heads_and_spoils_no_figures(small_scenes, tmp_path, capsys):
+    backbone, judge = start_folder(tmp_path / "start"), ["--evaluate_only", "true", "--model_name_or_path"]
+    cases = [(backbone, "is no segmenter"), (str(tmp_path / "nowhere"), "There is no folder")]
+    for name, sentence in cases:
+        assert run(small_scenes, tmp_path / "run", *judge, name) == 2
+        assert sentence in capsys.readouterr().err and not (tmp_path / "run").exists()
+    whole = tmp_path / "whole"
+    load_segmenter(backbone, map_names(), crop_size=32, **SMALL).model.save_pretrained(whole)
+    (whole / "eval_results.json").write_text("{}")
+    assert run(small_scenes, whole, *judge, str(whole)) == 2
+    assert "whole holds the figures of a run" in capsys.readouterr().err
+    assert (whole / "eval_results.json").read_text() == "{}" and not (whole / "overlays.png").exists()
+    # of a dataset without pictures to learn from
+    load_from_disk(small_scenes)["test"].to_parquet(tmp_path / "data" / "validation.parquet")
+    assert run(str(tmp_path / "data"), tmp_path / "judged", *judge, str(whole)) == 0
+    assert {"eval_results.json", "overlays.png"} <= {path.name for path in (tmp_path / "judged").iterdir()}
+    assert run(small_scenes, tmp_path / "held_out", *judge, str(whole), "--eval_fraction", "0.2") == 0
+    assert "eval_mean_iou" in metrics_of(tmp_path / "held_out")
 
 
 @pytest.mark.parametrize(
@@ -557,6 +577,7 @@ def test_a_bad_sample_stops_a_run_with_its_id(tmp_path, capsys):
         (["--warmup_steps", "9"], "warmup_steps must be less than total_steps 4"),
         (["--model", '{"drop_path_rate": 0.1}'], "has a flag of its own"),
         (["--evaluate_only", "true", "--resume", "latest"], "no --resume"),
+        (["--evaluate_only", "true", "--push_to_hub", "true"], "no model to upload"),
         (["--from_scratch", "true"], "Give either --model_name_or_path, or --from_scratch"),
     ],
 )

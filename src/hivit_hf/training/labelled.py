@@ -82,13 +82,18 @@ def train_and_eval(
             raise ValueError(f"eval_fraction {eval_fraction} of {len(train)} pictures leaves one side empty.")
         parts = train.train_test_split(test_size=eval_fraction, seed=seed)
         return parts["train"], parts["test"]
-    found = eval_split or next((name for name in ("validation", "val", "test") if name in splits), None)
+    return train, evaluation_split(splits, eval_split)
+
+
+def evaluation_split(splits: DatasetDict, given: str | None = None) -> Dataset:
+    """The split to evaluate with: the given one, or 'validation', 'val' or 'test'. ValueError if there is none."""
+    found = given or next((name for name in ("validation", "val", "test") if name in splits), None)
     if found is None:
         raise ValueError(
             f"There is nothing to evaluate with: the dataset has {', '.join(splits)}. Give --eval_split, or hold out a "
             "share with --eval_fraction 0.1."
         )
-    return train, choose_split(splits, found, "eval_split")
+    return choose_split(splits, found, "eval_split")
 
 
 def picture_column(dataset: Dataset, given: str | None = None) -> str:

@@ -16,11 +16,22 @@ from transformers.trainer_utils import EvalLoopOutput
 from .class_maps import IGNORED, MappedPictures, TrainingCrop, WholePicture
 from .dense import pyramid_start
 from .finetune import ClassifierTrainer, FinetuneRun, _sample, training_arguments
-from .labelled import check_pictures
+from .labelled import check_pictures, evaluation_split
 from .optim import poly_learning_rate
 from .overlays import overlay_sheet
 from .segmentation_recipe import SegmentationRecipe
-from .segmenter import SegmenterStart, load_segmenter, new_segmenter, predict, resize_pyramid, segmenter_processor
+from .segmenter import (
+    SegmenterStart,
+    check_segmenter,
+    load_segmenter,
+    new_segmenter,
+    predict,
+    resize_pyramid,
+    segmenter_processor,
+)
+
+
+FIGURES, PICTURES = "eval_results.json", "overlays.png"  # in the output folder; `Trainer` names the first
 
 
 class SegmentationTrainer(ClassifierTrainer):
@@ -128,11 +139,21 @@ class SegmentationRun(FinetuneRun):
 
     def __init__(self, recipe: SegmentationRecipe, metric_path: str | Path, say: Callable[[str], None] = print):
         self.metric_path = metric_path
+        if recipe.evaluate_only and not recipe.show_layer_table and (Path(recipe.output_dir) / FIGURES).exists():
+            raise ValueError(f"{recipe.output_dir} holds the figures of a run: give another --output_dir.")
         super().__init__(recipe, say)
+
+    def _choose(self, splits):
+        """As in `FinetuneRun`; what is only judged needs no pictures to learn from, and there are none then."""
+        recipe = self.recipe
+        if recipe.evaluate_only and recipe.eval_fraction is None:
+            return None, evaluation_split(splits, recipe.eval_split)
+        return super()._choose(splits)
 
     def _build(self, train, evaluation):
         recipe = self.recipe
-        for split, name in ((train, "train"), (evaluation, "eval")):
+        splits = {"train": train, "eval": evaluation} if train is not None else {"eval": evaluation}
+        for name, split in splits.items():
             for column, flag in ((recipe.image_column, "image_column"), (recipe.map_column, "map_column")):
                 if column not in split.features:
                     raise ValueError(
@@ -159,13 +180,23 @@ class SegmentationRun(FinetuneRun):
             recipe.flip_probability,
             recipe.photometric,
         )
-        limits = (recipe.max_train_samples, recipe.max_eval_samples)
-        splits = (train, evaluation)
-        train, evaluation = (s.select(_sample(len(s), limit, recipe.seed)) for s, limit in zip(splits, limits))
-        columns = (recipe.image_column, recipe.map_column)
-        labels = (len(recipe.label_names), recipe.reduce_labels, channels)
-        self.train_pictures = MappedPictures(train, *columns, crop, *labels, recipe.seed, "train")
-        self.eval_pictures = MappedPictures(evaluation, *columns, WholePicture(mean, std), *labels, name="eval")
+        transforms = {"train": crop, "eval": WholePicture(mean, std)}
+        limits = {"train": recipe.max_train_samples, "eval": recipe.max_eval_samples}
+        pictures = {
+            name: MappedPictures(
+                split.select(_sample(len(split), limits[name], recipe.seed)),
+                recipe.image_column,
+                recipe.map_column,
+                transforms[name],
+                len(recipe.label_names),
+                recipe.reduce_labels,
+                channels,
+                recipe.seed if name == "train" else None,
+                name,
+            )
+            for name, split in splits.items()
+        }
+        self.train_pictures, self.eval_pictures = pictures.get("train"), pictures["eval"]
 
     def train(self) -> dict[str, float]:
         """As in `FinetuneRun`, with overlays; with `evaluate_only` nothing is trained."""
@@ -189,7 +220,7 @@ class SegmentationRun(FinetuneRun):
     def _report(self, trainer: SegmentationTrainer, metrics: dict[str, float]):
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
-        trainer.show(Path(self.recipe.output_dir) / "overlays.png")
+        trainer.show(Path(self.recipe.output_dir) / PICTURES)
 
     def _training_arguments(self) -> TrainingArguments:
         recipe = self.recipe
@@ -214,6 +245,8 @@ def _start(recipe: SegmentationRecipe) -> SegmenterStart:
         "auxiliary_channels": recipe.auxiliary_channels,
         "auxiliary_weight": recipe.auxiliary_weight,
     }
+    if recipe.evaluate_only:
+        check_segmenter(recipe.model_name_or_path)
     if not recipe.from_scratch:
         return load_segmenter(
             recipe.model_name_or_path, recipe.label_names, recipe.architecture, changes, recipe.crop_size, **head

@@ -61,6 +61,8 @@ class SegmentationRecipe(DatasetRecipe):
             raise ValueError(f"--label_names must differ, but {', '.join(twice)} is there more than once.")
         if self.evaluate_only and (self.from_scratch or self.resume):
             raise ValueError("--evaluate_only is of a trained segmenter: give --model_name_or_path, and no --resume.")
+        if self.evaluate_only and self.push_to_hub:
+            raise ValueError("--evaluate_only makes no model to upload: leave out --push_to_hub.")
 
     def _check_ranges(self):
         super()._check_ranges()

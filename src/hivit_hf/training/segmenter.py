@@ -10,7 +10,7 @@ from transformers import AutoConfig, SegformerImageProcessor, UperNetConfig, Upe
 
 from ..configuration_hivit import nearest_multiples
 from ..modeling_pyramid import HiViTPyramid
-from .classifier import normalization, resize_for, silent_transformers
+from .classifier import normalization, read_config, resize_for, silent_transformers
 from .dense import DenseStart, pyramid_start
 
 
@@ -90,6 +90,16 @@ def load_segmenter(
     if crop_size is not None:
         resize_pyramid(start.backbone, crop_size)
     return new_segmenter(start, names, **head)
+
+
+def check_segmenter(name: str):
+    """ValueError if a folder or a repository of the Hub has no heads that were trained."""
+    if not _is_segmenter(name):
+        read_config(name)
+        raise ValueError(
+            f"{name} is no segmenter, and --evaluate_only would judge heads that have learnt nothing: train one "
+            "first, or give the folder of one."
+        )
 
 
 def _is_segmenter(name: str) -> bool:
