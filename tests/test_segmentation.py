@@ -332,6 +332,39 @@ def test_a_segmenter_begins_with_the_weights_of_any_hivit(kind, tmp_path):
         load_segmenter(str(tmp_path / "segmenter"), ["sky", "earth"])
 
 
+def test_a_segmenter_is_gone_on_with_as_it_is_or_refused(tmp_path):
+    encoder, folder = start_folder(tmp_path / "encoder", use_relative_position_bias=False), str(tmp_path / "segmenter")
+    model = load_segmenter(encoder, NAMES, **SMALL).model
+    model.save_pretrained(folder)
+    changed = {"window_size": 2, "drop_path_rate": 0.2}
+    whole = load_segmenter(folder, NAMES, changes=changed, **SMALL, auxiliary_weight=0.4)
+    assert {name: getattr(whole.model.backbone.config, name) for name in changed} == changed and not whole.notes
+    for name, parameter in model.state_dict().items():
+        assert torch.equal(parameter, whole.model.state_dict()[name]), name
+    (note,) = load_segmenter(folder, NAMES, changes={"use_relative_position_bias": True}).notes
+    assert "relative position tables" in note
+    cases = [
+        ({"architecture": "base"}, "The recipe is for base, whose hidden_size is 512, but that of .* is 32"),
+        ({"changes": {"windowsize": 3}}, "has no keyword 'windowsize'"),
+        ({"changes": {"depths": [1, 1, 7]}}, "do not fit the network: backbone.hivit.stages.2.layers.2"),
+        ({"changes": {"depths": [1, 1, 1]}}, "do not fit the network: backbone.hivit.stages.2.layers.1"),
+        ({"changes": {"hidden_size": 64}}, "do not fit the network"),
+        ({"head_channels": 64}, "has head_channels 8, not 64: leave out --head_channels"),
+        ({"auxiliary_channels": 64}, "has auxiliary_channels 8, not 64"),
+        ({"auxiliary_weight": 0.0}, "has auxiliary_weight 0.4, not 0.0"),
+    ]
+    for keywords, sentence in cases:
+        with pytest.raises(ValueError, match=sentence):
+            load_segmenter(folder, NAMES, **keywords)
+    with pytest.raises(ValueError, match=r"hivit\.stages\.2\.layers\.1.* left over"):
+        load_segmenter(encoder, NAMES, changes={"depths": [1, 1, 1]}, **SMALL)
+    start = load_segmenter(encoder, NAMES, head_channels=8, auxiliary_weight=0.0)
+    start.model.save_pretrained(tmp_path / "plain")
+    load_segmenter(str(tmp_path / "plain"), NAMES, auxiliary_weight=0.0, auxiliary_channels=64)  # of no head
+    with pytest.raises(ValueError, match=r"has auxiliary_weight 0\.0, not 0\.4"):
+        load_segmenter(str(tmp_path / "plain"), NAMES, auxiliary_weight=0.4)
+
+
 # -- pictures for people --------------------------------------------------------------------------------------------
 
 
@@ -499,6 +532,7 @@ def test_two_processes_evaluate_every_picture_once(tmp_path, pictures):
     make_erratic(start.model, picture).save_pretrained(tmp_path / "segmenter")
     values = {"--dataset_name": data, "--model_name_or_path": tmp_path / "segmenter", "--evaluate_only": "true"}
     values |= {"--config": SCENES, "--crop_size": 32, "--eval_size": 40}
+    values |= {"--head_channels": 8, "--auxiliary_weight": 0.4}  # the recipe has others
     values |= {"--batch_size": 4, "--effective_batch_size": 8, "--output_dir": tmp_path / "one"}
     flags = ["--label_names", *map_names(), *(str(word) for item in values.items() for word in item)]
     assert finetune_segmentation.main(flags) == 0
@@ -571,6 +605,8 @@ def test_a_bad_sample_stops_a_run_with_its_id(tmp_path, capsys):
         (["--label_names", "sky"], "two classes or more"),
         (["--label_names", "sky", "sea", "sky"], "sky is there more than once"),
         (["--eval_stride", "40"], "leaves gaps between squares of 32 px"),
+        (["--auxiliary_weight", "-1"], "auxiliary_weight must not be negative"),
+        (["--head_channels", "0"], "head_channels must be a positive number"),
         (["--eval_scales", "0"], "eval_scales must be positive"),
         (["--scale_range", "2", "1"], "scale_range must be two numbers"),
         (["--layer_decay", "1.5"], "layer_decay must be in"),

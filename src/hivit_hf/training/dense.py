@@ -5,12 +5,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..configuration_hivit import HiViTConfig
 from ..configuration_pyramid import HiViTPyramidConfig
 from ..hub import IMAGENET_MEAN, IMAGENET_STD
 from ..modeling_pyramid import HiViTPyramid
 from .classifier import _check_architecture, normalization, read_config, silent_transformers
+
+
+_TABLE = "relative_position_bias_table"
 
 
 @dataclass(frozen=True)
@@ -60,19 +64,40 @@ def pyramid_start(
     if architecture is not None:
         _check_architecture(config, architecture, name)
     config = HiViTPyramidConfig.from_hivit(config, **changes)
+    backbone, found = load_fitting(HiViTPyramid, name, config, ("norms.",))
+    mean, std = normalization(name, config.num_channels)
+    return DenseStart(backbone, mean, std, notes + found)
+
+
+def load_fitting(
+    kind: type[PreTrainedModel], name: str, config: PreTrainedConfig, fresh: tuple[str, ...] = ()
+) -> tuple[PreTrainedModel, list[str]]:
+    """
+    A model with the weights of a folder, all of which must fit. Relative tables may be missing.
+
+    Args:
+        kind: of the model.
+        name: a folder, or a repository of the Hub.
+        config: of the model.
+        fresh: what the names of weights begin with that may be missing.
+
+    Returns:
+        The model in float32, and what a user should know, a sentence each.
+
+    Raises:
+        ValueError: if weights of the network are missing, left over or of another shape.
+    """
     with silent_transformers():
-        backbone, loading = HiViTPyramid.from_pretrained(
+        model, loading = kind.from_pretrained(
             name, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
         )
     misfits = [key for key, *_ in loading["mismatched_keys"]]
-    tables = [key for key in loading["missing_keys"] if key.endswith("relative_position_bias_table")]
-    misfits += [key for key in loading["missing_keys"] if key not in tables and not key.startswith("norms.")]
+    tables = [key for key in loading["missing_keys"] if key.endswith(_TABLE)]
+    misfits += [key for key in loading["missing_keys"] if key not in tables and not key.startswith(fresh)]
+    misfits += [key for key in loading["unexpected_keys"] if ".stages." in key and not key.endswith(_TABLE)]
     if misfits:
         raise ValueError(
             f"The weights of {name} do not fit the network: {sorted(misfits)[0]} and {len(misfits) - 1} more are "
-            "missing or of another shape. Leave the sizes in --model as they are, or choose another start."
+            "missing, left over or of another shape. Leave the sizes in --model as they are, or choose another start."
         )
-    if tables:
-        notes.append(f"Not in {name}, so they start at zero: {len(tables)} relative position tables.")
-    mean, std = normalization(name, config.num_channels)
-    return DenseStart(backbone, mean, std, notes)
+    return model, [f"Not in {name}, so they start at zero: {len(tables)} relative position tables."] if tables else []

@@ -240,11 +240,8 @@ class SegmentationRun(FinetuneRun):
 
 def _start(recipe: SegmentationRecipe) -> SegmenterStart:
     changes = recipe.model_changes() | {"drop_path_rate": recipe.drop_path_rate}
-    head = {
-        "head_channels": recipe.head_channels,
-        "auxiliary_channels": recipe.auxiliary_channels,
-        "auxiliary_weight": recipe.auxiliary_weight,
-    }
+    head = {name: getattr(recipe, name) for name in ("head_channels", "auxiliary_channels", "auxiliary_weight")}
+    head = {name: value for name, value in head.items() if value is not None}
     if recipe.evaluate_only:
         check_segmenter(recipe.model_name_or_path)
     if not recipe.from_scratch:

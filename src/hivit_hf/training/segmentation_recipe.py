@@ -1,6 +1,7 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
 """A training of a segmenter, as numbers."""
 
+import math
 from dataclasses import dataclass
 
 from .recipe import _field
@@ -13,9 +14,11 @@ class SegmentationRecipe(DatasetRecipe):
 
     model_name_or_path: str | None = _field(None, "Folder or Hub name of any HiViT, or of a segmenter to go on with.")
     freeze_backbone: bool = _field(False, "Learn the heads and the norms of the pyramid only.")
-    head_channels: int = _field(512, "Width of UPerNet's decoder.")
-    auxiliary_channels: int = _field(256, "Width of the auxiliary head on stage 3.")
-    auxiliary_weight: float = _field(0.4, "Of the auxiliary head's loss; 0 for no such head.")
+    head_channels: int | None = _field(None, "Width of UPerNet's decoder; the segmenter's or 512 if not given.")
+    auxiliary_channels: int | None = _field(None, "Width of the auxiliary head; the segmenter's or 256 if not given.")
+    auxiliary_weight: float | None = _field(
+        None, "Of the loss of the auxiliary head on stage 3, 0 for no such head; the segmenter's or 0.4 if not given."
+    )
 
     image_column: str = _field("image", "The column with the pictures.")
     map_column: str = _field("annotation", "The column with the class maps: pictures of one channel.")
@@ -46,9 +49,9 @@ class SegmentationRecipe(DatasetRecipe):
     eval_batch_size = 1  # pictures of any size
 
     RUNTIME = RUNTIME | {"shown_pictures", "evaluate_only"}
-    POSITIVE = ("head_channels", "auxiliary_channels", "crop_size", "total_steps", "poly_power")
-    OPTIONAL = ("eval_size", "eval_stride")
-    NONNEGATIVE = ("auxiliary_weight", "shown_pictures")
+    POSITIVE = ("crop_size", "total_steps", "poly_power")
+    OPTIONAL = ("eval_size", "eval_stride", "head_channels", "auxiliary_channels")
+    NONNEGATIVE = ("shown_pictures",)
     SHARES = ("max_class_share",)
     PUBLISHED_LAYER_DECAY = 0.75
 
@@ -66,6 +69,8 @@ class SegmentationRecipe(DatasetRecipe):
 
     def _check_ranges(self):
         super()._check_ranges()
+        if self.auxiliary_weight is not None and not 0 <= self.auxiliary_weight < math.inf:
+            raise ValueError(f"auxiliary_weight must not be negative, got {self.auxiliary_weight}.")
         if len(self.scale_range) != 2 or not 0 < self.scale_range[0] <= self.scale_range[1]:
             raise ValueError(f"scale_range must be two numbers such as 0.5 2.0, got {self.scale_range}.")
         if not self.eval_scales or not all(scale > 0 for scale in self.eval_scales):

@@ -9,9 +9,10 @@ from torch import nn
 from transformers import AutoConfig, SegformerImageProcessor, UperNetConfig, UperNetForSemanticSegmentation
 
 from ..configuration_hivit import nearest_multiples
+from ..configuration_pyramid import HiViTPyramidConfig
 from ..modeling_pyramid import HiViTPyramid
-from .classifier import normalization, read_config, resize_for, silent_transformers
-from .dense import DenseStart, pyramid_start
+from .classifier import _check_architecture, normalization, read_config, resize_for
+from .dense import DenseStart, load_fitting, pyramid_start
 
 
 @dataclass(frozen=True)
@@ -72,20 +73,20 @@ def load_segmenter(
 ) -> SegmenterStart:
     """
     A segmenter from a folder or a repository of the Hub: of a HiViT of any kind, with new heads, or of a segmenter with
-    the same classes, as it is.
+    the same classes and heads, as it is.
 
     Args:
         name: where.
         names: of the classes.
-        architecture, changes: as in `pyramid_start`; a segmenter's stay.
+        architecture, changes: as in `pyramid_start`.
         crop_size: side of the pictures in px that position embedding and relative tables are interpolated to.
-        head: as in `new_segmenter`; a segmenter's stays.
+        head: as in `new_segmenter`; what is given must be what a segmenter has.
 
     Raises:
-        ValueError: if there is no HiViT, it is another network than the recipe's, weights or classes do not fit.
+        ValueError: if there is no HiViT, it is another network than the recipe's, weights, classes or heads do not fit.
     """
     if _is_segmenter(name):
-        return _load_whole(name, names, changes, crop_size)
+        return _load_whole(name, names, architecture, changes, crop_size, **head)
     start = pyramid_start(name, architecture, changes)
     if crop_size is not None:
         resize_pyramid(start.backbone, crop_size)
@@ -109,7 +110,14 @@ def _is_segmenter(name: str) -> bool:
         return False  # `read_config` says what it is
 
 
-def _load_whole(name: str, names: Sequence[str], changes: dict | None, crop_size: int | None) -> SegmenterStart:
+def _load_whole(
+    name: str,
+    names: Sequence[str],
+    architecture: str | None,
+    changes: dict | None,
+    crop_size: int | None,
+    **head,
+) -> SegmenterStart:
     config = AutoConfig.from_pretrained(name)
     if getattr(config.backbone_config, "model_type", None) != HiViTPyramid.config_class.model_type:
         raise ValueError(f"{name} is no UPerNet with a HiViT inside: choose another start.")
@@ -119,15 +127,27 @@ def _load_whole(name: str, names: Sequence[str], changes: dict | None, crop_size
             f"The segmenter {name} has the {len(known)} classes {', '.join(known[:5])} ..., not the {len(names)} of "
             "this dataset: give the same --label_names, or begin with a HiViT."
         )
-    for key, value in (changes or {}).items():
-        setattr(config.backbone_config, key, value)
-    config.backbone_config.check()
-    with silent_transformers():
-        model = UperNetForSemanticSegmentation.from_pretrained(name, config=config, dtype=torch.float32)
+    if architecture is not None:
+        _check_architecture(config.backbone_config, architecture, name)
+    _check_heads(config, name, head)
+    stages = {"out_features": config.backbone_config.out_features}
+    config.backbone_config = HiViTPyramidConfig.from_hivit(config.backbone_config, **stages | (changes or {}))
+    model, notes = load_fitting(UperNetForSemanticSegmentation, name, config)
     if crop_size is not None:
         resize_pyramid(model.backbone, crop_size)
     mean, std = normalization(name, config.backbone_config.num_channels)
-    return SegmenterStart(model, mean, std, [])
+    return SegmenterStart(model, mean, std, notes)
+
+
+def _check_heads(config: UperNetConfig, name: str, given: dict):
+    has = {"head_channels": config.hidden_size, "auxiliary_weight": 0.0}
+    if config.use_auxiliary_head:
+        has |= {"auxiliary_weight": config.auxiliary_loss_weight, "auxiliary_channels": config.auxiliary_channels}
+    for key, value in given.items():
+        if value != has.get(key, value):
+            raise ValueError(
+                f"The segmenter {name} has {key} {has[key]}, not {value}: leave out --{key}, or begin with a HiViT."
+            )
 
 
 def resize_pyramid(backbone: HiViTPyramid, crop_size: int):
