@@ -4,7 +4,7 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import evaluate
@@ -16,7 +16,12 @@ from datasets import Dataset, DatasetDict, Features, Image, Value, load_from_dis
 from PIL import Image as PILImage
 from sklearn.metrics import jaccard_score, recall_score
 from torch.testing import assert_close
-from transformers import AutoModelForSemanticSegmentation, UperNetForSemanticSegmentation, pipeline
+from transformers import (
+    AutoModelForSemanticSegmentation,
+    EarlyStoppingCallback,
+    UperNetForSemanticSegmentation,
+    pipeline,
+)
 
 import finetune_segmentation
 from hivit_hf import HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling
@@ -621,6 +626,109 @@ def test_flags_that_do_not_fit_are_refused_at_once(flags, sentence, tmp_path, ca
     with pytest.raises(SystemExit) as exit_info:
         run("nowhere", tmp_path, "--model_name_or_path", "anything", *flags)
     assert exit_info.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def crop_of(run: SegmentationRun) -> TrainingCrop:
+    return run.train_pictures.transform
+
+
+def trainer_of(run: SegmentationRun):
+    return run._trainer(run._training_arguments())
+
+
+def rates_of(run: SegmentationRun) -> list[float]:
+    """Learning rates of the heads, relative to the highest, step by step."""
+    trainer = trainer_of(run)
+    trainer.create_optimizer_and_scheduler(num_training_steps=3)
+    return [trainer.lr_scheduler.lr_lambdas[0](step) for step in range(0, 400, 10)]
+
+
+def stopper(run: SegmentationRun) -> EarlyStoppingCallback | None:
+    callbacks = trainer_of(run).callback_handler.callbacks
+    return next((callback for callback in callbacks if isinstance(callback, EarlyStoppingCallback)), None)
+
+
+FLAGS = {
+    "freeze_backbone": (True, lambda run: not run.model.backbone.hivit.position_embeddings.requires_grad),
+    "drop_path_rate": (0.3, lambda run: run.model.config.backbone_config.drop_path_rate == 0.3),
+    "head_channels": (12, lambda run: run.model.decode_head.classifier.in_channels == 12),
+    "auxiliary_weight": (0.3, lambda run: run.model.config.auxiliary_loss_weight == 0.3 and run.model.auxiliary_head),
+    "auxiliary_channels": (12, lambda run: run.model.config.auxiliary_channels == 12),
+    "model": ({"window_size": 2, "depths": [1, 1, 1], "patch_size": 8}, lambda run: run.config.window_size == 2),
+    "image_mean": ([0.1, 0.2, 0.3], lambda run: crop_of(run).mean == list(run.processor.image_mean) == [0.1, 0.2, 0.3]),
+    "image_std": ([0.1, 0.2, 0.3], lambda run: crop_of(run).std == list(run.processor.image_std) == [0.1, 0.2, 0.3]),
+    "reduce_labels": (True, lambda run: run.train_pictures.reduce_labels and run.eval_pictures.reduce_labels),
+    "crop_size": (48, lambda run: crop_of(run).crop_size == run.config.image_size == run.processor.size["width"] == 48),
+    "scale_range": ([0.7, 0.8], lambda run: crop_of(run).scale_range == (0.7, 0.8)),
+    "max_class_share": (0.6, lambda run: crop_of(run).max_class_share == 0.6),
+    "flip_probability": (0.4, lambda run: crop_of(run).flip_probability == 0.4),
+    "photometric": (True, lambda run: crop_of(run).distort is not None),
+    "train_split": ("test", lambda run: len(run.train_pictures) == 2),
+    "eval_split": ("train", lambda run: len(run.eval_pictures) == 10),
+    "eval_fraction": (0.3, lambda run: len(run.train_pictures) == 7 and len(run.eval_pictures) == 3),
+    "label_names": (list("abcdefghijklm"), lambda run: run.model.config.num_labels == 13),
+    "max_train_samples": (5, lambda run: len(run.train_pictures) == 5),
+    "max_eval_samples": (1, lambda run: len(run.eval_pictures) == 1),
+    "seed": (5, lambda run: run.train_pictures.seed == trainer_of(run).args.data_seed == 5),
+    "total_steps": (200, lambda run: run._training_arguments().max_steps == 200 and rates_of(run)[20:] == [0.0] * 20),
+    "warmup_steps": (100, lambda run: rates_of(run)[5] == 0.5 * (1 - 50 / 320)),
+    "poly_power": (2.0, lambda run: rates_of(run)[16] == 0.25),
+    "max_steps": (3, lambda run: run._training_arguments().max_steps == 3),
+    "batch_size": (4, lambda run: run._training_arguments().per_device_train_batch_size == 4),
+    "learning_rate": (0.5, lambda run: "5.000e-01" in run.layer_table()),
+    "layer_decay": (0.1, lambda run: "0.1000" in run.layer_table()),
+    "weight_decay": (0.3, lambda run: "0.3" in run.layer_table()),
+    "adam_betas": ([0.5, 0.6], lambda run: trainer_of(run).create_optimizer().defaults["betas"] == (0.5, 0.6)),
+    "clip_norm": (0.5, lambda run: run._training_arguments().max_grad_norm == 0.5),
+    "mixed_precision": ("bf16", lambda run: run._training_arguments().bf16),
+    "compile": (True, lambda run: run._training_arguments().torch_compile),
+    "num_workers": (1, lambda run: trainer_of(run).get_eval_dataloader().num_workers == 1),
+    "evaluate_every_steps": (3, lambda run: run._training_arguments().eval_steps == 3),
+    "keep_last": (5, lambda run: run._training_arguments().save_total_limit == 5),
+    "log_every_steps": (7, lambda run: run._training_arguments().logging_steps == 7),
+    "tracker": ("tensorboard", lambda run: run._training_arguments().report_to == ["tensorboard"]),
+    "early_stopping_patience": (3, lambda run: stopper(run) and stopper(run).early_stopping_patience == 3),
+}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_flags_reach_what_they_are_about(small_scenes, tmp_path, name):
+    value, holds = FLAGS[name]
+    assert not holds(run_for(small_scenes, tmp_path / "run"))
+    assert holds(run_for(small_scenes, tmp_path / "run", **{name: value}))
+
+
+def test_columns_and_checks_are_those_that_were_asked_for(small_scenes, tmp_path):
+    renamed = load_from_disk(small_scenes).rename_columns({"image": "photo", "annotation": "classes"})
+    renamed.save_to_disk(tmp_path / "data")
+    columns = {"image_column": "photo", "map_column": "classes"}
+    seen = {}
+    for limit in (0, 1, 1000):
+        run, seen[limit] = run_for(str(tmp_path / "data"), tmp_path / str(limit), **columns, check_images=limit), []
+        run.eval_pictures.check = seen[limit].append
+        run.evaluate()
+    assert seen == {0: [], 1: [0], 1000: [0, 1]}
+
+
+def test_every_flag_is_tested():
+    elsewhere = {"title", "source", "cost", "expected_result"}
+    # whole runs, and what they begin with
+    elsewhere |= {
+        "architecture",
+        "model_name_or_path",
+        "from_scratch",
+        "dataset_name",
+        "output_dir",
+        "resume",
+        "evaluate_only",
+    }
+    elsewhere |= {"eval_size", "eval_stride", "eval_scales", "eval_flip", "shown_pictures", "show_layer_table"}
+    elsewhere |= {"ema_decay", "gradient_checkpointing", "effective_batch_size", "image_column", "map_column"}
+    elsewhere |= {"check_images"}
+    # what all trainings share: tests/test_labelled.py, tests/test_finetune.py
+    elsewhere |= {"dataset_config", "dataset_revision", "push_to_hub", "hub_model_id", "hub_private_repo"}
+    assert {item.name for item in fields(SegmentationRecipe)} == elsewhere | set(FLAGS)
+    assert not elsewhere & set(FLAGS)
 
 
 def test_recipes_hold_the_published_numbers(tmp_path):
