@@ -1,5 +1,6 @@
 """Segmentation: class maps, what is refused, pictures of any size, mean IoU, and whole runs by the command line."""
 
+import io
 import json
 import re
 import subprocess
@@ -130,6 +131,38 @@ def test_maps_are_read_as_they_are_or_counted_from_one():
     sixteen_bits = PILImage.fromarray((numbers % 3).astype(np.uint16))
     for picture in (palette_picture, sixteen_bits):
         assert np.array_equal(mapped([picture]).sample(0)[1], numbers % 3)
+
+
+def turned_file(pixels: np.ndarray, exif_orientation: int | None) -> dict:
+    """A PNG file that says how it lies."""
+    exif, file = PILImage.Exif(), io.BytesIO()
+    if exif_orientation is not None:
+        exif[0x0112] = exif_orientation
+    PILImage.fromarray(pixels).save(file, "png", exif=exif)
+    return {"bytes": file.getvalue(), "path": None}
+
+
+@pytest.mark.parametrize("turn", [3, 6])
+def test_pictures_and_maps_are_turned_together_or_refused(turn):
+    numbers = np.zeros((6, 8), dtype=np.uint8)
+    numbers[0, 0] = 1  # the corner that the picture marks too
+    pixels = np.repeat(numbers[:, :, None] * 255, 3, axis=2)
+
+    def pictures(picture_lies, map_lies) -> MappedPictures:
+        features = Features({"image": Image(), "annotation": Image(), "image_id": Value("string")})
+        files = {"image": turned_file(pixels, picture_lies), "annotation": turned_file(numbers, map_lies)}
+        row = {name: [file] for name, file in files.items()} | {"image_id": ["view"]}
+        transform = WholePicture([0.5] * 3, [0.5] * 3)
+        return MappedPictures(Dataset.from_dict(row, features=features), "image", "annotation", transform, 3)
+
+    for picture_lies, map_lies in ((turn, turn), (1, None)):
+        picture, read = pictures(picture_lies, map_lies).sample(0)
+        assert np.array_equal(np.asarray(picture)[:, :, 0] // 255, read) and read.sum() == 1
+        assert read[0, 0] == (picture_lies == 1)
+    for picture_lies, map_lies in ((turn, None), (turn, 1), (None, turn)):
+        lies = f"of sample 0 of train (view) is {picture_lies or 1} and that of its map {map_lies or 1}"
+        with pytest.raises(ValueError, match=re.escape(lies)):
+            pictures(picture_lies, map_lies).check(0)
 
 
 def test_bad_samples_are_named():
@@ -617,6 +650,10 @@ def test_a_bad_sample_stops_a_run_with_its_id(tmp_path, capsys):
         (["--layer_decay", "1.5"], "layer_decay must be in"),
         (["--warmup_steps", "9"], "warmup_steps must be less than total_steps 4"),
         (["--model", '{"drop_path_rate": 0.1}'], "has a flag of its own"),
+        (["--model", '{"image_size": 32}'], "sets image_size, which follows from --crop_size"),
+        (["--freeze_backbone", "true", "--drop_path_rate", "0.5"], "for a backbone that learns: set it to 0"),
+        (["--label_names", *map(str, range(256))], "has 256 names, but as 255 is not labelled in the maps there can"),
+        (["--reduce_labels", "true", "--label_names", *map(str, range(255))], "can be 254 with --reduce_labels"),
         (["--evaluate_only", "true", "--resume", "latest"], "no --resume"),
         (["--evaluate_only", "true", "--push_to_hub", "true"], "no model to upload"),
         (["--from_scratch", "true"], "Give either --model_name_or_path, or --from_scratch"),

@@ -15,7 +15,7 @@ from timm.data import Mixup, create_transform
 from tqdm.auto import tqdm
 from transformers import BitImageProcessor
 
-from .augment import UnreadablePictureError, open_picture, seed_of, upright
+from .augment import UnreadablePictureError, open_picture, orientation, seed_of, upright
 from .stream import PICTURE_SUFFIXES, picture_of
 
 
@@ -364,9 +364,14 @@ class LabelledPictures(torch.utils.data.Dataset):
 
     def picture(self, row: int):
         """The upright PIL picture of a row. Raises UnreadablePictureError, which names the row."""
+        return self.picture_and_orientation(row)[0]
+
+    def picture_and_orientation(self, row: int) -> tuple:
+        """As `picture`, and how its file lies (EXIF, 1 is upright). Raises as it does."""
         try:
             data, path = picture_of(self.dataset[row], self.column)
-            return upright(open_picture(data, MAX_PIXELS), self.num_channels)
+            picture = open_picture(data, MAX_PIXELS)
+            return upright(picture, self.num_channels), orientation(picture)
         except UnreadablePictureError as error:
             value = self.dataset[row][self.column]
             path = value.get("path") if isinstance(value, dict) else None

@@ -4,6 +4,7 @@
 import math
 from dataclasses import dataclass
 
+from .class_maps import IGNORED
 from .recipe import _field
 from .trainer_recipe import RUNTIME, DatasetRecipe
 
@@ -59,9 +60,22 @@ class SegmentationRecipe(DatasetRecipe):
         super()._check_choices()
         if len(self.label_names) < 2:
             raise ValueError(f"Give the names of two classes or more with --label_names, got {self.label_names}.")
+        most = IGNORED - self.reduce_labels
+        if len(self.label_names) > most:
+            raise ValueError(
+                f"--label_names has {len(self.label_names)} names, but as {IGNORED} is not labelled in the maps there "
+                f"can be {most}{' with --reduce_labels' if self.reduce_labels else ''}: join rare classes."
+            )
         if len(set(self.label_names)) < len(self.label_names):
             twice = sorted({name for name in self.label_names if self.label_names.count(name) > 1})
             raise ValueError(f"--label_names must differ, but {', '.join(twice)} is there more than once.")
+        if "image_size" in self.model_changes():
+            raise ValueError("--model sets image_size, which follows from --crop_size: use that.")
+        if self.freeze_backbone and self.drop_path_rate:
+            raise ValueError(
+                f"--drop_path_rate {self.drop_path_rate} is for a backbone that learns: set it to 0, or leave out "
+                "--freeze_backbone."
+            )
         if self.evaluate_only and (self.from_scratch or self.resume):
             raise ValueError("--evaluate_only is of a trained segmenter: give --model_name_or_path, and no --resume.")
         if self.evaluate_only and self.push_to_hub:
