@@ -407,15 +407,22 @@ def test_a_segmenter_is_gone_on_with_as_it_is_or_refused(tmp_path):
 
 
 def test_overlays_show_classes_in_their_colours():
-    colours = palette(150)
-    assert len({tuple(colour) for colour in palette(12).tolist()}) == 12 and colours.shape == (150, 3)
+    colours = palette([*NAMES, *map(str, range(147))], opacity=0.5)
+    assert len({tuple(colour) for colour in colours.tolist()}) == 150 and colours.shape == (150, 4)
     picture = PILImage.new("RGB", (8, 6), (100, 100, 100))
     numbers = np.full((6, 8), IGNORED)
     numbers[:3] = 2
-    laid = np.asarray(overlay(picture, numbers, colours, opacity=0.5)).astype(int)
-    assert (laid[3:] == 100).all() and np.abs(laid[0, 0] - (100 + colours[2].astype(int)) / 2).max() <= 0.5
+    laid = np.asarray(overlay(picture, numbers, colours)).astype(int)
+    assert (laid[3:] == 100).all() and np.abs(laid[0, 0] - (100 + colours[2, :3].astype(int)) / 2).max() <= 1
     sheet = overlay_sheet([(picture, numbers, np.zeros_like(numbers))] * 2, NAMES, tile_px=64)
-    assert sheet.width == 3 * 64 + 4 * 6 and tuple(colours[0].tolist()) in {c for _, c in sheet.getcolors(100000)}
+    assert sheet.width == 3 * 64 + 4 * 6 and tuple(colours[0, :3].tolist()) in {c for _, c in sheet.getcolors(100000)}
+
+
+def test_background_is_faint_in_overlays():
+    picture, numbers = PILImage.new("RGB", (8, 6), (90, 200, 40)), np.zeros((6, 8), dtype=np.int64)
+    for name, faint in (("sky", False), ("background", True), ("Other", True)):
+        laid = np.asarray(overlay(picture, numbers, palette([name, "sea"]))).astype(int)
+        assert (np.abs(laid - np.asarray(picture).astype(int)).max() < 50) == faint
 
 
 # -- whole runs -----------------------------------------------------------------------------------------------------
