@@ -1,10 +1,11 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""What detectors and segmenters begin with: the pyramid of a pre-training or of a classifier, or a random one."""
+"""What detectors and segmenters share: the pyramid that they begin with, and evaluations of pictures of many sizes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..configuration_hivit import HiViTConfig
@@ -12,6 +13,7 @@ from ..configuration_pyramid import HiViTPyramidConfig
 from ..hub import IMAGENET_MEAN, IMAGENET_STD
 from ..modeling_pyramid import HiViTPyramid
 from .classifier import _check_architecture, normalization, read_config, silent_transformers
+from .finetune import ClassifierTrainer
 
 
 _TABLE = "relative_position_bias_table"
@@ -101,3 +103,17 @@ def load_fitting(
             "missing, left over or of another shape. Leave the sizes in --model as they are, or choose another start."
         )
     return model, [f"Not in {name}, so they start at zero: {len(tables)} relative position tables."] if tables else []
+
+
+class DenseTrainer(ClassifierTrainer):
+    """`ClassifierTrainer` for pictures of many sizes: evaluations have lists of items, and no picture twice."""
+
+    def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
+        """Each process has a share of the pictures; these may differ in number, and one may have none."""
+        args, dataset = self.args, self.eval_dataset if eval_dataset is None else eval_dataset
+        return DataLoader(
+            Subset(dataset, range(args.process_index, len(dataset), args.world_size)),
+            batch_size=args.per_device_eval_batch_size,
+            collate_fn=list,
+            num_workers=args.dataloader_num_workers,
+        )

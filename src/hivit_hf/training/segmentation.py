@@ -8,14 +8,14 @@ import evaluate
 import numpy as np
 import torch
 from PIL import Image as PILImage
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from .class_maps import IGNORED, MappedPictures, TrainingCrop, WholePicture
-from .dense import pyramid_start
-from .finetune import ClassifierTrainer, FinetuneRun, _sample, training_arguments
+from .dense import DenseTrainer, pyramid_start
+from .finetune import FinetuneRun, _sample, training_arguments
 from .labelled import check_pictures, evaluation_split
 from .optim import poly_learning_rate
 from .overlays import overlay_sheet
@@ -34,7 +34,7 @@ from .segmenter import (
 FIGURES, PICTURES = "eval_results.json", "overlays.png"  # in the output folder; `Trainer` names the first
 
 
-class SegmentationTrainer(ClassifierTrainer):
+class SegmentationTrainer(DenseTrainer):
     """
     `Trainer` with the published recipe of segmenters: layer-wise decay in the dense numbering, a polynomial schedule,
     and evaluations of whole pictures, by sliding windows, at several scales and mirrored if the recipe says so.
@@ -62,12 +62,6 @@ class SegmentationTrainer(ClassifierTrainer):
             )
             self._created_lr_scheduler = True
         return self.lr_scheduler
-
-    def get_eval_dataloader(self, eval_dataset: MappedPictures | None = None) -> DataLoader:
-        """One picture at a time, as they have many sizes, and each in one process only."""
-        args, dataset = self.args, self.eval_dataset if eval_dataset is None else eval_dataset
-        rows = range(args.process_index, len(dataset), args.world_size)
-        return DataLoader(Subset(dataset, rows), batch_size=None, num_workers=args.dataloader_num_workers)
 
     def evaluation_loop(
         self,
@@ -102,7 +96,7 @@ class SegmentationTrainer(ClassifierTrainer):
         model.eval()
         bar = tqdm(dataloader, desc="evaluating", unit="picture", disable=not self.is_world_process_zero(), leave=False)
         try:
-            for item in bar:
+            for (item,) in bar:  # one, as pictures have many sizes
                 with self.accelerator.autocast():
                     probabilities = predict(
                         model,
