@@ -20,6 +20,8 @@ from torch.testing import assert_close
 from transformers import (
     AutoModelForSemanticSegmentation,
     EarlyStoppingCallback,
+    Trainer,
+    TrainingArguments,
     UperNetForSemanticSegmentation,
     pipeline,
 )
@@ -27,6 +29,7 @@ from transformers import (
 import finetune_segmentation
 from hivit_hf import HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling
 from hivit_hf.hub import IMAGENET_MEAN, IMAGENET_STD
+from hivit_hf.training import dense
 from hivit_hf.training.class_maps import IGNORED, MappedPictures, TrainingCrop, WholePicture
 from hivit_hf.training.dense import pyramid_start
 from hivit_hf.training.labelled import seeded
@@ -35,7 +38,7 @@ from hivit_hf.training.overlays import overlay, overlay_sheet, palette
 from hivit_hf.training.recipe import read_recipe
 from hivit_hf.training.segmentation import SegmentationRun
 from hivit_hf.training.segmentation_recipe import SegmentationRecipe
-from hivit_hf.training.segmenter import load_segmenter, new_segmenter, predict
+from hivit_hf.training.segmenter import load_segmenter, new_segmenter, predict, share_batch_norms
 from scenes.data import map_names, scenes_dataset
 
 
@@ -565,6 +568,37 @@ def test_memory_does_not_grow_with_the_pictures_of_an_evaluation(small_scenes, t
     scores = trainer.evaluation_loop(type("Loader", (), {"dataset": rows}), "evaluating").metrics
     assert scores["eval_mean_iou"] == 0 and len(used) == 30
     assert used[-1] - used[2] < 50 * 2**20
+
+
+def test_batch_norms_are_shared_on_several_gpus_only(small_scenes, tmp_path, monkeypatch):
+    run = run_for(small_scenes, tmp_path / "run")
+    before = list(run.model.state_dict())
+    plain = sum(isinstance(module, torch.nn.BatchNorm2d) for module in run.model.modules())
+    for number, device in ((1, "cuda"), (2, "cpu")):
+        assert share_batch_norms(run.model, number, torch.device(device)) is run.model
+    monkeypatch.setattr(run, "_make_trainer", lambda kind, args, **keywords: None)
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    monkeypatch.setattr(TrainingArguments, "device", torch.device("cuda"))
+    run._trainer(run._training_arguments())
+    shared = sum(isinstance(module, torch.nn.SyncBatchNorm) for module in run.model.modules())
+    assert shared == plain > 0 and list(run.model.state_dict()) == before
+
+
+@pytest.mark.parametrize("how", ["FSDP", "ZeRO stage 3"])
+def test_sharded_parameters_are_refused(small_scenes, tmp_path, monkeypatch, how):
+    run, make = run_for(small_scenes, tmp_path / "run"), Trainer.create_accelerator_and_postprocess
+    run._trainer(run._training_arguments())
+
+    def make_sharded(trainer):
+        make(trainer)
+        trainer.is_fsdp_enabled = True  # which no process on CPUs can have
+
+    if how == "FSDP":
+        monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", make_sharded)
+    else:
+        monkeypatch.setattr(dense, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match="FSDP and ZeRO stage 3 want the same number of forward passes"):
+        run._trainer(run._training_arguments())
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..configuration_hivit import HiViTConfig
 from ..configuration_pyramid import HiViTPyramidConfig
@@ -106,7 +107,20 @@ def load_fitting(
 
 
 class DenseTrainer(ClassifierTrainer):
-    """`ClassifierTrainer` for pictures of many sizes: evaluations have lists of items, and no picture twice."""
+    """
+    `ClassifierTrainer` for pictures of many sizes: evaluations have lists of items, and no picture twice.
+
+    Raises:
+        ValueError: under FSDP and ZeRO stage 3, which wait for a forward pass of every process.
+    """
+
+    def __init__(self, recipe, config, **keywords):
+        super().__init__(recipe, config, **keywords)
+        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "Evaluations give each process pictures of its own, but FSDP and ZeRO stage 3 want the same number of "
+                "forward passes from all: start with torchrun, or with DeepSpeed up to stage 2."
+            )
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
         """Each process has a share of the pictures; these may differ in number, and one may have none."""

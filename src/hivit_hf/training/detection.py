@@ -266,4 +266,5 @@ def _draw_objects(axes, objects: dict, names: Sequence[str]):
         style = {"facecolor": color, "edgecolor": "none", "pad": 1, "alpha": 0.85}
         text = names[label - 1] + score
         above = "bottom" if top > 0.06 * axes.get_ylim()[0] else "top"  # else it would leave the picture
-        axes.text(left, top, text, fontsize=7, color="white", va=above, bbox=style, clip_on=True)
+        ink = "black" if color @ (0.299, 0.587, 0.114) > 0.6 else "white"  # on light colours, by their luma
+        axes.text(left, top, text, fontsize=7, color=ink, va=above, bbox=style, clip_on=True)

@@ -28,6 +28,7 @@ from .segmenter import (
     predict,
     resize_pyramid,
     segmenter_processor,
+    share_batch_norms,
 )
 
 
@@ -224,6 +225,7 @@ class SegmentationRun(FinetuneRun):
         self.model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
 
     def _trainer(self, args: TrainingArguments) -> SegmentationTrainer:
+        self.model = share_batch_norms(self.model, args.world_size, args.device)
         return self._make_trainer(SegmentationTrainer, args, metric_path=self.metric_path)
 
     def _save(self, trainer: SegmentationTrainer):

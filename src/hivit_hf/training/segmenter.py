@@ -161,10 +161,17 @@ def resize_pyramid(backbone: HiViTPyramid, crop_size: int):
     resize_for(backbone, crop_size)
 
 
+def share_batch_norms(model: nn.Module, num_processes: int, device: torch.device) -> nn.Module:
+    """The model, whose batch norms count the pictures of all processes while training, as the original's; GPUs only."""
+    if num_processes == 1 or device.type != "cuda":
+        return model
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
 def segmenter_processor(crop_size: int, mean: Sequence[float], std: Sequence[float]) -> SegformerImageProcessor:
     """
-    What makes pixels of a picture for pipelines: it is resized to a square of `crop_size` px, and the class map back.
-    Sliding windows and several scales, which `predict` has, are better and slower.
+    What makes pixels of a picture for pipelines: it is squeezed to a square of `crop_size` px, and the class map back.
+    `predict` keeps the shape; its sliding windows and several scales are better and slower.
     """
     size = {"height": crop_size, "width": crop_size}
     return SegformerImageProcessor(size=size, image_mean=list(mean), image_std=list(std), do_reduce_labels=False)
