@@ -30,6 +30,7 @@ bench: $(DEMO) $(BROWSER)  ## Speed and memory against the peers: benchmarks/res
 	$(RUN) benchmarks/loader.py
 	$(RUN) benchmarks/loop.py
 	$(RUN) benchmarks/dense.py
+	$(RUN) benchmarks/dense.py --relative_bias --rounds 1 --sizes 800x1344
 	$(RUN) benchmarks/hub_folder.py
 	$(RUN) benchmarks/onnx_inference.py --demo demo_output
 	$(RUN) examples/export_onnx.py demo_output/model examples/browser/models/classifier --task classification

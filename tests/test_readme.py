@@ -16,6 +16,7 @@ from hivit_hf import ARCHITECTURES, HiViTConfig, HiViTForImageClassification, Hi
 from hivit_hf.training.detection_recipe import DetectionRecipe
 from hivit_hf.training.finetune_recipe import FinetuneRecipe
 from hivit_hf.training.recipe import PretrainRecipe
+from hivit_hf.training.segmentation_recipe import SegmentationRecipe
 
 
 ROOT = Path(__file__).parents[1]
@@ -104,7 +105,7 @@ def test_help_texts_are_sentences(script, monkeypatch):
         assert action.help and action.help[0].isupper() and action.help.endswith("."), action
 
 
-@pytest.mark.parametrize("recipe", [PretrainRecipe, FinetuneRecipe, DetectionRecipe])
+@pytest.mark.parametrize("recipe", [PretrainRecipe, FinetuneRecipe, SegmentationRecipe, DetectionRecipe])
 def test_help_texts_of_recipes_say_what_to_do(recipe):
     for field in fields(recipe):
         assert field.metadata["help"].split()[0] in IMPERATIVES.split(), field.name

@@ -1,30 +1,44 @@
 """Segmentation: class maps, what is refused, pictures of any size, mean IoU, and whole runs by the command line."""
 
+import io
 import json
 import re
-from dataclasses import replace
+import subprocess
+import sys
+from dataclasses import fields, replace
 from pathlib import Path
 
 import evaluate
 import numpy as np
+import psutil
 import pytest
 import torch
-from datasets import Dataset, DatasetDict, Features, Image, Value
+from datasets import Dataset, DatasetDict, Features, Image, Value, load_from_disk
 from PIL import Image as PILImage
 from sklearn.metrics import jaccard_score, recall_score
 from torch.testing import assert_close
-from transformers import AutoModelForSemanticSegmentation, UperNetForSemanticSegmentation, pipeline
+from transformers import (
+    AutoModelForSemanticSegmentation,
+    EarlyStoppingCallback,
+    Trainer,
+    TrainingArguments,
+    UperNetForSemanticSegmentation,
+    pipeline,
+)
 
 import finetune_segmentation
 from hivit_hf import HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling
+from hivit_hf.hub import IMAGENET_MEAN, IMAGENET_STD
+from hivit_hf.training import dense
 from hivit_hf.training.class_maps import IGNORED, MappedPictures, TrainingCrop, WholePicture
 from hivit_hf.training.dense import pyramid_start
 from hivit_hf.training.labelled import seeded
 from hivit_hf.training.optim import layer_table, layerwise_parameter_groups, poly_learning_rate
 from hivit_hf.training.overlays import overlay, overlay_sheet, palette
 from hivit_hf.training.recipe import read_recipe
+from hivit_hf.training.segmentation import SegmentationRun
 from hivit_hf.training.segmentation_recipe import SegmentationRecipe
-from hivit_hf.training.segmenter import load_segmenter, new_segmenter, predict
+from hivit_hf.training.segmenter import load_segmenter, new_segmenter, predict, share_batch_norms
 from scenes.data import map_names, scenes_dataset
 
 
@@ -59,7 +73,10 @@ def test_mean_iou_is_that_of_scikit_learn():
     true = [generator.integers(0, 4, size) for size in ((7, 5), (4, 9))]
     guessed = [np.where(generator.random(t.shape) < 0.6, t, generator.integers(0, 4, t.shape)) for t in true]
     true[0][:2] = 255
-    scores = evaluate.load(MEAN_IOU).compute(predictions=guessed, references=true, num_labels=5)
+    metric = evaluate.load(MEAN_IOU)
+    scores = metric.compute(predictions=guessed, references=true, num_labels=5)
+    # of the pictures one by one, as runs ask, it is the same
+    assert metric.scores(sum(metric.counts(g, t, 5) for g, t in zip(guessed, true))) == scores
     flat_true, flat_guessed = (np.concatenate([maps.ravel() for maps in values]) for values in (true, guessed))
     labelled = flat_true != 255
     expected = jaccard_score(flat_true[labelled], flat_guessed[labelled], average=None)
@@ -117,6 +134,38 @@ def test_maps_are_read_as_they_are_or_counted_from_one():
     sixteen_bits = PILImage.fromarray((numbers % 3).astype(np.uint16))
     for picture in (palette_picture, sixteen_bits):
         assert np.array_equal(mapped([picture]).sample(0)[1], numbers % 3)
+
+
+def turned_file(pixels: np.ndarray, exif_orientation: int | None) -> dict:
+    """A PNG file that says how it lies."""
+    exif, file = PILImage.Exif(), io.BytesIO()
+    if exif_orientation is not None:
+        exif[0x0112] = exif_orientation
+    PILImage.fromarray(pixels).save(file, "png", exif=exif)
+    return {"bytes": file.getvalue(), "path": None}
+
+
+@pytest.mark.parametrize("turn", [3, 6])
+def test_pictures_and_maps_are_turned_together_or_refused(turn):
+    numbers = np.zeros((6, 8), dtype=np.uint8)
+    numbers[0, 0] = 1  # the corner that the picture marks too
+    pixels = np.repeat(numbers[:, :, None] * 255, 3, axis=2)
+
+    def pictures(picture_lies, map_lies) -> MappedPictures:
+        features = Features({"image": Image(), "annotation": Image(), "image_id": Value("string")})
+        files = {"image": turned_file(pixels, picture_lies), "annotation": turned_file(numbers, map_lies)}
+        row = {name: [file] for name, file in files.items()} | {"image_id": ["view"]}
+        transform = WholePicture([0.5] * 3, [0.5] * 3)
+        return MappedPictures(Dataset.from_dict(row, features=features), "image", "annotation", transform, 3)
+
+    for picture_lies, map_lies in ((turn, turn), (1, None)):
+        picture, read = pictures(picture_lies, map_lies).sample(0)
+        assert np.array_equal(np.asarray(picture)[:, :, 0] // 255, read) and read.sum() == 1
+        assert read[0, 0] == (picture_lies == 1)
+    for picture_lies, map_lies in ((turn, None), (turn, 1), (None, turn)):
+        lies = f"of sample 0 of train (view) is {picture_lies or 1} and that of its map {map_lies or 1}"
+        with pytest.raises(ValueError, match=re.escape(lies)):
+            pictures(picture_lies, map_lies).check(0)
 
 
 def test_bad_samples_are_named():
@@ -324,19 +373,59 @@ def test_a_segmenter_begins_with_the_weights_of_any_hivit(kind, tmp_path):
         load_segmenter(str(tmp_path / "segmenter"), ["sky", "earth"])
 
 
+def test_a_segmenter_is_gone_on_with_as_it_is_or_refused(tmp_path):
+    encoder, folder = start_folder(tmp_path / "encoder", use_relative_position_bias=False), str(tmp_path / "segmenter")
+    model = load_segmenter(encoder, NAMES, **SMALL).model
+    model.save_pretrained(folder)
+    changed = {"window_size": 2, "drop_path_rate": 0.2}
+    whole = load_segmenter(folder, NAMES, changes=changed, **SMALL, auxiliary_weight=0.4)
+    assert {name: getattr(whole.model.backbone.config, name) for name in changed} == changed and not whole.notes
+    for name, parameter in model.state_dict().items():
+        assert torch.equal(parameter, whole.model.state_dict()[name]), name
+    (note,) = load_segmenter(folder, NAMES, changes={"use_relative_position_bias": True}).notes
+    assert "relative position tables" in note
+    cases = [
+        ({"architecture": "base"}, "The recipe is for base, whose hidden_size is 512, but that of .* is 32"),
+        ({"changes": {"windowsize": 3}}, "has no keyword 'windowsize'"),
+        ({"changes": {"depths": [1, 1, 7]}}, "do not fit the network: backbone.hivit.stages.2.layers.2"),
+        ({"changes": {"depths": [1, 1, 1]}}, "do not fit the network: backbone.hivit.stages.2.layers.1"),
+        ({"changes": {"hidden_size": 64}}, "do not fit the network"),
+        ({"head_channels": 64}, "has head_channels 8, not 64: leave out --head_channels"),
+        ({"auxiliary_channels": 64}, "has auxiliary_channels 8, not 64"),
+        ({"auxiliary_weight": 0.0}, "has auxiliary_weight 0.4, not 0.0"),
+    ]
+    for keywords, sentence in cases:
+        with pytest.raises(ValueError, match=sentence):
+            load_segmenter(folder, NAMES, **keywords)
+    with pytest.raises(ValueError, match=r"hivit\.stages\.2\.layers\.1.* left over"):
+        load_segmenter(encoder, NAMES, changes={"depths": [1, 1, 1]}, **SMALL)
+    start = load_segmenter(encoder, NAMES, head_channels=8, auxiliary_weight=0.0)
+    start.model.save_pretrained(tmp_path / "plain")
+    load_segmenter(str(tmp_path / "plain"), NAMES, auxiliary_weight=0.0, auxiliary_channels=64)  # of no head
+    with pytest.raises(ValueError, match=r"has auxiliary_weight 0\.0, not 0\.4"):
+        load_segmenter(str(tmp_path / "plain"), NAMES, auxiliary_weight=0.4)
+
+
 # -- pictures for people --------------------------------------------------------------------------------------------
 
 
 def test_overlays_show_classes_in_their_colours():
-    colours = palette(150)
-    assert len({tuple(colour) for colour in palette(12).tolist()}) == 12 and colours.shape == (150, 3)
+    colours = palette([*NAMES, *map(str, range(147))], opacity=0.5)
+    assert len({tuple(colour) for colour in colours.tolist()}) == 150 and colours.shape == (150, 4)
     picture = PILImage.new("RGB", (8, 6), (100, 100, 100))
     numbers = np.full((6, 8), IGNORED)
     numbers[:3] = 2
-    laid = np.asarray(overlay(picture, numbers, colours, opacity=0.5)).astype(int)
-    assert (laid[3:] == 100).all() and np.abs(laid[0, 0] - (100 + colours[2].astype(int)) / 2).max() <= 0.5
+    laid = np.asarray(overlay(picture, numbers, colours)).astype(int)
+    assert (laid[3:] == 100).all() and np.abs(laid[0, 0] - (100 + colours[2, :3].astype(int)) / 2).max() <= 1
     sheet = overlay_sheet([(picture, numbers, np.zeros_like(numbers))] * 2, NAMES, tile_px=64)
-    assert sheet.width == 3 * 64 + 4 * 6 and tuple(colours[0].tolist()) in {c for _, c in sheet.getcolors(100000)}
+    assert sheet.width == 3 * 64 + 4 * 6 and tuple(colours[0, :3].tolist()) in {c for _, c in sheet.getcolors(100000)}
+
+
+def test_background_is_faint_in_overlays():
+    picture, numbers = PILImage.new("RGB", (8, 6), (90, 200, 40)), np.zeros((6, 8), dtype=np.int64)
+    for name, faint in (("sky", False), ("background", True), ("Other", True)):
+        laid = np.asarray(overlay(picture, numbers, palette([name, "sea"]))).astype(int)
+        assert (np.abs(laid - np.asarray(picture).astype(int)).max() < 50) == faint
 
 
 # -- whole runs -----------------------------------------------------------------------------------------------------
@@ -366,6 +455,19 @@ def run(dataset: str, output: Path, *flags: str) -> int:
     small += ["--evaluate_every_steps", "2", "--log_every_steps", "1", "--shown_pictures", "2"]
     where = ["--dataset_name", dataset, "--output_dir", str(output), "--config", str(SCENES)]
     return finetune_segmentation.main([*small, *flags, *where])
+
+
+def make_erratic(model: UperNetForSemanticSegmentation, picture: PILImage.Image) -> UperNetForSemanticSegmentation:
+    """Redraws what decides on classes; on the picture no class is likelier than another, so small things decide."""
+    classifier = model.decode_head.classifier
+    pixel_values, _ = WholePicture(IMAGENET_MEAN, IMAGENET_STD)(picture.crop((0, 0, 48, 40)), np.zeros((40, 48)))
+    with seeded(0), torch.no_grad():
+        torch.nn.init.normal_(classifier.weight)
+        torch.nn.init.zeros_(classifier.bias)
+        std, mean = torch.std_mean(model.eval()(pixel_values=pixel_values[None]).logits, (0, 2, 3))
+        classifier.weight /= std[:, None, None, None]
+        classifier.bias -= mean / std
+    return model
 
 
 def metrics_of(folder: Path) -> dict:
@@ -400,12 +502,12 @@ def test_a_run_by_the_command_line(small_scenes, tmp_path, capsys):
     assert run(small_scenes, tmp_path / "judged", *judged, str(tmp_path / "whole"), *looks) == 0
     assert metrics_of(tmp_path / "judged")["eval_mean_iou"] == metrics["eval_mean_iou"]
     # windows, scales and mirror images change what an erratic one sees
-    torch.nn.init.normal_(weights[0].decode_head.classifier.weight)
-    weights[0].save_pretrained(tmp_path / "erratic")
+    make_erratic(weights[0], load_from_disk(small_scenes)["test"][0]["image"]).save_pretrained(tmp_path / "erratic")
     ways = [looks, [], *(looks[:2], looks[2:5], looks[5:])]
     for number, way in enumerate(ways):
         assert run(small_scenes, tmp_path / f"way_{number}", *judged, str(tmp_path / "erratic"), *way) == 0
-    assert len({metrics_of(tmp_path / f"way_{number}")["eval_mean_iou"] for number in range(5)}) == 5
+    scores = [metrics_of(tmp_path / f"way_{number}")["eval_mean_iou"] for number in range(5)]
+    assert len(set(scores)) == 5 and min(scores) > 0
 
     # what the pipeline says is in the size of the picture
     segments = pipeline("image-segmentation", str(tmp_path / "whole"))(PILImage.new("RGB", (75, 60)))
@@ -435,6 +537,117 @@ def test_every_other_flag_does_something(small_scenes, tmp_path, capsys):
     assert run(small_scenes, tmp_path / "table", *start, "--show_layer_table", "true") == 0
     table = capsys.readouterr().out
     assert "backbone.norms.stage4.weight" in table and not (tmp_path / "table").exists()
+
+
+def recipe_for(dataset: str, output: Path, **changes) -> SegmentationRecipe:
+    values = read_recipe(SCENES, SegmentationRecipe) | {"from_scratch": True, "architecture": "tiny", **SMALL}
+    values |= {"label_names": map_names(), "crop_size": 32, "eval_size": 60, "batch_size": 2, "effective_batch_size": 4}
+    values |= {"model": json.dumps({"depths": [1, 1, 1], "hidden_size": 32, "num_attention_heads": 2, "patch_size": 8})}
+    values |= {"dataset_name": dataset, "output_dir": str(output)} | changes
+    recipe = SegmentationRecipe(**values)
+    recipe.check()
+    return recipe
+
+
+def run_for(dataset: str, output: Path, **changes) -> SegmentationRun:
+    return SegmentationRun(recipe_for(dataset, output, **changes), MEAN_IOU, say=lambda sentence: None)
+
+
+def test_memory_does_not_grow_with_the_pictures_of_an_evaluation(small_scenes, tmp_path, monkeypatch):
+    run = run_for(small_scenes, tmp_path / "run", shown_pictures=0)
+    trainer, process, used = run._trainer(run._training_arguments()), psutil.Process(), []
+    true = np.random.default_rng(0).integers(0, len(map_names()), (512, 683))
+
+    def predictions(dataloader):
+        for _ in range(30):
+            used.append(process.memory_info().rss)
+            yield torch.from_numpy((true + 1) % len(map_names())), {"labels": torch.from_numpy(true)}
+
+    monkeypatch.setattr(trainer, "_predictions", predictions)
+    rows = type("Rows", (), {"dataset": run.eval_pictures, "indices": range(30)})
+    scores = trainer.evaluation_loop(type("Loader", (), {"dataset": rows}), "evaluating").metrics
+    assert scores["eval_mean_iou"] == 0 and len(used) == 30
+    assert used[-1] - used[2] < 50 * 2**20
+
+
+def test_batch_norms_are_shared_on_several_gpus_only(small_scenes, tmp_path, monkeypatch):
+    run = run_for(small_scenes, tmp_path / "run")
+    before = list(run.model.state_dict())
+    plain = sum(isinstance(module, torch.nn.BatchNorm2d) for module in run.model.modules())
+    for number, device in ((1, "cuda"), (2, "cpu")):
+        assert share_batch_norms(run.model, number, torch.device(device)) is run.model
+    monkeypatch.setattr(run, "_make_trainer", lambda kind, args, **keywords: None)
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    monkeypatch.setattr(TrainingArguments, "device", torch.device("cuda"))
+    run._trainer(run._training_arguments())
+    shared = sum(isinstance(module, torch.nn.SyncBatchNorm) for module in run.model.modules())
+    assert shared == plain > 0 and list(run.model.state_dict()) == before
+
+
+@pytest.mark.parametrize("how", ["FSDP", "ZeRO stage 3"])
+def test_sharded_parameters_are_refused(small_scenes, tmp_path, monkeypatch, how):
+    run, make = run_for(small_scenes, tmp_path / "run"), Trainer.create_accelerator_and_postprocess
+    run._trainer(run._training_arguments())
+
+    def make_sharded(trainer):
+        make(trainer)
+        trainer.is_fsdp_enabled = True  # which no process on CPUs can have
+
+    if how == "FSDP":
+        monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", make_sharded)
+    else:
+        monkeypatch.setattr(dense, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match="FSDP and ZeRO stage 3 want the same number of forward passes"):
+        run._trainer(run._training_arguments())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pictures", [1, 5])
+def test_two_processes_evaluate_every_picture_once(tmp_path, pictures):
+    data = tmp_path / "data"
+    scenes_dataset({"test": pictures}, height_px=40, width_px=50).save_to_disk(data)
+    start = load_segmenter(start_folder(tmp_path / "start"), map_names(), crop_size=32, **SMALL)
+    picture = load_from_disk(data)["test"][0]["image"]
+    make_erratic(start.model, picture).save_pretrained(tmp_path / "segmenter")
+    values = {"--dataset_name": data, "--model_name_or_path": tmp_path / "segmenter", "--evaluate_only": "true"}
+    values |= {"--config": SCENES, "--crop_size": 32, "--eval_size": 40}
+    values |= {"--head_channels": 8, "--auxiliary_weight": 0.4}  # the recipe has others
+    values |= {"--batch_size": 4, "--effective_batch_size": 8, "--output_dir": tmp_path / "one"}
+    flags = ["--label_names", *map_names(), *(str(word) for item in values.items() for word in item)]
+    assert finetune_segmentation.main(flags) == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run(
+        [*launcher, EXAMPLES / "finetune_segmentation.py", *flags, "--output_dir", tmp_path / "two"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "processes: 2" in done.stdout and (tmp_path / "two" / "overlays.png").exists()
+    results = [metrics_of(tmp_path / name) for name in ("one", "two")]
+    figures = [{name: one[name] for name in one if "iou" in name or "accuracy" in name} for one in results]
+    assert figures[0] == figures[1] and figures[0]["eval_mean_iou"] > 0
+
+
+def test_judging_needs_trained_heads_and_spoils_no_figures(small_scenes, tmp_path, capsys):
+    backbone, judge = start_folder(tmp_path / "start"), ["--evaluate_only", "true", "--model_name_or_path"]
+    cases = [(backbone, "is no segmenter"), (str(tmp_path / "nowhere"), "There is no folder")]
+    for name, sentence in cases:
+        assert run(small_scenes, tmp_path / "run", *judge, name) == 2
+        assert sentence in capsys.readouterr().err and not (tmp_path / "run").exists()
+    whole = tmp_path / "whole"
+    load_segmenter(backbone, map_names(), crop_size=32, **SMALL).model.save_pretrained(whole)
+    (whole / "eval_results.json").write_text("{}")
+    assert run(small_scenes, whole, *judge, str(whole)) == 2
+    assert "whole holds the figures of a run" in capsys.readouterr().err
+    assert (whole / "eval_results.json").read_text() == "{}" and not (whole / "overlays.png").exists()
+    # of a dataset without pictures to learn from
+    load_from_disk(small_scenes)["test"].to_parquet(tmp_path / "data" / "validation.parquet")
+    assert run(str(tmp_path / "data"), tmp_path / "judged", *judge, str(whole)) == 0
+    assert {"eval_results.json", "overlays.png"} <= {path.name for path in (tmp_path / "judged").iterdir()}
+    assert run(small_scenes, tmp_path / "held_out", *judge, str(whole), "--eval_fraction", "0.2") == 0
+    assert "eval_mean_iou" in metrics_of(tmp_path / "held_out")
 
 
 @pytest.mark.parametrize(
@@ -471,12 +684,19 @@ def test_a_bad_sample_stops_a_run_with_its_id(tmp_path, capsys):
         (["--label_names", "sky"], "two classes or more"),
         (["--label_names", "sky", "sea", "sky"], "sky is there more than once"),
         (["--eval_stride", "40"], "leaves gaps between squares of 32 px"),
+        (["--auxiliary_weight", "-1"], "auxiliary_weight must not be negative"),
+        (["--head_channels", "0"], "head_channels must be a positive number"),
         (["--eval_scales", "0"], "eval_scales must be positive"),
         (["--scale_range", "2", "1"], "scale_range must be two numbers"),
         (["--layer_decay", "1.5"], "layer_decay must be in"),
         (["--warmup_steps", "9"], "warmup_steps must be less than total_steps 4"),
         (["--model", '{"drop_path_rate": 0.1}'], "has a flag of its own"),
+        (["--model", '{"image_size": 32}'], "sets image_size, which follows from --crop_size"),
+        (["--freeze_backbone", "true", "--drop_path_rate", "0.5"], "for a backbone that learns: set it to 0"),
+        (["--label_names", *map(str, range(256))], "has 256 names, but as 255 is not labelled in the maps there can"),
+        (["--reduce_labels", "true", "--label_names", *map(str, range(255))], "can be 254 with --reduce_labels"),
         (["--evaluate_only", "true", "--resume", "latest"], "no --resume"),
+        (["--evaluate_only", "true", "--push_to_hub", "true"], "no model to upload"),
         (["--from_scratch", "true"], "Give either --model_name_or_path, or --from_scratch"),
     ],
 )
@@ -484,6 +704,109 @@ def test_flags_that_do_not_fit_are_refused_at_once(flags, sentence, tmp_path, ca
     with pytest.raises(SystemExit) as exit_info:
         run("nowhere", tmp_path, "--model_name_or_path", "anything", *flags)
     assert exit_info.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def crop_of(run: SegmentationRun) -> TrainingCrop:
+    return run.train_pictures.transform
+
+
+def trainer_of(run: SegmentationRun):
+    return run._trainer(run._training_arguments())
+
+
+def rates_of(run: SegmentationRun) -> list[float]:
+    """Learning rates of the heads, relative to the highest, step by step."""
+    trainer = trainer_of(run)
+    trainer.create_optimizer_and_scheduler(num_training_steps=3)
+    return [trainer.lr_scheduler.lr_lambdas[0](step) for step in range(0, 400, 10)]
+
+
+def stopper(run: SegmentationRun) -> EarlyStoppingCallback | None:
+    callbacks = trainer_of(run).callback_handler.callbacks
+    return next((callback for callback in callbacks if isinstance(callback, EarlyStoppingCallback)), None)
+
+
+FLAGS = {
+    "freeze_backbone": (True, lambda run: not run.model.backbone.hivit.position_embeddings.requires_grad),
+    "drop_path_rate": (0.3, lambda run: run.model.config.backbone_config.drop_path_rate == 0.3),
+    "head_channels": (12, lambda run: run.model.decode_head.classifier.in_channels == 12),
+    "auxiliary_weight": (0.3, lambda run: run.model.config.auxiliary_loss_weight == 0.3 and run.model.auxiliary_head),
+    "auxiliary_channels": (12, lambda run: run.model.config.auxiliary_channels == 12),
+    "model": ({"window_size": 2, "depths": [1, 1, 1], "patch_size": 8}, lambda run: run.config.window_size == 2),
+    "image_mean": ([0.1, 0.2, 0.3], lambda run: crop_of(run).mean == list(run.processor.image_mean) == [0.1, 0.2, 0.3]),
+    "image_std": ([0.1, 0.2, 0.3], lambda run: crop_of(run).std == list(run.processor.image_std) == [0.1, 0.2, 0.3]),
+    "reduce_labels": (True, lambda run: run.train_pictures.reduce_labels and run.eval_pictures.reduce_labels),
+    "crop_size": (48, lambda run: crop_of(run).crop_size == run.config.image_size == run.processor.size["width"] == 48),
+    "scale_range": ([0.7, 0.8], lambda run: crop_of(run).scale_range == (0.7, 0.8)),
+    "max_class_share": (0.6, lambda run: crop_of(run).max_class_share == 0.6),
+    "flip_probability": (0.4, lambda run: crop_of(run).flip_probability == 0.4),
+    "photometric": (True, lambda run: crop_of(run).distort is not None),
+    "train_split": ("test", lambda run: len(run.train_pictures) == 2),
+    "eval_split": ("train", lambda run: len(run.eval_pictures) == 10),
+    "eval_fraction": (0.3, lambda run: len(run.train_pictures) == 7 and len(run.eval_pictures) == 3),
+    "label_names": (list("abcdefghijklm"), lambda run: run.model.config.num_labels == 13),
+    "max_train_samples": (5, lambda run: len(run.train_pictures) == 5),
+    "max_eval_samples": (1, lambda run: len(run.eval_pictures) == 1),
+    "seed": (5, lambda run: run.train_pictures.seed == trainer_of(run).args.data_seed == 5),
+    "total_steps": (200, lambda run: run._training_arguments().max_steps == 200 and rates_of(run)[20:] == [0.0] * 20),
+    "warmup_steps": (100, lambda run: rates_of(run)[5] == 0.5 * (1 - 50 / 320)),
+    "poly_power": (2.0, lambda run: rates_of(run)[16] == 0.25),
+    "max_steps": (3, lambda run: run._training_arguments().max_steps == 3),
+    "batch_size": (4, lambda run: run._training_arguments().per_device_train_batch_size == 4),
+    "learning_rate": (0.5, lambda run: "5.000e-01" in run.layer_table()),
+    "layer_decay": (0.1, lambda run: "0.1000" in run.layer_table()),
+    "weight_decay": (0.3, lambda run: "0.3" in run.layer_table()),
+    "adam_betas": ([0.5, 0.6], lambda run: trainer_of(run).create_optimizer().defaults["betas"] == (0.5, 0.6)),
+    "clip_norm": (0.5, lambda run: run._training_arguments().max_grad_norm == 0.5),
+    "mixed_precision": ("bf16", lambda run: run._training_arguments().bf16),
+    "compile": (True, lambda run: run._training_arguments().torch_compile),
+    "num_workers": (1, lambda run: trainer_of(run).get_eval_dataloader().num_workers == 1),
+    "evaluate_every_steps": (3, lambda run: run._training_arguments().eval_steps == 3),
+    "keep_last": (5, lambda run: run._training_arguments().save_total_limit == 5),
+    "log_every_steps": (7, lambda run: run._training_arguments().logging_steps == 7),
+    "tracker": ("tensorboard", lambda run: run._training_arguments().report_to == ["tensorboard"]),
+    "early_stopping_patience": (3, lambda run: stopper(run) and stopper(run).early_stopping_patience == 3),
+}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_flags_reach_what_they_are_about(small_scenes, tmp_path, name):
+    value, holds = FLAGS[name]
+    assert not holds(run_for(small_scenes, tmp_path / "run"))
+    assert holds(run_for(small_scenes, tmp_path / "run", **{name: value}))
+
+
+def test_columns_and_checks_are_those_that_were_asked_for(small_scenes, tmp_path):
+    renamed = load_from_disk(small_scenes).rename_columns({"image": "photo", "annotation": "classes"})
+    renamed.save_to_disk(tmp_path / "data")
+    columns = {"image_column": "photo", "map_column": "classes"}
+    seen = {}
+    for limit in (0, 1, 1000):
+        run, seen[limit] = run_for(str(tmp_path / "data"), tmp_path / str(limit), **columns, check_images=limit), []
+        run.eval_pictures.check = seen[limit].append
+        run.evaluate()
+    assert seen == {0: [], 1: [0], 1000: [0, 1]}
+
+
+def test_every_flag_is_tested():
+    elsewhere = {"title", "source", "cost", "expected_result"}
+    # whole runs, and what they begin with
+    elsewhere |= {
+        "architecture",
+        "model_name_or_path",
+        "from_scratch",
+        "dataset_name",
+        "output_dir",
+        "resume",
+        "evaluate_only",
+    }
+    elsewhere |= {"eval_size", "eval_stride", "eval_scales", "eval_flip", "shown_pictures", "show_layer_table"}
+    elsewhere |= {"ema_decay", "gradient_checkpointing", "effective_batch_size", "image_column", "map_column"}
+    elsewhere |= {"check_images"}
+    # what all trainings share: tests/test_labelled.py, tests/test_finetune.py
+    elsewhere |= {"dataset_config", "dataset_revision", "push_to_hub", "hub_model_id", "hub_private_repo"}
+    assert {item.name for item in fields(SegmentationRecipe)} == elsewhere | set(FLAGS)
+    assert not elsewhere & set(FLAGS)
 
 
 def test_recipes_hold_the_published_numbers(tmp_path):

@@ -23,7 +23,10 @@ Returns:
 
 
 class MeanIoU(evaluate.Metric):
-    """Load it with `evaluate.load("examples/metrics/mean_iou")`."""
+    """
+    Load it with `evaluate.load("examples/metrics/mean_iou")`. `compute` wants all class maps at once. Where there are
+    too many, or in several processes, add up the `counts` of each picture: `scores` makes the same of the sum.
+    """
 
     def _info(self) -> evaluate.MetricInfo:
         class_map = datasets.List(datasets.List(datasets.Value("uint16")))
@@ -37,9 +40,50 @@ class MeanIoU(evaluate.Metric):
     def _compute(self, predictions, references, num_labels: int, ignore_index: int = 255) -> dict:
         counts = np.zeros((num_labels, num_labels), dtype=np.int64)
         for number, (prediction, reference) in enumerate(zip(predictions, references)):
-            counts += _counts(np.asarray(prediction), np.asarray(reference), num_labels, ignore_index, number)
+            counts += self.counts(np.asarray(prediction), np.asarray(reference), num_labels, ignore_index, number)
+        return self.scores(counts)
+
+    def counts(
+        self, prediction: np.ndarray, reference: np.ndarray, num_labels: int, ignore_index: int = 255, number: int = 0
+    ) -> np.ndarray:
+        """
+        How often each true class (row) was predicted as each class (column), of one picture.
+
+        Args:
+            prediction: predicted classes (height, width).
+            reference: true classes (height, width).
+            num_labels: number of classes.
+            ignore_index: of pixels that are not labelled and do not count.
+            number: of the picture, for messages.
+
+        Returns:
+            (num_labels, num_labels), int64.
+
+        Raises:
+            ValueError: for maps of different sizes and for unknown classes.
+        """
+        if prediction.shape != reference.shape:
+            raise ValueError(
+                f"The maps of picture {number} differ in size: {prediction.shape} predicted, {reference.shape} true."
+            )
+        labelled = reference != ignore_index
+        prediction, reference = prediction[labelled].astype(np.int64), reference[labelled].astype(np.int64)
+        if len(reference) and max(prediction.max(), reference.max()) >= num_labels:
+            raise ValueError(
+                f"The maps of picture {number} have the class {max(prediction.max(), reference.max())}, but there are "
+                f"{num_labels}: give the number of classes of the model."
+            )
+        return np.bincount(reference * num_labels + prediction, minlength=num_labels**2).reshape(num_labels, num_labels)
+
+    def scores(self, counts: np.ndarray) -> dict:
+        """
+        What `compute` returns, from the sum of the `counts` of all pictures.
+
+        Raises:
+            ValueError: if nothing was counted.
+        """
         if not counts.sum():
-            raise ValueError(f"No pixel is labelled: all are ignore_index {ignore_index}. Give other references.")
+            raise ValueError("No pixel is labelled: all are ignore_index. Give other references.")
         hits, true, predicted = np.diag(counts), counts.sum(axis=1), counts.sum(axis=0)
         iou = _shares(hits, true + predicted - hits)
         accuracy = _shares(hits, true)
@@ -50,22 +94,6 @@ class MeanIoU(evaluate.Metric):
             "per_category_iou": iou,
             "per_category_accuracy": accuracy,
         }
-
-
-def _counts(prediction: np.ndarray, reference: np.ndarray, num_labels: int, ignore_index: int, number: int):
-    """How often each true class (row) was predicted as each class (column)."""
-    if prediction.shape != reference.shape:
-        raise ValueError(
-            f"The maps of picture {number} differ in size: {prediction.shape} predicted, {reference.shape} true."
-        )
-    labelled = reference != ignore_index
-    prediction, reference = prediction[labelled].astype(np.int64), reference[labelled].astype(np.int64)
-    if len(reference) and max(prediction.max(), reference.max()) >= num_labels:
-        raise ValueError(
-            f"The maps of picture {number} have the class {max(prediction.max(), reference.max())}, but there are "
-            f"{num_labels}: give the number of classes of the model."
-        )
-    return np.bincount(reference * num_labels + prediction, minlength=num_labels**2).reshape(num_labels, num_labels)
 
 
 def _shares(parts: np.ndarray, wholes: np.ndarray) -> list[float | None]:

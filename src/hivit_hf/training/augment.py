@@ -53,12 +53,18 @@ def open_picture(data: bytes, max_pixels: int) -> Image.Image:
     return picture
 
 
-def upright_size(picture: Image.Image) -> tuple[int, int]:
-    """Height and width of a picture once it is turned as its EXIF orientation says. Raises as `decode` does."""
+def orientation(picture: Image.Image) -> int:
+    """How the EXIF data of a picture say that it lies, 1 to 8; 1 is upright. Raises as `decode` does."""
     try:
-        turned = picture.getexif().get(_EXIF_ORIENTATION) in _SWAPPED_SIDES
+        number = picture.getexif().get(_EXIF_ORIENTATION)
     except Exception as error:  # of some formats it lies behind the pixels, which are decoded then
         raise UnreadablePictureError(f"damaged: {error}") from error
+    return number if number in range(1, 9) else 1
+
+
+def upright_size(picture: Image.Image) -> tuple[int, int]:
+    """Height and width of a picture once it is turned as its EXIF orientation says. Raises as `decode` does."""
+    turned = orientation(picture) in _SWAPPED_SIDES
     return (picture.width, picture.height) if turned else (picture.height, picture.width)
 
 

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from datasets import Dataset, Image
 from PIL import Image as PILImage
+from PIL import ImageOps
 from torchvision.transforms import v2
 
-from .augment import UnreadablePictureError, open_picture, seed_of
+from .augment import UnreadablePictureError, open_picture, orientation, seed_of
 from .labelled import MAX_PIXELS, LabelledPictures, seeded
 from .stream import picture_of
 
@@ -65,20 +66,28 @@ class MappedPictures(LabelledPictures):
 
     def sample(self, row: int) -> tuple[PILImage.Image, np.ndarray]:
         """
-        The upright picture and its map (H, W), int64, where `IGNORED` is not labelled.
+        The upright picture and its map (H, W), int64, where `IGNORED` is not labelled. Both are turned as their EXIF
+        data say.
 
         Raises:
             ValueError: if either cannot be read or they do not fit; it names the sample.
         """
-        picture, who = self.picture(row), self.called(row)
+        (picture, lies), who = self.picture_and_orientation(row), self.called(row)
         try:
             data, _ = picture_of(self.maps[row], self.map_column)
             image = open_picture(data, MAX_PIXELS)
             image.load()
+            map_lies = orientation(image)
         except (UnreadablePictureError, OSError, SyntaxError) as error:
             raise UnreadablePictureError(
                 f"The map of {who} cannot be read, {error}: repair it or leave it out."
             ) from error
+        if map_lies != lies:
+            raise ValueError(
+                f"The EXIF orientation of {who} is {lies} and that of its map {map_lies}, so they lie differently: "
+                "save both upright, or leave the sample out."
+            )
+        image = ImageOps.exif_transpose(image)
         numbers = np.asarray(image)
         if numbers.ndim != 2:
             raise ValueError(

@@ -11,7 +11,6 @@ import torch
 from accelerate.utils import gather_object
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from torch.utils.data import Subset
 from tqdm.auto import tqdm
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput
@@ -28,7 +27,7 @@ from .coco import (
     average_precision,
     read_coco,
 )
-from .dense import DenseStart, pyramid_start
+from .dense import DenseStart, DenseTrainer, pyramid_start
 from .detection_recipe import DetectionRecipe
 from .detector import (
     DetrBatches,
@@ -40,29 +39,18 @@ from .detector import (
     out_features_of,
     pyramid_of,
 )
-from .finetune import ClassifierTrainer, FinetuneRun, _sample, training_arguments
+from .finetune import FinetuneRun, _sample, training_arguments
 from .labelled import check_pictures
 from .monitor import INK, _figure
 from .optim import stepped_learning_rate
+from .overlays import palette
 
 
 PICTURES = "detections.png"  # in the output folder
 _COLUMNS = 6
-_OBJECT_COLORS = (
-    "#ff3b30",
-    "#34c759",
-    "#0a84ff",
-    "#ffcc00",
-    "#bf5af2",
-    "#ff9f0a",
-    "#64d2ff",
-    "#ff2d92",
-    "#a2845e",
-    "#c0c0c0",
-)
 
 
-class DetectorTrainer(ClassifierTrainer):
+class DetectorTrainer(DenseTrainer):
     """
     `Trainer` for detectors: layer-wise decay, a schedule in steps, and evaluation by average precision.
 
@@ -103,17 +91,6 @@ class DetectorTrainer(ClassifierTrainer):
     def floating_point_ops(self, inputs: dict) -> int:
         """Not known: `Trainer` would count the elements of one tensor, but pictures are a list."""
         return 0
-
-    def get_eval_dataloader(self, eval_dataset=None) -> torch.utils.data.DataLoader:
-        """Each process has a share of the pictures, none of them twice."""
-        pictures, accelerator = eval_dataset or self.eval_dataset, self.accelerator
-        rows = range(accelerator.process_index, len(pictures), accelerator.num_processes)
-        return torch.utils.data.DataLoader(
-            Subset(pictures, list(rows)),
-            batch_size=self.args.per_device_eval_batch_size,
-            collate_fn=list,
-            num_workers=self.args.dataloader_num_workers,
-        )
 
     def evaluation_loop(
         self, dataloader, description: str, prediction_loss_only=None, ignore_keys=None, metric_key_prefix: str = "eval"
@@ -342,15 +319,13 @@ def draw_detections(
 
 
 def _draw_objects(axes, objects: dict, names: Sequence[str]):
-    masks = objects.get("masks")
+    masks, colors = objects.get("masks"), palette(names, opacity=0.45) / 255
     for number, (box, label) in enumerate(zip(objects["boxes"].tolist(), objects["labels"].tolist())):
-        color = _OBJECT_COLORS[(label - 1) % len(_OBJECT_COLORS)]
-        red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
-        ink = "black" if 0.3 * red + 0.59 * green + 0.11 * blue > 140 else "white"
+        color = colors[label - 1, :3]
         if masks is not None:
             mask = np.asarray(masks[number], dtype=bool)
             layer = np.zeros((*mask.shape, 4))
-            layer[mask] = [red / 255, green / 255, blue / 255, 0.45]
+            layer[mask] = colors[label - 1]
             axes.imshow(layer, interpolation="nearest")
         left, top, right, bottom = box
         axes.add_patch(
@@ -360,13 +335,5 @@ def _draw_objects(axes, objects: dict, names: Sequence[str]):
         style = {"facecolor": color, "edgecolor": "none", "pad": 1, "alpha": 0.85}
         text = names[label - 1] + score
         above = "bottom" if top > 0.06 * axes.get_ylim()[0] else "top"  # else it would leave the picture
-        axes.text(
-            left,
-            top,
-            text,
-            fontsize=7,
-            color=ink,
-            va=above,
-            bbox=style,
-            clip_on=True,
-        )
+        ink = "black" if color @ (0.299, 0.587, 0.114) > 0.6 else "white"  # on light colours, by their luma
+        axes.text(left, top, text, fontsize=7, color=ink, va=above, bbox=style, clip_on=True)

@@ -198,10 +198,12 @@ class FinetuneRun:
         set_seed(recipe.seed)
         self.recipe, self.say = recipe, say
         splits = open_splits(recipe.dataset_name, recipe.dataset_config, recipe.dataset_revision)
-        train, evaluation = train_and_eval(
-            splits, recipe.train_split, recipe.eval_split, recipe.eval_fraction, recipe.seed
-        )
-        self._build(train, evaluation)
+        self._build(*self._choose(splits))
+
+    def _choose(self, splits: datasets.DatasetDict) -> tuple[datasets.Dataset, datasets.Dataset]:
+        """What is learnt from, and what is evaluated with."""
+        recipe = self.recipe
+        return train_and_eval(splits, recipe.train_split, recipe.eval_split, recipe.eval_fraction, recipe.seed)
 
     def _build(self, train, evaluation):
         """Everything that depends on what is learnt."""

@@ -15,7 +15,7 @@ from timm.data import Mixup, create_transform
 from tqdm.auto import tqdm
 from transformers import BitImageProcessor
 
-from .augment import UnreadablePictureError, open_picture, seed_of, upright
+from .augment import UnreadablePictureError, open_picture, orientation, seed_of, upright
 from .stream import PICTURE_SUFFIXES, picture_of
 
 
@@ -82,13 +82,18 @@ def train_and_eval(
             raise ValueError(f"eval_fraction {eval_fraction} of {len(train)} pictures leaves one side empty.")
         parts = train.train_test_split(test_size=eval_fraction, seed=seed)
         return parts["train"], parts["test"]
-    found = eval_split or next((name for name in ("validation", "val", "test") if name in splits), None)
+    return train, evaluation_split(splits, eval_split)
+
+
+def evaluation_split(splits: DatasetDict, given: str | None = None) -> Dataset:
+    """The split to evaluate with: the given one, or 'validation', 'val' or 'test'. ValueError if there is none."""
+    found = given or next((name for name in ("validation", "val", "test") if name in splits), None)
     if found is None:
         raise ValueError(
             f"There is nothing to evaluate with: the dataset has {', '.join(splits)}. Give --eval_split, or hold out a "
             "share with --eval_fraction 0.1."
         )
-    return train, choose_split(splits, found, "eval_split")
+    return choose_split(splits, found, "eval_split")
 
 
 def picture_column(dataset: Dataset, given: str | None = None) -> str:
@@ -359,9 +364,14 @@ class LabelledPictures(torch.utils.data.Dataset):
 
     def picture(self, row: int):
         """The upright PIL picture of a row. Raises UnreadablePictureError, which names the row."""
+        return self.picture_and_orientation(row)[0]
+
+    def picture_and_orientation(self, row: int) -> tuple:
+        """As `picture`, and how its file lies (EXIF, 1 is upright). Raises as it does."""
         try:
             data, path = picture_of(self.dataset[row], self.column)
-            return upright(open_picture(data, MAX_PIXELS), self.num_channels)
+            picture = open_picture(data, MAX_PIXELS)
+            return upright(picture, self.num_channels), orientation(picture)
         except UnreadablePictureError as error:
             value = self.dataset[row][self.column]
             path = value.get("path") if isinstance(value, dict) else None

@@ -12,31 +12,44 @@ from .class_maps import IGNORED
 
 
 _GAP_PX = 6
+_BACKGROUND = ("background", "other")  # names of classes that are no thing of their own
+_FAINT = (0.5, 0.5, 0.5, 0.3)
 _GOLDEN_ANGLE = 0.618034  # of a turn: hues that follow each other are far apart
 
 
-def palette(num_classes: int) -> np.ndarray:
-    """A colour for each class: (num_classes, 3), uint8."""
+def palette(names: Sequence[str], opacity: float = 0.6) -> np.ndarray:
+    """
+    A colour for each class: (classes, 4), uint8, the last of them the opacity. What is only background is a faint grey.
+
+    Args:
+        names: of the classes.
+        opacity: of all other classes.
+    """
     colours = [
-        colorsys.hsv_to_rgb(number * _GOLDEN_ANGLE % 1, (0.9, 0.55)[number // 12 % 2], (1.0, 0.75)[number // 24 % 2])
-        for number in range(num_classes)
+        _FAINT if name.lower() in _BACKGROUND else (*_colour(number), opacity) for number, name in enumerate(names)
     ]
     return np.round(np.array(colours) * 255).astype(np.uint8)
 
 
-def overlay(picture: PILImage.Image, class_map: np.ndarray, colours: np.ndarray, opacity: float = 0.6):
+def _colour(number: int) -> tuple[float, float, float]:
+    saturation, value = (0.9, 0.55)[number // 12 % 2], (1.0, 0.75)[number // 24 % 2]
+    return colorsys.hsv_to_rgb(number * _GOLDEN_ANGLE % 1, saturation, value)
+
+
+def overlay(picture: PILImage.Image, class_map: np.ndarray, colours: np.ndarray) -> PILImage.Image:
     """
     A picture with its class map laid over it; what is not labelled stays as it is.
 
     Args:
         picture: any mode.
         class_map: (H, W), class numbers and `IGNORED`.
-        colours: (classes, 3), uint8.
-        opacity: of the colours.
+        colours: (classes, 4), as of `palette`.
     """
     pixels = np.asarray(picture.convert("RGB")).astype(np.float64)
     labelled = class_map != IGNORED
-    pixels[labelled] = (1 - opacity) * pixels[labelled] + opacity * colours[class_map[labelled]]
+    laid = colours[class_map[labelled]]
+    opacity = laid[:, 3:] / 255
+    pixels[labelled] = (1 - opacity) * pixels[labelled] + opacity * laid[:, :3]
     return PILImage.fromarray(np.round(pixels).astype(np.uint8))
 
 
@@ -51,7 +64,7 @@ def overlay_sheet(
         names: of the classes.
         tile_px: longer side of each picture.
     """
-    colours, font = palette(len(names)), ImageFont.load_default(14)
+    colours, font = palette(names), ImageFont.load_default(14)
     titles, line = ("picture", "truth", "prediction"), 20
     occurring = np.unique(np.concatenate([np.concatenate([t.ravel(), p.ravel()]) for _, t, p in samples]))
     occurring = [int(number) for number in occurring if number != IGNORED]
@@ -75,7 +88,7 @@ def overlay_sheet(
         top += height + _GAP_PX
     for number, (row, left) in zip(occurring, places):
         y = legend_top + row * line
-        draw.rectangle((left, y + 2, left + 13, y + 15), fill=tuple(colours[number].tolist()), outline="black")
+        draw.rectangle((left, y + 2, left + 13, y + 15), fill=tuple(colours[number, :3].tolist()), outline="black")
         draw.text((left + 18, y), names[number], fill="black", font=font)
     return sheet
 

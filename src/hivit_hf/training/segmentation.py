@@ -5,25 +5,37 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import evaluate
+import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
 from PIL import Image as PILImage
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from .class_maps import IGNORED, MappedPictures, TrainingCrop, WholePicture
-from .dense import pyramid_start
-from .finetune import ClassifierTrainer, FinetuneRun, _sample, training_arguments
-from .labelled import check_pictures
+from .dense import DenseTrainer, pyramid_start
+from .finetune import FinetuneRun, _sample, training_arguments
+from .labelled import check_pictures, evaluation_split
 from .optim import poly_learning_rate
 from .overlays import overlay_sheet
 from .segmentation_recipe import SegmentationRecipe
-from .segmenter import SegmenterStart, load_segmenter, new_segmenter, predict, resize_pyramid, segmenter_processor
+from .segmenter import (
+    SegmenterStart,
+    check_segmenter,
+    load_segmenter,
+    new_segmenter,
+    predict,
+    resize_pyramid,
+    segmenter_processor,
+    share_batch_norms,
+)
 
 
-class SegmentationTrainer(ClassifierTrainer):
+FIGURES, PICTURES = "eval_results.json", "overlays.png"  # in the output folder; `Trainer` names the first
+
+
+class SegmentationTrainer(DenseTrainer):
     """
     `Trainer` with the published recipe of segmenters: layer-wise decay in the dense numbering, a polynomial schedule,
     and evaluations of whole pictures, by sliding windows, at several scales and mirrored if the recipe says so.
@@ -36,8 +48,8 @@ class SegmentationTrainer(ClassifierTrainer):
     """
 
     def __init__(self, recipe: SegmentationRecipe, config, metric_path: str | Path, **keywords):
-        self.metric_path = str(metric_path)
-        self.shown: list[tuple[PILImage.Image, torch.Tensor, torch.Tensor]] = []
+        self.metric = evaluate.load(str(metric_path))
+        self.shown: list[tuple[PILImage.Image, np.ndarray, np.ndarray]] = []
         super().__init__(recipe, config, **keywords)
         self.model_accepts_loss_kwargs = False  # UPerNet takes any keyword and ignores it; its losses are means
 
@@ -52,12 +64,6 @@ class SegmentationTrainer(ClassifierTrainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def get_eval_dataloader(self, eval_dataset: MappedPictures | None = None) -> DataLoader:
-        """One picture at a time, as they have many sizes, and each in one process only."""
-        args, dataset = self.args, self.eval_dataset if eval_dataset is None else eval_dataset
-        rows = range(args.process_index, len(dataset), args.world_size)
-        return DataLoader(Subset(dataset, rows), batch_size=None, num_workers=args.dataloader_num_workers)
-
     def evaluation_loop(
         self,
         dataloader: DataLoader,
@@ -66,28 +72,24 @@ class SegmentationTrainer(ClassifierTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Compares the class maps of all pictures at their own size with the true ones; keeps some to be shown."""
-        args, names = self.args, self.recipe.label_names
-        metric = evaluate.load(
-            self.metric_path,
-            num_process=args.world_size,
-            process_id=args.process_index,
-            experiment_id=Path(args.output_dir).resolve().as_posix().replace("/", "-")[-80:],
-        )
-        self.shown = []
-        for predicted, item in self._predictions(dataloader):
-            metric.add(prediction=predicted.numpy(), reference=item["labels"].numpy())
+        """
+        Compares the class maps of all pictures at their own size with the true ones; keeps some to be shown. Each
+        process counts its own pixels, one picture after the other, and the scores are those of the sum.
+        """
+        names, dataset, rows = self.recipe.label_names, dataloader.dataset.dataset, dataloader.dataset.indices
+        counts, self.shown = np.zeros((len(names), len(names)), dtype=np.int64), []
+        for row, (predicted, item) in zip(rows, self._predictions(dataloader)):
+            predicted, true = predicted.numpy(), item["labels"].numpy()
+            counts += self.metric.counts(predicted, true, len(names), IGNORED, row)
             if len(self.shown) < self.recipe.shown_pictures and self.is_world_process_zero():
-                row = len(self.shown) * args.world_size
-                self.shown.append((self.eval_dataset.picture(row), item["labels"].numpy(), predicted.numpy()))
-        scores = [metric.compute(num_labels=len(names), ignore_index=IGNORED)]
-        if args.world_size > 1:
-            broadcast_object_list(scores)
-        metrics = {f"{metric_key_prefix}_{name}": scores[0][name] for name in ("mean_iou", "mean_accuracy")}
-        metrics[f"{metric_key_prefix}_pixel_accuracy"] = scores[0]["overall_accuracy"]
-        known = [(name, iou) for name, iou in zip(names, scores[0]["per_category_iou"]) if iou is not None]
+                self.shown.append((dataset.picture(row), true, predicted))
+        counts = self.accelerator.reduce(torch.from_numpy(counts).to(self.args.device), "sum").cpu().numpy()
+        scores = self.metric.scores(counts)
+        metrics = {f"{metric_key_prefix}_{name}": scores[name] for name in ("mean_iou", "mean_accuracy")}
+        metrics[f"{metric_key_prefix}_pixel_accuracy"] = scores["overall_accuracy"]
+        known = [(name, iou) for name, iou in zip(names, scores["per_category_iou"]) if iou is not None]
         metrics |= {f"{metric_key_prefix}_iou_{name}": iou for name, iou in known}
-        return EvalLoopOutput(None, None, metrics, len(dataloader.dataset))
+        return EvalLoopOutput(None, None, metrics, len(dataset))
 
     def _predictions(self, dataloader: DataLoader) -> Iterator[tuple[torch.Tensor, dict]]:
         recipe, model = self.recipe, self.model
@@ -95,7 +97,7 @@ class SegmentationTrainer(ClassifierTrainer):
         model.eval()
         bar = tqdm(dataloader, desc="evaluating", unit="picture", disable=not self.is_world_process_zero(), leave=False)
         try:
-            for item in bar:
+            for (item,) in bar:  # one, as pictures have many sizes
                 with self.accelerator.autocast():
                     probabilities = predict(
                         model,
@@ -132,11 +134,21 @@ class SegmentationRun(FinetuneRun):
 
     def __init__(self, recipe: SegmentationRecipe, metric_path: str | Path, say: Callable[[str], None] = print):
         self.metric_path = metric_path
+        if recipe.evaluate_only and not recipe.show_layer_table and (Path(recipe.output_dir) / FIGURES).exists():
+            raise ValueError(f"{recipe.output_dir} holds the figures of a run: give another --output_dir.")
         super().__init__(recipe, say)
+
+    def _choose(self, splits):
+        """As in `FinetuneRun`; what is only judged needs no pictures to learn from, and there are none then."""
+        recipe = self.recipe
+        if recipe.evaluate_only and recipe.eval_fraction is None:
+            return None, evaluation_split(splits, recipe.eval_split)
+        return super()._choose(splits)
 
     def _build(self, train, evaluation):
         recipe = self.recipe
-        for split, name in ((train, "train"), (evaluation, "eval")):
+        splits = {"train": train, "eval": evaluation} if train is not None else {"eval": evaluation}
+        for name, split in splits.items():
             for column, flag in ((recipe.image_column, "image_column"), (recipe.map_column, "map_column")):
                 if column not in split.features:
                     raise ValueError(
@@ -163,13 +175,23 @@ class SegmentationRun(FinetuneRun):
             recipe.flip_probability,
             recipe.photometric,
         )
-        limits = (recipe.max_train_samples, recipe.max_eval_samples)
-        splits = (train, evaluation)
-        train, evaluation = (s.select(_sample(len(s), limit, recipe.seed)) for s, limit in zip(splits, limits))
-        columns = (recipe.image_column, recipe.map_column)
-        labels = (len(recipe.label_names), recipe.reduce_labels, channels)
-        self.train_pictures = MappedPictures(train, *columns, crop, *labels, recipe.seed, "train")
-        self.eval_pictures = MappedPictures(evaluation, *columns, WholePicture(mean, std), *labels, name="eval")
+        transforms = {"train": crop, "eval": WholePicture(mean, std)}
+        limits = {"train": recipe.max_train_samples, "eval": recipe.max_eval_samples}
+        pictures = {
+            name: MappedPictures(
+                split.select(_sample(len(split), limits[name], recipe.seed)),
+                recipe.image_column,
+                recipe.map_column,
+                transforms[name],
+                len(recipe.label_names),
+                recipe.reduce_labels,
+                channels,
+                recipe.seed if name == "train" else None,
+                name,
+            )
+            for name, split in splits.items()
+        }
+        self.train_pictures, self.eval_pictures = pictures.get("train"), pictures["eval"]
 
     def train(self) -> dict[str, float]:
         """As in `FinetuneRun`, with overlays; with `evaluate_only` nothing is trained."""
@@ -193,7 +215,7 @@ class SegmentationRun(FinetuneRun):
     def _report(self, trainer: SegmentationTrainer, metrics: dict[str, float]):
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
-        trainer.show(Path(self.recipe.output_dir) / "overlays.png")
+        trainer.show(Path(self.recipe.output_dir) / PICTURES)
 
     def _training_arguments(self) -> TrainingArguments:
         recipe = self.recipe
@@ -203,6 +225,7 @@ class SegmentationRun(FinetuneRun):
         self.model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
 
     def _trainer(self, args: TrainingArguments) -> SegmentationTrainer:
+        self.model = share_batch_norms(self.model, args.world_size, args.device)
         return self._make_trainer(SegmentationTrainer, args, metric_path=self.metric_path)
 
     def _save(self, trainer: SegmentationTrainer):
@@ -213,11 +236,10 @@ class SegmentationRun(FinetuneRun):
 
 def _start(recipe: SegmentationRecipe) -> SegmenterStart:
     changes = recipe.model_changes() | {"drop_path_rate": recipe.drop_path_rate}
-    head = {
-        "head_channels": recipe.head_channels,
-        "auxiliary_channels": recipe.auxiliary_channels,
-        "auxiliary_weight": recipe.auxiliary_weight,
-    }
+    head = {name: getattr(recipe, name) for name in ("head_channels", "auxiliary_channels", "auxiliary_weight")}
+    head = {name: value for name, value in head.items() if value is not None}
+    if recipe.evaluate_only:
+        check_segmenter(recipe.model_name_or_path)
     if not recipe.from_scratch:
         return load_segmenter(
             recipe.model_name_or_path, recipe.label_names, recipe.architecture, changes, recipe.crop_size, **head

@@ -1,8 +1,10 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
 """A training of a segmenter, as numbers."""
 
+import math
 from dataclasses import dataclass
 
+from .class_maps import IGNORED
 from .recipe import _field
 from .trainer_recipe import RUNTIME, DatasetRecipe
 
@@ -11,44 +13,57 @@ from .trainer_recipe import RUNTIME, DatasetRecipe
 class SegmentationRecipe(DatasetRecipe):
     """Every field is a flag of `examples/finetune_segmentation.py` and a recipe's key."""
 
-    model_name_or_path: str | None = _field(None, "Folder or Hub name of any HiViT, or of a segmenter to go on with.")
+    model_name_or_path: str | None = _field(None, "Begin with this folder or Hub name of any HiViT, or of a segmenter.")
     freeze_backbone: bool = _field(False, "Learn the heads and the norms of the pyramid only.")
-    head_channels: int = _field(512, "Width of UPerNet's decoder.")
-    auxiliary_channels: int = _field(256, "Width of the auxiliary head on stage 3.")
-    auxiliary_weight: float = _field(0.4, "Of the auxiliary head's loss; 0 for no such head.")
+    head_channels: int | None = _field(None, "Make UPerNet's decoder so wide (the segmenter's, or 512).")
+    auxiliary_channels: int | None = _field(None, "Make the auxiliary head so wide (the segmenter's, or 256).")
+    auxiliary_weight: float | None = _field(
+        None,
+        "Multiply the loss of the auxiliary head on stage 3 by this; 0 for no such head (the segmenter's, or 0.4).",
+    )
 
-    image_column: str = _field("image", "The column with the pictures.")
-    map_column: str = _field("annotation", "The column with the class maps: pictures of one channel.")
-    reduce_labels: bool = _field(False, "In the maps 0 is not labelled, and classes are counted from 1, as in ADE20K.")
+    image_column: str = _field("image", "Take pictures from this column.")
+    map_column: str = _field("annotation", "Take class maps, pictures of one channel, from this column.")
+    reduce_labels: bool = _field(False, "Read 0 in maps as not labelled, and count classes from 1, as in ADE20K.")
 
-    crop_size: int = _field(640, "Side in px of what is learnt from; a multiple of the patch size.")
-    scale_range: list[float] = _field([0.5, 2.0], "Of the shorter side before the crop, relative to --crop_size.")
-    max_class_share: float = _field(0.75, "Of a crop's labelled pixels that one class may cover, in ten tries.")
+    crop_size: int = _field(640, "Learn from squares with this side in px, a multiple of the patch size.")
+    scale_range: list[float] = _field(
+        [0.5, 2.0], "Scale the shorter side to between these times --crop_size before the crop."
+    )
+    max_class_share: float = _field(
+        0.75, "Draw the crop anew, ten times at most, where one class covers a larger share of labelled pixels."
+    )
     photometric: bool = _field(True, "Change brightness, contrast, saturation and hue.")
 
-    eval_size: int | None = _field(None, "Shorter side in px of pictures in evaluations; --crop_size if not given.")
-    eval_stride: int | None = _field(None, "Slide squares of --crop_size in such steps; else whole pictures.")
+    eval_size: int | None = _field(
+        None, "Resize the shorter side of pictures to so many px in evaluations (--crop_size)."
+    )
+    eval_stride: int | None = _field(
+        None, "Evaluate squares of --crop_size that slide in steps of so many px, not whole pictures."
+    )
     eval_scales: list[float] = _field([1.0], "Look at each picture at these scales, and average.")
     eval_flip: bool = _field(False, "Look at the mirror images too.")
     evaluate_only: bool = _field(False, "Evaluate the segmenter --model_name_or_path and stop.")
-    shown_pictures: int = _field(8, "Pictures of the evaluation that overlays.png shows; 0 for none.")
+    shown_pictures: int = _field(8, "Draw so many pictures of the evaluation into overlays.png; 0 for none.")
 
-    total_steps: int = _field(80000, "Length of the training and of its schedule.")
-    warmup_steps: int = _field(750, "Steps until the schedule is reached.")
-    poly_power: float = _field(1.0, "Of what is left of the training, which the learning rate follows.")
-    batch_size: int = _field(4, "Pictures per process and forward pass; 2 or more.")
-    effective_batch_size: int = _field(32, "Pictures per optimizer step, over all processes; reached by accumulation.")
-    learning_rate: float = _field(1e-3, "Highest learning rate, of the heads.")
-    evaluate_every_steps: int = _field(8000, "Steps between evaluations and checkpoints.")
+    total_steps: int = _field(80000, "Train for so many steps, which the schedule spans.")
+    warmup_steps: int = _field(750, "Reach the schedule after so many steps.")
+    poly_power: float = _field(1.0, "Lower the learning rate as the remaining share of the training to this power.")
+    batch_size: int = _field(4, "Take so many pictures per process and forward pass, 2 or more.")
+    effective_batch_size: int = _field(
+        32, "Reach so many pictures per optimizer step, over all processes, by accumulation."
+    )
+    learning_rate: float = _field(1e-3, "Set the highest learning rate, that of the heads.")
+    evaluate_every_steps: int = _field(8000, "Evaluate and save every so many steps.")
 
     # what other fine-tunings choose and this one does not
     count_stem = False  # the dense numbering of layers
     eval_batch_size = 1  # pictures of any size
 
     RUNTIME = RUNTIME | {"shown_pictures", "evaluate_only"}
-    POSITIVE = ("head_channels", "auxiliary_channels", "crop_size", "total_steps", "poly_power")
-    OPTIONAL = ("eval_size", "eval_stride")
-    NONNEGATIVE = ("auxiliary_weight", "shown_pictures")
+    POSITIVE = ("crop_size", "total_steps", "poly_power")
+    OPTIONAL = ("eval_size", "eval_stride", "head_channels", "auxiliary_channels")
+    NONNEGATIVE = ("shown_pictures",)
     SHARES = ("max_class_share",)
     PUBLISHED_LAYER_DECAY = 0.75
 
@@ -56,14 +71,31 @@ class SegmentationRecipe(DatasetRecipe):
         super()._check_choices()
         if len(self.label_names) < 2:
             raise ValueError(f"Give the names of two classes or more with --label_names, got {self.label_names}.")
+        most = IGNORED - self.reduce_labels
+        if len(self.label_names) > most:
+            raise ValueError(
+                f"--label_names has {len(self.label_names)} names, but as {IGNORED} is not labelled in the maps there "
+                f"can be {most}{' with --reduce_labels' if self.reduce_labels else ''}: join rare classes."
+            )
         if len(set(self.label_names)) < len(self.label_names):
             twice = sorted({name for name in self.label_names if self.label_names.count(name) > 1})
             raise ValueError(f"--label_names must differ, but {', '.join(twice)} is there more than once.")
+        if "image_size" in self.model_changes():
+            raise ValueError("--model sets image_size, which follows from --crop_size: use that.")
+        if self.freeze_backbone and self.drop_path_rate:
+            raise ValueError(
+                f"--drop_path_rate {self.drop_path_rate} is for a backbone that learns: set it to 0, or leave out "
+                "--freeze_backbone."
+            )
         if self.evaluate_only and (self.from_scratch or self.resume):
             raise ValueError("--evaluate_only is of a trained segmenter: give --model_name_or_path, and no --resume.")
+        if self.evaluate_only and self.push_to_hub:
+            raise ValueError("--evaluate_only makes no model to upload: leave out --push_to_hub.")
 
     def _check_ranges(self):
         super()._check_ranges()
+        if self.auxiliary_weight is not None and not 0 <= self.auxiliary_weight < math.inf:
+            raise ValueError(f"auxiliary_weight must not be negative, got {self.auxiliary_weight}.")
         if len(self.scale_range) != 2 or not 0 < self.scale_range[0] <= self.scale_range[1]:
             raise ValueError(f"scale_range must be two numbers such as 0.5 2.0, got {self.scale_range}.")
         if not self.eval_scales or not all(scale > 0 for scale in self.eval_scales):

@@ -9,9 +9,10 @@ from torch import nn
 from transformers import AutoConfig, SegformerImageProcessor, UperNetConfig, UperNetForSemanticSegmentation
 
 from ..configuration_hivit import nearest_multiples
+from ..configuration_pyramid import HiViTPyramidConfig
 from ..modeling_pyramid import HiViTPyramid
-from .classifier import normalization, resize_for, silent_transformers
-from .dense import DenseStart, pyramid_start
+from .classifier import check_architecture, normalization, read_config, resize_for
+from .dense import DenseStart, load_fitting, pyramid_start
 
 
 @dataclass(frozen=True)
@@ -72,24 +73,34 @@ def load_segmenter(
 ) -> SegmenterStart:
     """
     A segmenter from a folder or a repository of the Hub: of a HiViT of any kind, with new heads, or of a segmenter with
-    the same classes, as it is.
+    the same classes and heads, as it is.
 
     Args:
         name: where.
         names: of the classes.
-        architecture, changes: as in `pyramid_start`; a segmenter's stay.
+        architecture, changes: as in `pyramid_start`.
         crop_size: side of the pictures in px that position embedding and relative tables are interpolated to.
-        head: as in `new_segmenter`; a segmenter's stays.
+        head: as in `new_segmenter`; what is given must be what a segmenter has.
 
     Raises:
-        ValueError: if there is no HiViT, it is another network than the recipe's, weights or classes do not fit.
+        ValueError: if there is no HiViT, it is another network than the recipe's, weights, classes or heads do not fit.
     """
     if _is_segmenter(name):
-        return _load_whole(name, names, changes, crop_size)
+        return _load_whole(name, names, architecture, changes, crop_size, **head)
     start = pyramid_start(name, architecture, changes)
     if crop_size is not None:
         resize_pyramid(start.backbone, crop_size)
     return new_segmenter(start, names, **head)
+
+
+def check_segmenter(name: str):
+    """ValueError if a folder or a repository of the Hub has no heads that were trained."""
+    if not _is_segmenter(name):
+        read_config(name)
+        raise ValueError(
+            f"{name} is no segmenter, and --evaluate_only would judge heads that have learnt nothing: train one "
+            "first, or give the folder of one."
+        )
 
 
 def _is_segmenter(name: str) -> bool:
@@ -99,7 +110,14 @@ def _is_segmenter(name: str) -> bool:
         return False  # `read_config` says what it is
 
 
-def _load_whole(name: str, names: Sequence[str], changes: dict | None, crop_size: int | None) -> SegmenterStart:
+def _load_whole(
+    name: str,
+    names: Sequence[str],
+    architecture: str | None,
+    changes: dict | None,
+    crop_size: int | None,
+    **head,
+) -> SegmenterStart:
     config = AutoConfig.from_pretrained(name)
     if getattr(config.backbone_config, "model_type", None) != HiViTPyramid.config_class.model_type:
         raise ValueError(f"{name} is no UPerNet with a HiViT inside: choose another start.")
@@ -109,15 +127,27 @@ def _load_whole(name: str, names: Sequence[str], changes: dict | None, crop_size
             f"The segmenter {name} has the {len(known)} classes {', '.join(known[:5])} ..., not the {len(names)} of "
             "this dataset: give the same --label_names, or begin with a HiViT."
         )
-    for key, value in (changes or {}).items():
-        setattr(config.backbone_config, key, value)
-    config.backbone_config.check()
-    with silent_transformers():
-        model = UperNetForSemanticSegmentation.from_pretrained(name, config=config, dtype=torch.float32)
+    if architecture is not None:
+        check_architecture(config.backbone_config, architecture, name)
+    _check_heads(config, name, head)
+    stages = {"out_features": config.backbone_config.out_features}
+    config.backbone_config = HiViTPyramidConfig.from_hivit(config.backbone_config, **stages | (changes or {}))
+    model, notes = load_fitting(UperNetForSemanticSegmentation, name, config)
     if crop_size is not None:
         resize_pyramid(model.backbone, crop_size)
     mean, std = normalization(name, config.backbone_config.num_channels)
-    return SegmenterStart(model, mean, std, [])
+    return SegmenterStart(model, mean, std, notes)
+
+
+def _check_heads(config: UperNetConfig, name: str, given: dict):
+    has = {"head_channels": config.hidden_size, "auxiliary_weight": 0.0}
+    if config.use_auxiliary_head:
+        has |= {"auxiliary_weight": config.auxiliary_loss_weight, "auxiliary_channels": config.auxiliary_channels}
+    for key, value in given.items():
+        if value != has.get(key, value):
+            raise ValueError(
+                f"The segmenter {name} has {key} {has[key]}, not {value}: leave out --{key}, or begin with a HiViT."
+            )
 
 
 def resize_pyramid(backbone: HiViTPyramid, crop_size: int):
@@ -131,10 +161,17 @@ def resize_pyramid(backbone: HiViTPyramid, crop_size: int):
     resize_for(backbone, crop_size)
 
 
+def share_batch_norms(model: nn.Module, num_processes: int, device: torch.device) -> nn.Module:
+    """The model, whose batch norms count the pictures of all processes while training, as the original's; GPUs only."""
+    if num_processes == 1 or device.type != "cuda":
+        return model
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
 def segmenter_processor(crop_size: int, mean: Sequence[float], std: Sequence[float]) -> SegformerImageProcessor:
     """
-    What makes pixels of a picture for pipelines: it is resized to a square of `crop_size` px, and the class map back.
-    Sliding windows and several scales, which `predict` has, are better and slower.
+    What makes pixels of a picture for pipelines: it is squeezed to a square of `crop_size` px, and the class map back.
+    `predict` keeps the shape; its sliding windows and several scales are better and slower.
     """
     size = {"height": crop_size, "width": crop_size}
     return SegformerImageProcessor(size=size, image_mean=list(mean), image_std=list(std), do_reduce_labels=False)
