@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -71,6 +72,26 @@ def test_any_checkpoint_loads_and_only_the_norms_are_new(tiny_config, redraw, ki
     assert AutoConfig.from_pretrained(tmp_path / "pyramid").out_features == LEVELS
     for (name, one), (_, other) in zip(pyramid.named_parameters(), again.named_parameters()):
         assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize("kind", [HiViTBackbone, HiViTPyramid])
+def test_what_no_level_needs_is_freed(kind, tiny_config):
+    """Pictures of detectors are large: the outputs of layers inside a stage are not kept until the end."""
+    config = tiny_config(depths=[2, 2, 3])  # 4, 4 and 3 layers
+    model = kind(config if kind is HiViTBackbone else pyramid_config(config)).eval()
+    layers = [layer for stage in model.hivit.stages for layer in stage.layers]
+    outputs, alive = [], []
+    for layer in layers:
+        layer.register_forward_hook(lambda module, inputs, output: outputs.append(weakref.ref(output)))
+    layers[-1].register_forward_pre_hook(lambda *_: alive.extend(output() is not None for output in outputs))
+    with torch.no_grad():
+        output = model(torch.randn(1, 3, 64, 64))
+    assert alive == [False, False, False, True] * 2 + [False, True]
+    assert output.hidden_states is None
+    with torch.no_grad():
+        assert (
+            len(model(torch.randn(1, 3, 64, 64), output_hidden_states=True).hidden_states) == 12
+        )  # and what the first layer gets
 
 
 def test_some_levels_only(tiny_config):

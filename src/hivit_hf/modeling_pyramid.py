@@ -3,7 +3,6 @@
 
 import torch
 from torch import nn
-from transformers.backbone_utils import filter_output_hidden_states
 from transformers.modeling_outputs import BackboneOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
@@ -32,7 +31,6 @@ class HiViTPyramid(HiViTBackbone):
         self.post_init()
 
     @can_return_tuple
-    @filter_output_hidden_states
     def forward(self, pixel_values: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
         """
         Args:
