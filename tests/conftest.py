@@ -5,9 +5,8 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # tests run side by side, and the threads of each would wait for the others'
+# tests run side by side, and the threads of each would wait for the others'
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

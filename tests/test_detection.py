@@ -56,14 +56,6 @@ HEAD_OF_64 = '{"fpn_channels": 64}'
 DETR |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_queries": 10}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory) -> Path:
     """Eight scenes to learn from and four to evaluate with, 64x80 px, as COCO files."""

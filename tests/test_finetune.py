@@ -40,14 +40,6 @@ NETWORK = {"image_size": 32, "patch_size": 8, "hidden_size": 64, "depths": [1, 1
 NETWORK |= {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory) -> Path:
     """48 digits to learn from and 24 to evaluate with, of four classes, as a saved dataset."""

@@ -46,14 +46,6 @@ SMALL = {"patch_size": 8, "hidden_size": 32, "depths": [1, 1, 1], "num_attention
 MULTI, THRESHOLD = "multi_label_classification", 0.915
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """The digits as a saved dataset, with one and with several labels."""

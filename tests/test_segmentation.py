@@ -51,14 +51,6 @@ SMALL = {"head_channels": 8, "auxiliary_channels": 8}
 NAMES = ["sky", "earth", "sea"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def start_folder(folder: Path, kind=HiViTForMaskedImageModeling, **changes) -> str:
     torch.manual_seed(3)
     kind(HiViTConfig(**{**NETWORK, **changes})).save_pretrained(folder)

@@ -42,16 +42,6 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Networks this small stall when several threads wait for each other on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-
-
 def bright_and_dark(count: int = 16) -> list[dict]:
     """Images of one colour: label 1 is bright, label 0 is dark."""
     return [
