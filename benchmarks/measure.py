@@ -102,13 +102,21 @@ def hardware(device: str) -> dict[str, str | int]:
     return found
 
 
+def commit(root: Path) -> str:
+    """The commit of a checkout, and `-dirty` if code or recipes differ from it: not for results of other benchmarks."""
+    described, changed = (
+        subprocess.run(["git", "-C", root, *words], capture_output=True, text=True).stdout.strip()
+        for words in (["describe", "--always"], ["status", "--porcelain", "--", "*.py", "*.yaml", "*.js"])
+    )
+    return described + ("-dirty" if changed else "")
+
+
 def write(name: str, results: dict, device: str) -> Path:
     """Writes `results/NAME.json` with the command, commit, versions and hardware that led to it."""
     root = Path(__file__).parents[1]
-    git = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True)
     record = {
         "command": " ".join(["python", os.path.relpath(sys.argv[0], root), *sys.argv[1:]]),
-        "commit": git.stdout.strip(),
+        "commit": commit(root),
         "date": time.strftime("%Y-%m-%d"),
         "versions": {package: version(package) for package in ("torch", "transformers")},
         "hardware": hardware(device),
