@@ -19,7 +19,7 @@ from hivit_hf.training import evaluation, monitor
 from hivit_hf.training.evaluation import SEVERITIES
 from hivit_hf.training.labelled import LabelledPictures, check_pictures, choose_split, open_splits, picture_column
 from hivit_hf.training.metrics import calibration
-from hivit_hf.training.recipe import one_sentence
+from hivit_hf.training.recipe import check_numbers, one_sentence, settings
 
 
 METRICS = Path(__file__).parent / "metrics"
@@ -55,9 +55,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if len(arguments.model_name_or_path) > 1 and not arguments.soup:
         parser.error("Several --model_name_or_path make a soup: add --soup uniform or --soup greedy.")
-    for name in ("batch_size", "max_samples"):
-        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}.")
+    check_numbers(parser, arguments, positive=["batch_size", "max_samples"], nonnegative=["check_images"])
+    if (arguments.output_dir / "results.json").exists():
+        parser.error(f"{arguments.output_dir} holds results.json of another evaluation: give another --output_dir.")
     return arguments
 
 
@@ -99,7 +99,7 @@ def judge(arguments: argparse.Namespace) -> dict:
         "confusion_matrix": monitor.confusion_matrix_figure(confusion["confusion_matrix"], names),
         "calibration": monitor.calibration_figure(confidence["bins"], confidence["expected_calibration_error"]),
     }
-    results = {"images": len(pictures), **numbers, **confidence, **confusion, **made}
+    results = {"settings": settings(arguments), "images": len(pictures), **numbers, **confidence, **confusion, **made}
     if arguments.robustness:
         results["robustness"] = evaluation.robustness(*work, sorted(set(arguments.severities)), arguments.batch_size)
         figures["robustness"] = monitor.robustness_figure(results["robustness"])

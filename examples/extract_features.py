@@ -13,8 +13,8 @@ import datasets
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from hivit_hf.training.features import FEATURES, extract, load_encoder
-from hivit_hf.training.labelled import choose_split, open_splits, picture_column
-from hivit_hf.training.recipe import one_sentence
+from hivit_hf.training.labelled import LabelledPictures, check_pictures, choose_split, open_splits, picture_column
+from hivit_hf.training.recipe import check_numbers, one_sentence
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -30,8 +30,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--features", nargs="+", choices=FEATURES, default=["stage3"], help="Write these features.")
     parser.add_argument("--batch_size", type=int, default=64, help="Take so many pictures per forward pass.")
     parser.add_argument("--num_workers", type=int, default=4, help="Read and decode in so many processes.")
+    parser.add_argument(
+        "--check_images", type=int, default=1000, help="Decode so many pictures first, to find bad ones."
+    )
     parser.add_argument("--output", type=Path, required=True, help="Write this Parquet file.")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    check_numbers(parser, arguments, positive=["batch_size"], nonnegative=["num_workers", "check_images"])
+    return arguments
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,6 +46,12 @@ def main(argv: list[str] | None = None) -> int:
         splits = open_splits(arguments.dataset_name, arguments.dataset_config)
         pictures = choose_split(splits, arguments.split, "split")
         column = picture_column(pictures, arguments.image_column)
+        rest = pictures.remove_columns(column)
+        for name in sorted(set(arguments.features) & set(rest.column_names)):
+            raise ValueError(f"The dataset has a column {name!r} already: rename it, or leave out --features {name}.")
+        if arguments.output.is_dir():
+            raise ValueError(f"{arguments.output} is a folder: give the name of a file to --output.")
+        check_pictures(LabelledPictures(pictures, column, transform=None, name=arguments.split), arguments.check_images)
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         encoder = load_encoder(arguments.model_name_or_path, arguments.image_size)
         found = extract(encoder, pictures, column, arguments.batch_size, arguments.num_workers, arguments.split)
@@ -48,7 +59,6 @@ def main(argv: list[str] | None = None) -> int:
             {name: found[name].numpy() for name in arguments.features},
             features=Features({name: List(Value("float32")) for name in arguments.features}),
         )
-        rest = pictures.remove_columns(column)
         table = concatenate_datasets([rest, embeddings], axis=1) if rest.column_names else embeddings
         table.to_parquet(arguments.output)
     except (ValueError, RuntimeError, OSError) as error:

@@ -15,11 +15,19 @@ import datasets
 from tqdm.auto import tqdm
 
 from hivit_hf.training.features import FEATURES, cached_features, load_encoder, probe_lars, probe_lbfgs
-from hivit_hf.training.labelled import SINGLE, check_same_labels, find_labels, open_splits, picture_column
+from hivit_hf.training.labelled import (
+    SINGLE,
+    LabelledPictures,
+    check_pictures,
+    check_same_labels,
+    find_labels,
+    open_splits,
+    picture_column,
+)
 from hivit_hf.training.labelled import train_and_eval as choose
 from hivit_hf.training.metrics import top_k_accuracy
 from hivit_hf.training.monitor import nearest_neighbours
-from hivit_hf.training.recipe import one_sentence
+from hivit_hf.training.recipe import check_numbers, one_sentence, settings
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -48,12 +56,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=64, help="Take so many pictures per forward pass.")
     parser.add_argument("--num_workers", type=int, default=4, help="Read and decode in so many processes.")
     parser.add_argument(
+        "--check_images", type=int, default=1000, help="Decode so many pictures first, to find bad ones."
+    )
+    parser.add_argument(
         "--output_dir", type=Path, required=True, help="Write results.json and the kept features to this folder."
     )
     arguments = parser.parse_args(argv)
-    for name in ("neighbours", "strength", "lars_epochs", "lars_learning_rate", "batch_size"):
-        if not getattr(arguments, name) > 0:
-            parser.error(f"--{name} must be positive, got {getattr(arguments, name)}.")
+    positive = ["neighbours", "strength", "lars_epochs", "lars_learning_rate", "batch_size"]
+    check_numbers(parser, arguments, positive, nonnegative=["num_workers", "check_images"])
     return arguments
 
 
@@ -65,6 +75,8 @@ def probe(arguments: argparse.Namespace) -> dict:
     labels = find_labels(train, SINGLE, [arguments.label_column] if arguments.label_column else ())
     known, wanted = labels.targets(train, "train"), labels.targets(other, "eval")
     check_same_labels(train, other, labels, (known, wanted))
+    for split, name in ((train, "train"), (other, "eval")):
+        check_pictures(LabelledPictures(split, column, transform=None, name=name), arguments.check_images)
     encoder = load_encoder(arguments.model_name_or_path, arguments.image_size, arguments.random_weights)
     kept = (arguments.output_dir / "features", arguments.batch_size, arguments.num_workers)
     (seen, before), (unseen, _) = (
@@ -101,9 +113,8 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{'features':<10}" + "".join(f"{method:>8}" for method in arguments.methods))
     for name, row in results.items():
         print(f"{name:<10}" + "".join(f"{row[method]:>8.3f}" for method in arguments.methods))
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
     (arguments.output_dir / "results.json").write_text(
-        json.dumps({"settings": settings, "accuracy": results}, indent=1) + "\n"
+        json.dumps({"settings": settings(arguments), "accuracy": results}, indent=1) + "\n"
     )
     return 0
 

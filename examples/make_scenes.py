@@ -26,6 +26,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--digits", type=int, nargs="+", default=ALL_DIGITS, help="Show these digits only (all).")
     arguments = parser.parse_args(argv)
     datasets.disable_progress_bars()
+    if arguments.output.is_dir() and any(arguments.output.iterdir()):
+        parser.error(f"{arguments.output} is not empty: choose another --output.")
     number = {"train": arguments.train, "test": arguments.test}
     size = {"height_px": arguments.height, "width_px": arguments.width, "seed": arguments.seed}
     size["kinds"] = sorted(set(arguments.digits))

@@ -23,6 +23,7 @@ from transformers.models.deformable_detr.modeling_deformable_detr import Deforma
 
 import finetune_detection
 from hivit_hf import HiViTConfig, HiViTForMaskedImageModeling
+from hivit_hf.training.classifier import read_config
 from hivit_hf.training.coco import (
     CocoPictures,
     LargeScaleJitter,
@@ -36,6 +37,7 @@ from hivit_hf.training.detection_recipe import DetectionRecipe
 from hivit_hf.training.detector import (
     DetrBatches,
     HiViTRCNN,
+    HiViTRCNNConfig,
     RCNNBatches,
     build_detector,
     detr_processor,
@@ -697,7 +699,8 @@ def test_a_detector_is_judged_and_goes_on(scenes, tmp_path, capsys, detector):
     no = [*only, str(tmp_path / "no")]
     deeper = json.dumps(json.loads(smoke(scenes, tmp_path).model) | {"depths": [1, 1, 7]})
     wrong = {
-        "holds a training: give --evaluate_only another --output_dir": [*only, str(tmp_path / "run")],
+        "holds all_results.json of another run": [*only, str(tmp_path / "judged")],
+        "run holds all_results.json of another run: give another --output_dir": [*only, str(tmp_path / "run")],
         "whose hidden_size is 512": [*no, "--architecture", "base", "--model", "{}"],
         "not depths in --model [1, 1, 7]: leave that out": [*no, "--model", deeper],
         "leave it out of --head": [*no, "--head", '{"d_model": 64}' if "d_model" in str(small) else HEAD_OF_64],
@@ -709,6 +712,12 @@ def test_a_detector_is_judged_and_goes_on(scenes, tmp_path, capsys, detector):
     assert not (tmp_path / "no").exists()
     again = [*flags(scenes), *judge[4:], "--output_dir", str(tmp_path / "again"), "--max_steps", "1"]
     assert finetune_detection.main([*again, "--learning_rate", "1e-12", "--warmup_steps", "0"]) == 0
+
+
+def test_detectors_are_named_where_a_hivit_is_wanted(tmp_path):
+    (tmp_path / "config.json").write_text(HiViTRCNNConfig().to_json_string())
+    with pytest.raises(ValueError, match="is a hivit_rcnn, not a HiViT: choose another start"):
+        read_config(str(tmp_path))
 
 
 def test_only_detectors_are_judged(scenes, tmp_path, capsys):

@@ -646,7 +646,7 @@ def test_the_command_line(digits, tmp_path, capsys):
     assert command_line(*run, "--resume", "latest", "--seed", "5") == 2
     assert "was begun with seed=0, now it is 5" in capsys.readouterr().err
     assert command_line(*data, "--output_dir", tmp_path / "none", "--resume", "latest") == 2
-    assert "There is no checkpoint to resume" in capsys.readouterr().err
+    assert "There is no checkpoint to resume" in capsys.readouterr().err and not (tmp_path / "none").exists()
     assert command_line(*run, "--resume", "latest", "--gradient_checkpointing") == 0
 
 
@@ -708,6 +708,11 @@ def test_one_process_does_not_take_several_gpus(make_run, monkeypatch):
 def test_a_checkpoint_of_another_folder_must_be_of_the_same_recipe(make_run, tmp_path):
     make_run(max_steps=2).train()
     other = {"resume": str(tmp_path / "run" / "checkpoint-2"), "output_dir": str(tmp_path / "other")}
+    begun = json.loads((tmp_path / "run" / "recipe.json").read_text())
+    (tmp_path / "run" / "recipe.json").write_text(json.dumps(begun | {"jitter_scale": [0.1, 2.0]}))
+    with pytest.raises(ValueError, match="run holds another kind of run: resume it with the script that began it"):
+        make_run(**other).train()
+    (tmp_path / "run" / "recipe.json").write_text(json.dumps(begun))
     with pytest.raises(ValueError, match=r"run was begun with base_learning_rate=.*, now it is 0.123: a resumption"):
         make_run(**other, base_learning_rate=0.123).train()
 

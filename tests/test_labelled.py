@@ -254,6 +254,11 @@ def test_folders_parquet_and_saved_datasets_are_read_alike(tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             open_splits(name)
+    rows.select([]).to_parquet(tmp_path / "empty" / "test.parquet")
+    rows.select([]).save_to_disk(tmp_path / "empty_saved")
+    for name in ("empty", "empty_saved"):
+        with pytest.raises(ValueError, match=rf"{name} has a split without samples: choose another|'train' is empty"):
+            train_and_eval(open_splits(str(tmp_path / name)), "train", "train", None, 0)
     with pytest.raises(ValueError, match="nothing to evaluate with: the dataset has train"):
         train_and_eval(DatasetDict(train=rows), "train", None, None, 0)
     with pytest.raises(ValueError, match="The split 'test' is empty"):

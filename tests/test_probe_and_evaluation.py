@@ -275,9 +275,17 @@ def test_bare_numbers_are_named_as_in_finetuning(data, tmp_path, capsys):
     assert targets_for(model, splits["test"], "test", None, names[::-1]).tolist() == [
         9 - label for label in splits["test"]["label"]
     ]
-    arguments = ("--model_name_or_path", both[0], "--dataset_name", tmp_path / "few", "--output_dir", tmp_path / "out")
+    arguments = (
+        "--model_name_or_path",
+        both[0],
+        "--dataset_name",
+        tmp_path / "few",
+        "--output_dir",
+        tmp_path / "other",
+    )
     said = refusal(evaluate_classification.main, capsys, *arguments)
-    assert "the label '0', which the model does not know" in said and "name them with --label_names" in said
+    assert "the label '0', which the model does not know; its labels are digit 9, digit 8, digit 7, digit 6" in said
+    assert "name them with --label_names" in said
     assert "there are 2 classes, 0 to 1" in refusal(
         evaluate_classification.main, capsys, *arguments, "--label_names", *names[:2]
     )
@@ -305,6 +313,7 @@ def test_damage_of_pictures():
 
 def test_robustness_of_a_classifier(classifiers, data, tmp_path):
     results = judge(classifiers[:1], data, tmp_path, "--max_samples", "40", "--robustness", "--severities", "1", "5")
+    assert results["settings"]["model_name_or_path"] == classifiers[:1] and results["settings"]["split"] == "test"
     table = results["robustness"]
     assert set(table) == {"none", "patch drop", "patch shuffle", *CORRUPTIONS}
     assert table["none"]["0"] == pytest.approx(results["accuracy"])
@@ -319,6 +328,28 @@ def test_robustness_of_a_classifier(classifiers, data, tmp_path):
     masks = [mask for mask in seen if mask is not None]
     assert len(masks) == 1 and masks[0].sum(dim=1).tolist() == [14] * 20
     assert again["patch drop"].keys() == {"0.9"}
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"do_normalize": False, "image_mean": None, "image_std": None},
+        {"do_rescale": False},
+        {"rescale_factor": 1 / 127.5},
+        {"image_mean": 0.2, "image_std": 0.3},
+    ],
+    ids=["no normalisation", "no rescaling", "another scale", "numbers"],
+)
+def test_robustness_sees_pixels_as_the_processor_makes_them(step, data):
+    settings = digits_processor().to_dict() | step
+    processor = BitImageProcessor(**{key: settings[key] for key in settings if key != "image_processor_type"})
+    pictures = DatasetDict.load_from_disk(data / "few")["test"].select(range(4))
+    seen = []
+    model = HiViTForImageClassification(HiViTConfig(**SMALL, image_size=32, num_labels=10)).eval()
+    model.hivit.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
+    robustness(model, processor, pictures, "image", torch.zeros(4, dtype=torch.long), [1])
+    expected = processor([picture.convert("RGB") for picture in pictures["image"]], return_tensors="pt")
+    assert_close(seen[0], expected["pixel_values"], atol=2e-4, rtol=1e-5)
 
 
 # -- soups ----------------------------------------------------------------------------------------------------------
@@ -375,7 +406,18 @@ def refusal(main, capsys, *arguments) -> str:
     return said[-1]
 
 
-def test_bad_input_of_the_scripts(classifiers, random_start, data, tmp_path, capsys):
+def test_figures_of_two_evaluations_do_not_mix(classifiers, data, tmp_path, capsys):
+    judge(classifiers[:1], data, tmp_path, "--max_samples", "10")
+    before = (tmp_path / "results.json").read_bytes()
+    arguments = ("--model_name_or_path", classifiers[1], "--dataset_name", data / "digits", "--output_dir", tmp_path)
+    assert "holds results.json of another evaluation" in refusal(evaluate_classification.main, capsys, *arguments)
+    assert (tmp_path / "results.json").read_bytes() == before
+
+
+def test_bad_input_of_the_scripts(classifiers, random_start, data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(extract_features, "load_encoder", None)  # all is found before pictures are encoded
+    few = DatasetDict.load_from_disk(data / "few")
+    few["train"].add_column("stage3", range(len(few["train"]))).save_to_disk(tmp_path / "twice")
     digits, output = data / "digits", ("--output_dir", tmp_path / "out")
     for arguments, message in [
         ((*classifiers, "--dataset_name", digits, *output), "make a soup: add --soup uniform"),
@@ -385,7 +427,10 @@ def test_bad_input_of_the_scripts(classifiers, random_start, data, tmp_path, cap
         ((random_start, "--dataset_name", digits, *output), "is no classifier: fine-tune it first"),
         ((classifiers[0], "--dataset_name", data / "several", *output), "holds lists: give --problem_type"),
         ((classifiers[0], "--dataset_name", digits, "--split", "val", *output), "There is no split 'val'"),
-        ((classifiers[0], "--dataset_name", digits, "--batch_size", "0", *output), "--batch_size must be at least 1"),
+        (
+            (classifiers[0], "--dataset_name", digits, "--batch_size", "0", *output),
+            "--batch_size must be positive",
+        ),
         ((tmp_path / "none", "--dataset_name", digits, *output), "There is no folder"),
     ]:
         said = refusal(evaluate_classification.main, capsys, "--model_name_or_path", *arguments)
@@ -401,6 +446,17 @@ def test_bad_input_of_the_scripts(classifiers, random_start, data, tmp_path, cap
         ),
         (extract_features.main, (*model, "--dataset_name", digits, "--split", "x", "--output", "y"), "no split 'x'"),
         (extract_features.main, (*model, "--dataset_name", tmp_path / "x", "--output", "y"), "There is no folder"),
+        (extract_features.main, (*model, "--dataset_name", digits, "--output", tmp_path), "is a folder: give the name"),
+        (
+            extract_features.main,
+            (*model, "--dataset_name", tmp_path / "twice", "--output", "y"),
+            "a column 'stage3' already: rename it, or leave out --features stage3",
+        ),
+        (
+            extract_features.main,
+            (*model, "--dataset_name", digits, "--output", "y", "--num_workers", "-1"),
+            "--num_workers must not be negative, got -1",
+        ),
     ]:
         assert message in refusal(main, capsys, *arguments)
 
@@ -413,8 +469,8 @@ def test_pictures_that_cannot_be_read_are_one_sentence(random_start, tmp_path, c
     path = tmp_path / "data" / "train" / "b" / "2.png"
     path.write_bytes(b"no picture")
     arguments = ("--model_name_or_path", random_start, "--dataset_name", tmp_path / "data")
-    for workers in (0, 1):
-        flags = (*arguments, "--num_workers", workers)
+    for workers, check in ((0, 0), (1, 0), (0, 10)):
+        flags = (*arguments, "--num_workers", workers, "--check_images", check)
         for main, output in ((linear_probe.main, "--output_dir"), (extract_features.main, "--output")):
             said = refusal(main, capsys, *flags, output, tmp_path / "out")
             assert said.startswith(f"error: Picture 3 of train ({path}) cannot be read")

@@ -113,6 +113,14 @@ def test_impossible_scenes_are_refused(flags, sentence, tmp_path, capsys):
     assert not (tmp_path / "scenes").exists()
 
 
+def test_scenes_do_not_mix_with_other_files(tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(SystemExit):
+        make_scenes.main(["--output", str(tmp_path)])
+    assert "is not empty: choose another --output" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
 def test_a_split_that_does_not_exist():
     with pytest.raises(ValueError, match="no split 'val' of scenes: choose from train, test"):
         scenes("val", 1)

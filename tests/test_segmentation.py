@@ -100,6 +100,13 @@ def test_mean_iou_refuses(guessed, true, sentence):
         evaluate.load(MEAN_IOU).compute(predictions=[guessed], references=[true], num_labels=3)
 
 
+def test_counts_of_mean_iou_refuse_negative_classes():
+    metric, sound, negative = evaluate.load(MEAN_IOU), np.array([[0, 1]]), np.array([[0, -2]])
+    for maps in ((sound, negative), (negative, sound)):
+        with pytest.raises(ValueError, match="picture 7 have the class -2, but there are 3, from 0 on"):
+            metric.counts(*maps, 3, number=7)
+
+
 # -- class maps -----------------------------------------------------------------------------------------------------
 
 
@@ -393,7 +400,8 @@ def test_a_segmenter_is_gone_on_with_as_it_is_or_refused(tmp_path):
         load_segmenter(encoder, NAMES, changes={"depths": [1, 1, 1]}, **SMALL)
     start = load_segmenter(encoder, NAMES, head_channels=8, auxiliary_weight=0.0)
     start.model.save_pretrained(tmp_path / "plain")
-    load_segmenter(str(tmp_path / "plain"), NAMES, auxiliary_weight=0.0, auxiliary_channels=64)  # of no head
+    with pytest.raises(ValueError, match="has auxiliary_channels 0, not 64: leave out --auxiliary_channels"):
+        load_segmenter(str(tmp_path / "plain"), NAMES, auxiliary_weight=0.0, auxiliary_channels=64)
     with pytest.raises(ValueError, match=r"has auxiliary_weight 0\.0, not 0\.4"):
         load_segmenter(str(tmp_path / "plain"), NAMES, auxiliary_weight=0.4)
 
@@ -632,12 +640,19 @@ def test_judging_needs_trained_heads_and_spoils_no_figures(small_scenes, tmp_pat
     load_segmenter(backbone, map_names(), crop_size=32, **SMALL).model.save_pretrained(whole)
     (whole / "eval_results.json").write_text("{}")
     assert run(small_scenes, whole, *judge, str(whole)) == 2
-    assert "whole holds the figures of a run" in capsys.readouterr().err
+    assert "whole holds eval_results.json of another run: give another --output_dir" in capsys.readouterr().err
     assert (whole / "eval_results.json").read_text() == "{}" and not (whole / "overlays.png").exists()
     # of a dataset without pictures to learn from
     load_from_disk(small_scenes)["test"].to_parquet(tmp_path / "data" / "validation.parquet")
     assert run(str(tmp_path / "data"), tmp_path / "judged", *judge, str(whole)) == 0
     assert {"eval_results.json", "overlays.png"} <= {path.name for path in (tmp_path / "judged").iterdir()}
+    asked = json.loads((tmp_path / "judged" / "recipe.json").read_text())
+    assert asked["model_name_or_path"] == str(whole) and asked["eval_scales"] == [1.0] and asked["evaluate_only"]
+    assert run(small_scenes, tmp_path / "judged", "--model_name_or_path", backbone) == 2
+    assert "judged holds all_results.json of another run" in capsys.readouterr().err
+    (tmp_path / "killed" / "checkpoint-2").mkdir(parents=True)
+    assert run(small_scenes, tmp_path / "killed", *judge, str(whole)) == 2
+    assert "killed holds checkpoint-2 of another run" in capsys.readouterr().err
     assert run(small_scenes, tmp_path / "held_out", *judge, str(whole), "--eval_fraction", "0.2") == 0
     assert "eval_mean_iou" in metrics_of(tmp_path / "held_out")
 

@@ -12,9 +12,20 @@ MASK_GREY = 140
 GAP_PX = 8
 
 
+def pixel_statistics(processor: BaseImageProcessor, num_channels: int) -> tuple[list[float], list[float]]:
+    """
+    What an image processor subtracts from values in [0, 1], and what it divides by, for each channel; also where it
+    leaves steps out or scales otherwise.
+    """
+    scale = 255 * processor.rescale_factor if processor.do_rescale else 255.0  # from [0, 1]
+    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
+    mean, std = (list(v) if isinstance(v, (list, tuple)) else [v] * num_channels for v in (mean, std))
+    return [value / scale for value in mean], [value / scale for value in std]
+
+
 def pixels_to_picture(pixel_values: torch.Tensor, processor: BaseImageProcessor) -> Image.Image:
     """The picture whose processed pixels these are: (3, H, W), normalised."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
+    mean, std = (torch.tensor(v)[:, None, None] for v in pixel_statistics(processor, len(pixel_values)))
     levels = ((pixel_values.float().cpu() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
     return Image.fromarray(levels.permute(1, 2, 0).numpy())
 

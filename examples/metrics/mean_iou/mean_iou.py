@@ -68,10 +68,12 @@ class MeanIoU(evaluate.Metric):
             )
         labelled = reference != ignore_index
         prediction, reference = prediction[labelled].astype(np.int64), reference[labelled].astype(np.int64)
-        if len(reference) and max(prediction.max(), reference.max()) >= num_labels:
+        classes = np.unique(np.concatenate([prediction, reference]))
+        unknown = classes[(classes < 0) | (classes >= num_labels)]
+        if len(unknown):
             raise ValueError(
-                f"The maps of picture {number} have the class {max(prediction.max(), reference.max())}, but there are "
-                f"{num_labels}: give the number of classes of the model."
+                f"The maps of picture {number} have the class {unknown[-1]}, but there are {num_labels}, from 0 on: "
+                "give the number of classes of the model."
             )
         return np.bincount(reference * num_labels + prediction, minlength=num_labels**2).reshape(num_labels, num_labels)
 

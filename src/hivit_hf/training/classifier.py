@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging
 
 from ..configuration_hivit import ARCHITECTURES, HiViTConfig
 from ..hub import IMAGENET_MEAN, IMAGENET_STD, find_processor
 from ..modeling_hivit import HiViTAttention, HiViTForImageClassification, resize_table
+from ..pictures import pixel_statistics
 
 
 _SIZES = ("hidden_size", "depths", "stem_blocks_per_depth", "num_attention_heads")
@@ -147,12 +148,12 @@ def read_config(name: str) -> HiViTConfig:
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         raise ValueError(f"There is no folder {name}. Check the path.")
     try:
-        config = AutoConfig.from_pretrained(name)
+        kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type", HiViTConfig.model_type)
+        if kind == HiViTConfig.model_type:
+            return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"There is no model at {name}: {str(error).splitlines()[0]}") from error
-    if config.model_type != HiViTConfig.model_type:
-        raise ValueError(f"{name} is a {config.model_type}, not a HiViT: choose another start.")
-    return config
+    raise ValueError(f"{name} is a {kind}, not a HiViT: choose another start.")
 
 
 def normalization(name: str, num_channels: int) -> tuple[list[float], list[float]]:
@@ -165,7 +166,7 @@ def normalization(name: str, num_channels: int) -> tuple[list[float], list[float
     with silent_transformers():
         processor = find_processor(name)
     if processor is not None:
-        return list(processor.image_mean), list(processor.image_std)
+        return pixel_statistics(processor, num_channels)
     if num_channels == 3:
         return list(IMAGENET_MEAN), list(IMAGENET_STD)
     return [0.5] * num_channels, [0.5] * num_channels

@@ -2,7 +2,7 @@
 """Training of detectors with `transformers.Trainer`, average precision, and pictures of what they find."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from tqdm.auto import tqdm
-from transformers import TrainingArguments, set_seed
+from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from ..configuration_hivit import nearest_multiples
@@ -40,7 +40,6 @@ from .detector import (
     pyramid_of,
 )
 from .finetune import FinetuneRun, _sample, training_arguments
-from .labelled import check_pictures
 from .monitor import INK, _figure
 from .optim import stepped_learning_rate
 from .overlays import palette
@@ -130,9 +129,8 @@ class DetectionRun(FinetuneRun):
         ValueError: for annotations and weights that do not fit the recipe or each other.
     """
 
-    def __init__(self, recipe: DetectionRecipe, say: Callable[[str], None] = print):
-        set_seed(recipe.seed)
-        self.recipe, self.say = recipe, say
+    def _prepare(self):
+        recipe = self.recipe
         evaluation = self._read(recipe.eval_annotations, recipe.eval_images)
         train = evaluation  # of which only the categories are used then
         if not recipe.evaluate_only:
@@ -231,36 +229,24 @@ class DetectionRun(FinetuneRun):
         return self._make_trainer(DetectorTrainer, args, batches=self.batches)
 
     def train(self) -> dict[str, float]:
-        """As in `FinetuneRun`, with a picture of what is found; with `evaluate_only` nothing is trained."""
+        """As in `FinetuneRun`, with a picture of what is found. Raises ValueError for a warm-up longer than that."""
         recipe = self.recipe
-        if recipe.evaluate_only:
-            return self.evaluate()
         steps = math.ceil(recipe.epochs * max(1, len(self.train_pictures) // recipe.effective_batch_size))
-        if recipe.warmup_steps >= steps:
+        if recipe.warmup_steps >= steps and not recipe.evaluate_only:
             raise ValueError(
                 f"warmup_steps {recipe.warmup_steps} are not fewer than the {steps} steps of the training: lower them."
             )
         return super().train()
 
-    def evaluate(self) -> dict[str, float]:
-        """Average precision of the model as it is; figures and a picture go to the output folder."""
-        if (Path(self.recipe.output_dir) / "trainer_state.json").exists():
-            raise ValueError(f"{self.recipe.output_dir} holds a training: give --evaluate_only another --output_dir.")
-        check_pictures(self.eval_pictures, self.recipe.check_images)
-        trainer = self._trainer(self._training_arguments())
-        metrics = trainer.evaluate()
-        self._report(trainer, metrics)
+    def _report(self, trainer: DetectorTrainer, metrics: dict[str, float]):
+        super()._report(trainer, metrics)
         self._draw(trainer)
-        trainer.accelerator.wait_for_everyone()
-        trainer.accelerator.end_training()
-        return {name.removeprefix("eval_"): value for name, value in metrics.items()}
 
     def _save(self, trainer: DetectorTrainer):
-        """The folder that `from_pretrained` loads, and a picture."""
+        """The folder that `from_pretrained` loads."""
         vars(self.model.config).pop("use_cache", None)  # Trainer sets it, and it would be saved
         trainer.save_state()
         trainer.save_model(_internal_call=True)  # which does not push
-        self._draw(trainer)
         self._push(trainer, "object-detection")
 
     def _draw(self, trainer: DetectorTrainer):

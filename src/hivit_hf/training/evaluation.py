@@ -18,6 +18,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..hub import load_processor
 from ..modeling_hivit import HiViTForImageClassification, cut_into_units
+from ..pictures import pixel_statistics
 from .augment import normalize
 from .classifier import read_config, silent_transformers
 from .labelled import SINGLE, Batches, Evaluating, LabelledPictures, find_labels, seeded
@@ -72,10 +73,11 @@ def targets_for(
     used = [labels.names[number] for number in targets.unique().tolist()]
     unknown = [name for name in used if name not in known]
     if unknown:
+        some = ", ".join(sorted(known, key=known.get)[:5])
         raise ValueError(
-            f"{split} has the label {unknown[0]!r}, which the model does not know; its labels are "
-            f"{', '.join(list(known)[:5])}. Evaluate with the dataset that it was trained for; if its labels are bare "
-            "numbers, name them with --label_names as in the training."
+            f"{split} has the label {unknown[0]!r}, which the model does not know; its labels are {some}. Evaluate "
+            "with the dataset that it was trained for; if its labels are bare numbers, name them with --label_names as "
+            "in the training."
         )
     table = torch.tensor([known.get(name, -1) for name in labels.names])
     return table[targets]
@@ -244,7 +246,8 @@ def robustness(
     """
     # an adapter wraps the network
     inner = next(module for module in model.modules() if isinstance(module, HiViTForImageClassification))
-    config, mean, std = inner.config, tuple(processor.image_mean), tuple(processor.image_std)
+    config = inner.config
+    mean, std = map(tuple, pixel_statistics(processor, config.num_channels))
     pictures = LabelledPictures(dataset, column, Crops(processor), targets, config.num_channels, name="eval")
     hits: dict[str, dict[str, float]] = {}
 

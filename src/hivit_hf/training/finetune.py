@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -57,6 +57,7 @@ from .recipe import Recipe, one_sentence, parse_recipe
 
 
 AVERAGE = "average.safetensors"  # beside the weights of a checkpoint, if a moving average is kept
+FIGURES = ("eval_results.json", "all_results.json", "trainer_state.json")  # as `Trainer` names them
 
 
 class ClassifierTrainer(Trainer):
@@ -197,6 +198,26 @@ class FinetuneRun:
     def __init__(self, recipe: FinetuneRecipe, say: Callable[[str], None] = print):
         set_seed(recipe.seed)
         self.recipe, self.say = recipe, say
+        if recipe.resume is None and not recipe.show_layer_table:
+            self._refuse_used_folder()
+        self._prepare()
+
+    def _refuse_used_folder(self):
+        """ValueError for an output folder with a run or its figures: those of two must not mix."""
+        output = Path(self.recipe.output_dir)
+        names = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
+        latest = get_last_checkpoint(str(output)) if names else None
+        if latest is not None and not self.recipe.evaluate_only:
+            raise ValueError(
+                f"{output} holds a run, at {Path(latest).name}: give --resume latest, or another --output_dir."
+            )
+        for name in names:
+            if name in FIGURES or name.startswith("checkpoint-"):
+                raise ValueError(f"{output} holds {name} of another run: give another --output_dir.")
+
+    def _prepare(self):
+        """Reads what the run needs."""
+        recipe = self.recipe
         splits = open_splits(recipe.dataset_name, recipe.dataset_config, recipe.dataset_revision)
         self._build(*self._choose(splits))
 
@@ -266,7 +287,8 @@ class FinetuneRun:
 
     def train(self) -> dict[str, float]:
         """
-        Trains, evaluates, and writes the model, its processor and all figures to the output folder.
+        Trains, evaluates, and writes the model, its processor and all figures to the output folder; where the recipe
+        says `evaluate_only`, `evaluate` alone.
 
         Returns:
             The metrics of the last evaluation, of the best weights if training stops early.
@@ -275,6 +297,8 @@ class FinetuneRun:
             ValueError: for a folder that holds another run, too few pictures, and pictures that cannot be read.
             FloatingPointError: if the loss is not finite.
         """
+        if self.recipe.evaluate_only:
+            return self.evaluate()
         args = self._training_arguments()
         if args.n_gpu > 1:  # Trainer would split the model's batches over them, on top of the published batch
             raise ValueError(
@@ -297,7 +321,7 @@ class FinetuneRun:
         if self.recipe.ema_decay is not None:
             trainer.start_average(checkpoint)
         if trainer.is_world_process_zero():
-            self._remember()
+            self._remember(self.recipe.identity())
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.keep_average()
         vars(self.config).pop("use_cache", None)  # Trainer sets it, and it would be saved; HiViT has no cache
@@ -305,6 +329,24 @@ class FinetuneRun:
         self._report(trainer, metrics)
         self._save(trainer)
         trainer.accelerator.wait_for_everyone()  # a process that leaves first may take the others with it
+        trainer.accelerator.end_training()
+        return {name.removeprefix("eval_"): value for name, value in metrics.items()}
+
+    def evaluate(self) -> dict[str, float]:
+        """
+        Evaluates the model as it is, and writes figures and what was asked for to the output folder.
+
+        Raises:
+            ValueError: for pictures that cannot be read, and a folder that cannot be written.
+        """
+        self._make_folder()
+        check_pictures(self.eval_pictures, self.recipe.check_images)
+        trainer = self._trainer(self._training_arguments())
+        metrics = trainer.evaluate()
+        if trainer.is_world_process_zero():
+            self._remember(asdict(self.recipe))
+        self._report(trainer, metrics)
+        trainer.accelerator.wait_for_everyone()
         trainer.accelerator.end_training()
         return {name.removeprefix("eval_"): value for name, value in metrics.items()}
 
@@ -354,25 +396,20 @@ class FinetuneRun:
         return following.trainer
 
     def _checkpoint(self) -> str | None:
-        """Where to go on from. ValueError if there is none, it is of another recipe, or one would be overwritten."""
+        """Where to go on from. ValueError if there is nothing, or it is of another recipe."""
         recipe, output = self.recipe, Path(self.recipe.output_dir)
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"{output} cannot be written ({error.strerror}). Choose another --output_dir.") from error
-        latest = get_last_checkpoint(str(output))
         if recipe.resume is None:
-            if latest is not None:
-                raise ValueError(
-                    f"{output} holds a run, at {Path(latest).name}: give --resume latest, or another --output_dir."
-                )
+            self._make_folder()
             return None
+        latest = get_last_checkpoint(str(output)) if output.is_dir() else None
         found = latest if recipe.resume == "latest" else recipe.resume
         if found is None or not (Path(found) / "trainer_state.json").exists():
             raise ValueError(f"There is no checkpoint to resume at {found or output}: leave out --resume to begin.")
         path = Path(found).resolve().parent / "recipe.json"
         if path.exists():
             was, now = json.loads(path.read_text()), recipe.identity()
+            if not was.keys() <= now.keys():
+                raise ValueError(f"{path.parent} holds another kind of run: resume it with the script that began it.")
             for name, value in was.items():
                 if now.get(name) != value:
                     raise ValueError(
@@ -381,9 +418,15 @@ class FinetuneRun:
                     )
         return found
 
-    def _remember(self):
-        path = Path(self.recipe.output_dir) / "recipe.json"
-        path.write_text(json.dumps(self.recipe.identity(), indent=1) + "\n")
+    def _make_folder(self):
+        output = Path(self.recipe.output_dir)
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{output} cannot be written ({error.strerror}). Choose another --output_dir.") from error
+
+    def _remember(self, numbers: dict):
+        (Path(self.recipe.output_dir) / "recipe.json").write_text(json.dumps(numbers, indent=1) + "\n")
 
     def _save(self, trainer: ClassifierTrainer):
         """The folder that pipelines load. An adapter lies beside the weights that it changes."""

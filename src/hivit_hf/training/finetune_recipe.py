@@ -40,6 +40,8 @@ class FinetuneRecipe(DatasetRecipe):
     warmup_learning_rate: float = _field(0.0, "Begin the warm-up with this learning rate.")
     count_stem: bool = _field(True, "Count each layer of the stem for the decay; else the whole stem is layer 0.")
 
+    evaluate_only = False  # examples/evaluate_classification.py does that
+
     RUNTIME = RUNTIME | {"eval_batch_size"}
     CHOICES = {"problem_type": tuple(PROBLEM_TYPES)}
     POSITIVE = ("epochs", "eval_batch_size", "base_learning_rate")

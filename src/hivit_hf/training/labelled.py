@@ -50,6 +50,8 @@ def open_splits(name: str, config: str | None = None, revision: str | None = Non
         raise ValueError(f"There is no dataset {name}, here or on the Hub: check the name.") from error
     except Exception as error:  # the many readers raise many things
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if isinstance(error, IndexError) or "corresponds to no data" in reason:
+            raise ValueError(f"The dataset {name} has a split without samples: choose another one.") from error
         raise ValueError(f"The dataset {name} cannot be read: {reason}") from error
     return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
 

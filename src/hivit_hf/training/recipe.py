@@ -1,8 +1,10 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
 """A training as numbers: what YAML files hold, what flags change, and what a resumption must agree with."""
 
+import argparse
 import json
 import math
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -290,6 +292,24 @@ def read_recipe(path: str | Path, recipe_class: type[Recipe] = PretrainRecipe) -
             f"The recipe {path} has {', '.join(unknown)}, which no recipe has. The keys are {', '.join(known)}."
         )
     return values
+
+
+def check_numbers(
+    parser: argparse.ArgumentParser,
+    arguments: argparse.Namespace,
+    positive: Sequence[str] = (),
+    nonnegative: Sequence[str] = (),
+):
+    """Ends the program with a sentence if one of these flags, where it is given, is not a number of that kind."""
+    for name in (*positive, *nonnegative):
+        value = getattr(arguments, name)
+        if value is not None and (value < 0 or (value == 0 and name in positive)):
+            parser.error(f"--{name} must {'be positive' if name in positive else 'not be negative'}, got {value}.")
+
+
+def settings(arguments: argparse.Namespace) -> dict:
+    """What was asked for, to be written beside the figures."""
+    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
 
 
 def one_sentence(error: Exception) -> str:

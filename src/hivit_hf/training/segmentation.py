@@ -16,7 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from .class_maps import IGNORED, MappedPictures, TrainingCrop, WholePicture
 from .dense import DenseTrainer, pyramid_start
 from .finetune import FinetuneRun, _sample, training_arguments
-from .labelled import check_pictures, evaluation_split
+from .labelled import evaluation_split
 from .optim import poly_learning_rate
 from .overlays import overlay_sheet
 from .segmentation_recipe import SegmentationRecipe
@@ -32,7 +32,7 @@ from .segmenter import (
 )
 
 
-FIGURES, PICTURES = "eval_results.json", "overlays.png"  # in the output folder; `Trainer` names the first
+PICTURES = "overlays.png"  # in the output folder
 
 
 class SegmentationTrainer(DenseTrainer):
@@ -134,8 +134,6 @@ class SegmentationRun(FinetuneRun):
 
     def __init__(self, recipe: SegmentationRecipe, metric_path: str | Path, say: Callable[[str], None] = print):
         self.metric_path = metric_path
-        if recipe.evaluate_only and not recipe.show_layer_table and (Path(recipe.output_dir) / FIGURES).exists():
-            raise ValueError(f"{recipe.output_dir} holds the figures of a run: give another --output_dir.")
         super().__init__(recipe, say)
 
     def _choose(self, splits):
@@ -193,28 +191,8 @@ class SegmentationRun(FinetuneRun):
         }
         self.train_pictures, self.eval_pictures = pictures.get("train"), pictures["eval"]
 
-    def train(self) -> dict[str, float]:
-        """As in `FinetuneRun`, with overlays; with `evaluate_only` nothing is trained."""
-        return self.evaluate() if self.recipe.evaluate_only else super().train()
-
-    def evaluate(self) -> dict[str, float]:
-        """
-        Evaluates the model as it is, and writes figures and overlays to the output folder.
-
-        Raises:
-            ValueError: for samples that cannot be read or do not fit.
-        """
-        check_pictures(self.eval_pictures, self.recipe.check_images)
-        trainer = self._trainer(self._training_arguments())
-        metrics = trainer.evaluate()
-        self._report(trainer, metrics)
-        trainer.accelerator.wait_for_everyone()
-        trainer.accelerator.end_training()
-        return {name.removeprefix("eval_"): value for name, value in metrics.items()}
-
     def _report(self, trainer: SegmentationTrainer, metrics: dict[str, float]):
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
+        super()._report(trainer, metrics)
         trainer.show(Path(self.recipe.output_dir) / PICTURES)
 
     def _training_arguments(self) -> TrainingArguments:

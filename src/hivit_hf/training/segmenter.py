@@ -140,11 +140,11 @@ def _load_whole(
 
 
 def _check_heads(config: UperNetConfig, name: str, given: dict):
-    has = {"head_channels": config.hidden_size, "auxiliary_weight": 0.0}
+    has = {"head_channels": config.hidden_size, "auxiliary_weight": 0.0, "auxiliary_channels": 0}
     if config.use_auxiliary_head:
         has |= {"auxiliary_weight": config.auxiliary_loss_weight, "auxiliary_channels": config.auxiliary_channels}
     for key, value in given.items():
-        if value != has.get(key, value):
+        if value != has[key]:
             raise ValueError(
                 f"The segmenter {name} has {key} {has[key]}, not {value}: leave out --{key}, or begin with a HiViT."
             )
