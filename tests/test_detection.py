@@ -37,7 +37,6 @@ from hivit_hf.training.detection_recipe import DetectionRecipe
 from hivit_hf.training.detector import (
     DetrBatches,
     HiViTRCNN,
-    HiViTRCNNConfig,
     RCNNBatches,
     build_detector,
     detr_processor,
@@ -714,9 +713,10 @@ def test_a_detector_is_judged_and_goes_on(scenes, tmp_path, capsys, detector):
     assert finetune_detection.main([*again, "--learning_rate", "1e-12", "--warmup_steps", "0"]) == 0
 
 
-def test_detectors_are_named_where_a_hivit_is_wanted(tmp_path):
-    (tmp_path / "config.json").write_text(HiViTRCNNConfig().to_json_string())
-    with pytest.raises(ValueError, match="is a hivit_rcnn, not a HiViT: choose another start"):
+@pytest.mark.parametrize("kind", ["hivit_rcnn", "unheard_of"])  # transformers knows the first once it is imported
+def test_models_of_other_kinds_are_named_where_a_hivit_is_wanted(kind, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(ValueError, match=f"is a {kind}, not a HiViT: choose another start"):
         read_config(str(tmp_path))
 
 
