@@ -126,7 +126,7 @@ class DetectionRun(FinetuneRun):
         say: takes a sentence for the user.
 
     Raises:
-        ValueError: for annotations and weights that do not fit the recipe or each other.
+        ValueError: as `FinetuneRun`, for annotations in place of data and labels.
     """
 
     def _prepare(self):
@@ -229,7 +229,7 @@ class DetectionRun(FinetuneRun):
         return self._make_trainer(DetectorTrainer, args, batches=self.batches)
 
     def train(self) -> dict[str, float]:
-        """As in `FinetuneRun`, with a picture of what is found. Raises ValueError for a warm-up longer than that."""
+        """As in `FinetuneRun`. Raises ValueError for a warm-up that is as long as the training, too."""
         recipe = self.recipe
         steps = math.ceil(recipe.epochs * max(1, len(self.train_pictures) // recipe.effective_batch_size))
         if recipe.warmup_steps >= steps and not recipe.evaluate_only:

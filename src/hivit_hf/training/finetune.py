@@ -192,7 +192,8 @@ class FinetuneRun:
         say: takes a sentence for the user.
 
     Raises:
-        ValueError: for data, labels and weights that do not fit the recipe or each other.
+        ValueError: for an output folder that holds another run, and for data, labels and weights that do not fit the
+            recipe or each other.
     """
 
     def __init__(self, recipe: FinetuneRecipe, say: Callable[[str], None] = print):
@@ -294,7 +295,8 @@ class FinetuneRun:
             The metrics of the last evaluation, of the best weights if training stops early.
 
         Raises:
-            ValueError: for a folder that holds another run, too few pictures, and pictures that cannot be read.
+            ValueError: for a folder that cannot be written, a checkpoint of another recipe, too few pictures, and
+                pictures that cannot be read.
             FloatingPointError: if the loss is not finite.
         """
         if self.recipe.evaluate_only:

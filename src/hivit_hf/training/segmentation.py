@@ -129,7 +129,7 @@ class SegmentationRun(FinetuneRun):
         say: takes a sentence for the user.
 
     Raises:
-        ValueError: for data and weights that do not fit the recipe or each other.
+        ValueError: as `FinetuneRun`.
     """
 
     def __init__(self, recipe: SegmentationRecipe, metric_path: str | Path, say: Callable[[str], None] = print):
