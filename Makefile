@@ -16,7 +16,7 @@ test: $(VENV)/installed $(BROWSER)  ## The whole test suite
 	$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 test-oldest: $(OLDEST)/installed  ## Exported folders with the oldest supported versions, in an environment of its own
-	$(OLDEST)/bin/python -m pytest tests/test_remote_code.py
+	$(OLDEST)/bin/python -m pytest tests/hub/test_remote_code.py
 
 check: $(VENV)/installed  ## Style
 	$(RUN) -m ruff check .

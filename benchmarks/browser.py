@@ -3,7 +3,7 @@ python benchmarks/browser.py [--rounds 9]
 
 Opens the page of examples/browser, with the models that lie in its folder `models`, in headless Chromium from the
 loopback, as often as told, each time with an empty cache. Takes the time from the request to the page being ready, and
-that of classifications and reconstructions of a picture of noise, one at a time. Medians. Writes
+that of classifications and reconstructions of a image of noise, one at a time. Medians. Writes
 benchmarks/results/browser_cpu.json.
 """
 
@@ -21,11 +21,12 @@ from tqdm.auto import tqdm
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 from chromium import BROWSER_EXAMPLE, browser, serve
+
 from measure import write
 
 
 def look(page) -> dict[str, float]:
-    """Milliseconds of one picture, by the page's own clock."""
+    """Milliseconds of one image, by the page's own clock."""
     file = io.BytesIO()
     Image.effect_noise((256, 256), 80).convert("RGB").save(file, format="PNG")
     page.set_input_files("#file", {"name": "noise.png", "mimeType": "image/png", "buffer": file.getvalue()})

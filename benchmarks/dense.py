@@ -1,7 +1,7 @@
 """
 python benchmarks/dense.py [--rounds 3] [--sizes 640x640 800x1344] [--relative_bias] [--device cpu]
 
-Times backbones at the sizes of segmentation and detection, one picture, forward only, float32: ours with attention
+Times backbones at the sizes of segmentation and detection, one image, forward only, float32: ours with attention
 among all units, ours with the windows of the published detector, transformers' Swin-B, and a plain ViT-B. All in one
 process, in turn; medians, and ratios round by round. Also what tensors take at most, beyond the weights: forward alone,
 and forward and backward. --relative_bias gives ours the bias that the published segmenter has and the detector has not.

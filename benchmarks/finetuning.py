@@ -2,7 +2,7 @@
 python benchmarks/finetuning.py [--pretrain_epochs 20] [--seeds 1]
 
 What the examples reach on scikit-learn's digits, through their command lines: probes of pre-trained and of random
-features, fine-tuning, several labels, LoRA, and damaged pictures. Writes benchmarks/results/finetuning_digits_cpu.json.
+features, fine-tuning, several labels, LoRA, and damaged images. Writes benchmarks/results/finetuning_digits_cpu.json.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from hivit_hf import HiViTForMaskedImageModeling  # noqa: E402
 from measure import write  # noqa: E402
 
 
-# Digits are neither mirrored nor small in their pictures.
+# Digits are neither mirrored nor small in their images.
 FLAGS = ["--recipe", str(EXAMPLES / "recipes" / "finetune_digits.yaml")]
 MULTI = ["--problem_type", "multi_label_classification"]
 

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from hivit_hf import HiViTConfig, HiViTForImageClassification
-from hivit_hf.hub import export
+from hivit_hf.hub.repository import export
 from measure import write
 
 

@@ -1,8 +1,8 @@
 """
 python benchmarks/loader.py [--rounds 7]
 
-Pictures per CPU second, one process: our stream, torchvision's ImageFolder with DataLoader, and a plain stream of
-`datasets`, all with the same crop, flip and normalisation, on small JPEG files and on 12-megapixel ones. In turn,
+Images per CPU second, one process: our stream, torchvision's ImageFolder with DataLoader, and a plain stream of
+`datasets`, all with the same crop, flip and normalization, on small JPEG files and on 12-megapixel ones. In turn,
 medians. Also how far our crops are from those of PIL. Writes benchmarks/results/loader_cpu.json.
 """
 
@@ -27,20 +27,20 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from hivit_hf.hub import IMAGENET_MEAN, IMAGENET_STD
-from hivit_hf.training.augment import RandomCrop, normalize
-from hivit_hf.training.stream import SampleStream, Source, make_loader, open_source
+from hivit_hf.data.streaming import SampleStream, Source, make_loader, open_source
+from hivit_hf.data.transforms import RandomCrop, normalize
+from hivit_hf.image_processing import IMAGENET_MEAN, IMAGENET_STD
 from measure import interleave, write
 
 
-SETS = {"500x375": (500, 375, 512, 0), "4000x3000": (4000, 3000, 40, 4)}  # width, height, pictures, noise
+SETS = {"500x375": (500, 375, 512, 0), "4000x3000": (4000, 3000, 40, 4)}  # width, height, images, noise
 BICUBIC = v2.InterpolationMode.BICUBIC
 
 
-def make_pictures(folder: Path, width: int, height: int, number: int, noise: int) -> float:
+def make_images(folder: Path, width: int, height: int, number: int, noise: int) -> float:
     """Crops of the two photographs of scikit-learn as JPEG files and as Parquet. Returns their mean size in MB."""
     generator, rows = np.random.default_rng(0), []
-    (folder / "pictures" / "photos").mkdir(parents=True)
+    (folder / "images" / "photos").mkdir(parents=True)
     (folder / "parquet").mkdir()
     for index in range(number):
         photo = Image.fromarray(load_sample_image(("china.jpg", "flower.jpg")[index % 2]))
@@ -51,7 +51,7 @@ def make_pictures(folder: Path, width: int, height: int, number: int, noise: int
         file = io.BytesIO()
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=92)
         rows.append({"bytes": file.getvalue(), "path": f"{index}.jpg"})
-        (folder / "pictures" / "photos" / f"{index}.jpg").write_bytes(file.getvalue())
+        (folder / "images" / "photos" / f"{index}.jpg").write_bytes(file.getvalue())
     table = pa.table({"image": rows})
     features = datasets.Features({"image": datasets.Image()}).arrow_schema
     pq.write_table(table.cast(features), folder / "parquet" / "0.parquet", row_group_size=10)
@@ -59,7 +59,7 @@ def make_pictures(folder: Path, width: int, height: int, number: int, noise: int
 
 
 def on_pil():
-    """What everyone does: torchvision's transforms on PIL pictures."""
+    """What everyone does: torchvision's transforms on PIL images."""
     crop = v2.RandomResizedCrop(224, (0.2, 1.0), interpolation=BICUBIC, antialias=True)
     end = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
     return v2.Compose([crop, v2.RandomHorizontalFlip(), *end])
@@ -77,7 +77,7 @@ def ours(folder: Path):
 
 
 def image_folder(folder: Path):
-    dataset = ImageFolder(folder / "pictures", transform=on_pil())
+    dataset = ImageFolder(folder / "images", transform=on_pil())
     loader = DataLoader(dataset, batch_size=4, shuffle=True)
     return (batch for _ in itertools.count() for batch, _ in loader)
 
@@ -107,11 +107,11 @@ def reader(batches, number: int):
 def difference_from_pil(folder: Path) -> float:
     """Mean absolute difference, in levels of 255, of our crops from PIL's of the same boxes."""
     found, crop = [], RandomCrop(224, flip_probability=0.0)
-    for seed, path in enumerate(sorted((folder / "pictures" / "photos").iterdir())):
-        picture = Image.open(path)
-        box, _, _ = crop.draw(picture, seed)
+    for seed, path in enumerate(sorted((folder / "images" / "photos").iterdir())):
+        image = Image.open(path)
+        box, _, _ = crop.draw(image, seed)
         expected = v2.functional.resized_crop(
-            picture.convert("RGB"), **box, size=[224, 224], interpolation=BICUBIC, antialias=True
+            image.convert("RGB"), **box, size=[224, 224], interpolation=BICUBIC, antialias=True
         )
         difference = crop(path.read_bytes(), seed).float() - v2.functional.pil_to_tensor(expected).float()
         found.append(difference.abs().mean().item())
@@ -129,14 +129,14 @@ def main():
     for name, (width, height, number, noise) in SETS.items():
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
-            megabytes = make_pictures(folder, width, height, number, noise)
+            megabytes = make_images(folder, width, height, number, noise)
             batches = 16 if width < 1000 else 4
             makers = {"ours": ours, "ImageFolder": image_folder, "plain datasets stream": plain_stream}
             contenders = {who: reader(make(folder), batches) for who, make in makers.items()}
             seconds = interleave(contenders, rounds, name)
             results["sets"][name] = {
                 "megabytes": megabytes,
-                "pictures_per_cpu_second": {who: 4 * batches / statistics.median(s) for who, s in seconds.items()},
+                "images_per_cpu_second": {who: 4 * batches / statistics.median(s) for who, s in seconds.items()},
                 "ours_is_faster_by": {
                     who: statistics.median(theirs / mine for theirs, mine in zip(s, seconds["ours"]))
                     for who, s in seconds.items()

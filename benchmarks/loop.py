@@ -2,7 +2,7 @@
 python benchmarks/loop.py [--steps 12]
 
 What a pre-training step costs beside forward, backward and optimizer: the whole loop of `PretrainRun` on base-mae, with
-pictures read by a worker, against the bare step on a batch that is there, in turn. Also the share of time spent waiting
+images read by a worker, against the bare step on a batch that is there, in turn. Also the share of time spent waiting
 for data. Writes benchmarks/results/loop_DEVICE.json.
 """
 
@@ -23,12 +23,12 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 from tqdm.auto import tqdm
 
-from hivit_hf.training.recipe import PretrainRecipe
-from hivit_hf.training.run import PretrainRun, WaitClock
+from hivit_hf.pretraining.arguments import PretrainRecipe
+from hivit_hf.pretraining.run import PretrainRun, WaitClock
 from measure import write
 
 
-def write_pictures(folder: Path, number: int = 256):
+def write_images(folder: Path, number: int = 256):
     """Parquet with crops of the two photographs of scikit-learn, 500x375."""
     folder.mkdir()
     for shard in range(4):
@@ -45,12 +45,12 @@ def write_pictures(folder: Path, number: int = 256):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=12, help="Counted steps of each.")
-    parser.add_argument("--batch_size", type=int, default=8, help="Pictures per step.")
+    parser.add_argument("--batch_size", type=int, default=8, help="Images per step.")
     arguments = parser.parse_args()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as scratch:
-        write_pictures(Path(scratch) / "data")
+        write_images(Path(scratch) / "data")
         recipe = PretrainRecipe(
             dataset_name=[str(Path(scratch) / "data")],
             output_dir=str(Path(scratch) / "run"),

@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 
 from hivit_hf import HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling
-from hivit_hf.hub import load_folder, load_processor
-from hivit_hf.onnx_export import OPSET, cpu_session, export_onnx, int8_cost, labelled_pictures, tasks_of
+from hivit_hf.hub.onnx import OPSET, cpu_session, export_onnx, int8_cost, labeled_images, tasks_of
+from hivit_hf.hub.repository import load_folder
+from hivit_hf.image_processing import load_processor
 from inference import inference
 from measure import interleave, summarize, write
 
@@ -87,9 +88,9 @@ def main():
             for name, model in demo.items():
                 results["differences"][f"demo, {name}"] = differences(model, folder / name)
             path = folder / "model" / "HiViTForImageClassification_classification_False.onnx"
-            pictures = labelled_pictures(arguments.demo / "holdout", demo["model"].config)
+            images = labeled_images(arguments.demo / "holdout", demo["model"].config)
             processor = load_processor(arguments.demo / "model", demo["model"].config)
-            results["demo_int8"] = int8_cost(path, folder / "int8.onnx", processor, *pictures)
+            results["demo_int8"] = int8_cost(path, folder / "int8.onnx", processor, *images)
     print("written:", write("onnx_cpu", results, "cpu"))
 
 

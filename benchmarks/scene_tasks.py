@@ -23,11 +23,11 @@ import torch
 from safetensors.torch import load_model
 
 from hivit_hf import HiViTConfig, HiViTForMaskedImageModeling
-from hivit_hf.training.detection import PICTURES, DetectionRun
-from hivit_hf.training.detection_recipe import DetectionRecipe
-from hivit_hf.training.recipe import read_recipe
-from hivit_hf.training.segmentation import SegmentationRun
-from hivit_hf.training.segmentation_recipe import SegmentationRecipe
+from hivit_hf.detection.arguments import DetectionRecipe
+from hivit_hf.detection.run import IMAGES, DetectionRun
+from hivit_hf.segmentation.arguments import SegmentationRecipe
+from hivit_hf.segmentation.run import SegmentationRun
+from hivit_hf.training.arguments import read_recipe
 from measure import write
 
 
@@ -37,20 +37,20 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 @dataclass(frozen=True)
 class Task:
     """
-    What is learnt from scenes.
+    What is learned from scenes.
 
     Args:
-        name: `segmentation` or `detection`, as in the names of the script, the recipe, and the picture.
+        name: `segmentation` or `detection`, as in the names of the script, the recipe, and the image.
         scenes: flags of examples/make_scenes.py.
         metrics: what is recorded of an evaluation.
-        picture: that the script writes.
+        image: that the script writes.
         recipe, run: the classes behind the script.
     """
 
     name: str
     scenes: tuple[str, ...]
     metrics: tuple[str, ...]
-    picture: str
+    image: str
     recipe: type
     run: Callable
 
@@ -108,7 +108,7 @@ TASKS = [
         SegmentationRecipe,
         partial(SegmentationRun, metric_path=EXAMPLES / "metrics" / "mean_iou"),
     ),
-    Task("detection", (), ("box_ap", "box_ap50", "mask_ap", "mask_ap50"), PICTURES, DetectionRecipe, DetectionRun),
+    Task("detection", (), ("box_ap", "box_ap50", "mask_ap", "mask_ap50"), IMAGES, DetectionRecipe, DetectionRun),
 ]
 
 
@@ -137,7 +137,7 @@ def main():
             for name, start in (("pretrained", pretrained), ("untrained", random)):
                 found[name] = task.train(start, scenes, runs / name)
             found["exchanged"] = task.exchange(runs / "pretrained", random, scenes, runs / "exchanged")
-            shutil.copy(runs / "pretrained" / task.picture, EXAMPLES / f"{task.name}.png")
+            shutil.copy(runs / "pretrained" / task.image, EXAMPLES / f"{task.name}.png")
             results[task.name] = found
     print(write("scene_tasks_cpu", results, "cpu").read_text())
 

@@ -63,7 +63,7 @@ def deployment_table() -> str:
         f"- **onnxruntime against PyTorch** on the base classifier, float32, medians of ratios to PyTorch's time with "
         f"SDPA, round by round: {shares['onnxruntime']}; PyTorch with attention written out (eager): "
         f"{shares['PyTorch, eager']}.",
-        f"- **8-bit** demo classifier: {cost['accuracy_int8']:.1%} of {cost['pictures']} held-out pictures, float32 "
+        f"- **8-bit** demo classifier: {cost['accuracy_int8']:.1%} of {cost['images']} held-out images, float32 "
         f"{cost['accuracy_float32']:.1%}.",
         f"- **Exporting** the base classifier takes {hub['export_without_onnx_s']:.1f} s, with its checked ONNX file "
         f"{hub['export_s']:.0f} s; **loading** it with its own code {hub['load_s']:.1f} s, after the imports.",
@@ -90,12 +90,12 @@ def tables() -> str:
 
 
 def reading() -> str:
-    """How fast pictures are read, from the result file."""
+    """How fast images are read, from the result file."""
     sets = json.loads((RESULTS / "loader_cpu.json").read_text())["sets"]
     small, large = (sets[size]["ours_is_faster_by"]["ImageFolder"] for size in ("500x375", "4000x3000"))
     return (
-        "- **Reading** takes libjpeg-turbo's own reduction where a crop is smaller than the picture: "
-        f"{small:.1f} times the pictures per CPU second of torchvision's ImageFolder on files of 500x375 px, "
+        "- **Reading** takes libjpeg-turbo's own reduction where a crop is smaller than the image: "
+        f"{small:.1f} times the images per CPU second of torchvision's ImageFolder on files of 500x375 px, "
         f"{large:.1f} times on 12 megapixels (`benchmarks/results/loader_cpu.json`).\n"
     )
 
@@ -105,7 +105,7 @@ def dense_table() -> str:
     record = json.loads((RESULTS / "dense_cpu.json").read_text())
     sizes = [key for key, value in record.items() if isinstance(value, dict) and "models" in value]
     columns = [f"{size}, s | windows take | MiB | with backward" for size in sizes]
-    lines = [f"| one picture, forward | {' | '.join(columns)} |", "|---|" + "---|---|---|---|" * len(sizes)]
+    lines = [f"| one image, forward | {' | '.join(columns)} |", "|---|" + "---|---|---|---|" * len(sizes)]
     for name in record[sizes[0]]["models"]:
         cells = [name]
         for size in sizes:
@@ -127,7 +127,7 @@ def dense_table() -> str:
 
 
 def scene_table(task: str) -> str:
-    """What a segmenter or a detector has learnt from scenes, from the result file."""
+    """What a segmenter or a detector has learned from scenes, from the result file."""
     record = json.loads((RESULTS / "scene_tasks_cpu.json").read_text())[task]
     starts = {
         "pretrained": "trained from the demonstration's weights",
@@ -153,9 +153,9 @@ def digits_tables() -> str:
     )
     lines = [about, "", "| features | L-BFGS, pre-trained | random | LARS, pre-trained | random | kNN | random |"]
     lines.append("|---|---|---|---|---|---|---|")
-    learnt, random = (record["probes"][start] for start in ("pretrained", "random"))
-    for name in learnt:
-        cells = [f"{100 * probes[name][m]:.1f} %" for m in ("lbfgs", "lars", "knn") for probes in (learnt, random)]
+    learned, random = (record["probes"][start] for start in ("pretrained", "random"))
+    for name in learned:
+        cells = [f"{100 * probes[name][m]:.1f} %" for m in ("lbfgs", "lars", "knn") for probes in (learned, random)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += ["", "| after fine-tuning | pre-trained | random |", "|---|---|---|"]
     for key, name in (

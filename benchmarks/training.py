@@ -1,10 +1,10 @@
 """
 python benchmarks/training.py [--batch_size 256] [--rounds 20] [--device cuda]
 
-Whole training steps of base-mae, optimizer included, on pictures that are already there: as examples/pretrain_mim.py
+Whole training steps of base-mae, optimizer included, on images that are already there: as examples/pretrain_mim.py
 takes them (bfloat16, compiled), against the same weights as the original takes them (float16 autocast with a gradient
 scaler, not compiled, its order of operations and its written-out softmax). In one process, in turn; medians, and ratios
-round by round. Writes benchmarks/results/training_DEVICE.json: pictures per second, share of the device's own
+round by round. Writes benchmarks/results/training_DEVICE.json: images per second, share of the device's own
 matrix-product rate, and peak memory.
 """
 
@@ -17,8 +17,8 @@ import torch
 from accelerate import Accelerator
 
 from hivit_hf import HiViTConfig, HiViTForMaskedImageModeling
+from hivit_hf.pretraining.step import MaskedTraining, Schedule
 from hivit_hf.training.optim import parameter_groups
-from hivit_hf.training.pretrain import MaskedTraining, Schedule
 from measure import interleave, matrix_product, peak_allocated_mib, summarize, write
 from original_order import reorder
 from step_time import STEP_GFLOP
@@ -73,7 +73,7 @@ def peak_memory_mib(run: Callable[[], None], device: str) -> float:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch_size", type=int, default=256, help="Pictures per step.")
+    parser.add_argument("--batch_size", type=int, default=256, help="Images per step.")
     parser.add_argument("--rounds", type=int, default=20, help="Counted rounds.")
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"], help="Where to run.")
     arguments = parser.parse_args()

@@ -7,8 +7,8 @@ from itertools import groupby
 import torch
 
 from checkpoint import ConversionError
-from hivit_hf.checkpoints import ITPN_BASE
 from hivit_hf.configuration_hivit import ARCHITECTURES, HiViTConfig
+from hivit_hf.hub.model_zoo import ITPN_BASE
 from key_maps import KeyMap, dense
 
 

@@ -13,11 +13,11 @@ from transformers.initialization import no_init_weights
 from architecture import block_names, infer_config, square_side
 from checkpoint import Checkpoint, ConversionError, shown
 from hivit_hf import HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling, HiViTModel
-from hivit_hf.folders import written_whole
-from hivit_hf.hub import evaluation_processor
+from hivit_hf.hub.folders import written_whole
+from hivit_hf.image_processing import evaluation_processor
 from hivit_hf.modeling_hivit import relative_position_index, resize_table, sin_cos_position_embeddings
 from key_maps import Dropped, Index, KeyMap, Match, OnlyIf, dense, itpn, mmpretrain, self_supervised, supervised
-from key_maps.others import recognise
+from key_maps.others import recognize
 from report import describe_source, describe_versions, write_report
 
 
@@ -58,7 +58,7 @@ class Plan:
 
 def choose_key_map(source: str, keys: list[str]) -> KeyMap:
     """The layout that `--source` names, or, for `auto`, the one that knows the most of the keys."""
-    network = recognise(keys)
+    network = recognize(keys)
     if network:
         raise ConversionError(f"This is not an original HiViT but {network}.")
     fits = {name: key_map.fits(keys) for name, key_map in KEY_MAPS.items()}

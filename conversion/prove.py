@@ -86,7 +86,7 @@ def masked_autoencoder(model: HiViTForMaskedImageModeling, recorded: dict[str, t
 
 
 def read_by_decoder(model: HiViTForMaskedImageModeling, encoded: HiViTModelOutput) -> torch.Tensor:
-    """The original's "latent": the three stages side by side and normalised, or the last as it is."""
+    """The original's "latent": the three stages side by side and normalized, or the last as it is."""
     if not model.config.fuse_stages:
         return encoded.last_hidden_state
     return model.decoder.norm(torch.cat([stage.flatten(2) for stage in encoded.stage_hidden_states[1:]], dim=2))

@@ -1,7 +1,7 @@
 """
 python docs/screenshots.py [--demo demo_output]
 
-Takes the pictures of this folder: the browser page, the Space, and the card of the exported demo model, all with what
+Takes the images of this folder: the browser page, the Space, and the card of the exported demo model, all with what
 `make demo` has left. The page's models must lie in examples/browser/models: see its README.
 """
 
@@ -50,20 +50,20 @@ def card_page(chromium, folder: Path):
         page.screenshot(path=DOCS / "card.png")
 
 
-def browser_page(chromium, picture: Path):
+def browser_page(chromium, image: Path):
     with serve(BROWSER_EXAMPLE) as address:
         for name, width, scheme in [("browser", 1000, "light"), ("browser_narrow_dark", 390, "dark")]:
             page = chromium.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
             page.goto(f"{address}/index.html")
             page.wait_for_selector("html[data-ready]")
-            page.set_input_files("#file", str(picture))
+            page.set_input_files("#file", str(image))
             page.wait_for_selector("#reconstruction:not([hidden])")
             page.evaluate("window.hivit.maskAgain(Float32Array.from({ length: 16 }, (_, n) => (7 * n + 3) % 16))")
             page.wait_for_timeout(400)
             page.screenshot(path=DOCS / f"{name}.png", full_page=True)
 
 
-def space_pages(chromium, demo: Path, picture: Path):
+def space_pages(chromium, demo: Path, image: Path):
     command = [sys.executable, str(ROOT / "examples" / "space" / "app.py"), "--port", str(PORT)]
     command += ["--classifier", demo / "model", "--autoencoder", demo / "pretrained", "--samples", demo / "samples"]
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -76,7 +76,7 @@ def space_pages(chromium, demo: Path, picture: Path):
                 time.sleep(0.3)
         page = chromium.new_page(viewport={"width": 1160, "height": 700}, color_scheme="light")
         page.goto(f"http://127.0.0.1:{PORT}/")
-        page.set_input_files("#picture input[type=file]", str(picture))
+        page.set_input_files("#image input[type=file]", str(image))
         page.wait_for_selector("#classes >> text=%")
         for name in ("Classify", "Reconstruct", "Features"):
             page.get_by_role("tab", name=name).click()

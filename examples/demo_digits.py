@@ -37,7 +37,7 @@ def main():
     dataset, processor = digits_dataset(), digits_processor()
     train, test = (DigitPixels.from_dataset(dataset[name], processor) for name in ("train", "test"))
     dataset["test"].save_to_disk(output / "holdout")
-    print(f"{len(train)} pictures to train with, {len(test)} held out")
+    print(f"{len(train)} images to train with, {len(test)} held out")
 
     print("1/4 Masked pre-training, without labels")
     with timed("pretraining", seconds):
@@ -55,7 +55,7 @@ def main():
             if labels == "all_labels":
                 final_model = models["pretrained"]
 
-    print("3/4 Evaluation of the pre-trained classifier of seed 0, from the pictures themselves")
+    print("3/4 Evaluation of the pre-trained classifier of seed 0, from the images themselves")
     with timed("evaluation", seconds):
         final_model.save_pretrained(output / "model")
         processor.save_pretrained(output / "model")
@@ -86,12 +86,12 @@ def main():
     finish(results, output, dataset["test"], autoencoder, test.pixel_values)
 
 
-def finish(results: dict, output: Path, pictures: datasets.Dataset, autoencoder: HiViTForMaskedImageModeling, pixels):
+def finish(results: dict, output: Path, images: datasets.Dataset, autoencoder: HiViTForMaskedImageModeling, pixels):
     """Stops the clock, judges the targets, and writes the page and the numbers."""
     started = psutil.Process().create_time()  # importing the libraries takes seconds too
     results["seconds"]["total"] = time.time() - started
     results["targets"] = experiment.judge(results)
-    page.write_page(output / "index.html", results, pictures, autoencoder, pixels)
+    page.write_page(output / "index.html", results, images, autoencoder, pixels)
     (output / "metrics.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
     page.print_summary(results, output)
 

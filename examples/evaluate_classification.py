@@ -1,8 +1,8 @@
 """
 python examples/evaluate_classification.py --model_name_or_path MODEL --dataset_name DATASET --output_dir runs/judged
 
-Judges a classifier through `evaluate` and a pipeline: top-1, top-5, pictures per second, confusion matrix, calibration.
---robustness damages the pictures as well. --soup makes one classifier of several folders first.
+Judges a classifier through `evaluate` and a pipeline: top-1, top-5, images per second, confusion matrix, calibration.
+--robustness damages the images as well. --soup makes one classifier of several folders first.
 """
 
 import argparse
@@ -15,11 +15,14 @@ import evaluate
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from hivit_hf.training import evaluation, monitor
-from hivit_hf.training.evaluation import SEVERITIES
-from hivit_hf.training.labelled import LabelledPictures, check_pictures, choose_split, open_splits, picture_column
-from hivit_hf.training.metrics import calibration
-from hivit_hf.training.recipe import check_numbers, one_sentence, settings
+from hivit_hf.classification import evaluation
+from hivit_hf.classification.figures import calibration_figure, confusion_matrix_figure, robustness_figure
+from hivit_hf.classification.metrics import calibration
+from hivit_hf.classification.robustness import SEVERITIES, robustness
+from hivit_hf.classification.soup import soup
+from hivit_hf.data.datasets import LabeledImages, check_images, choose_split, image_column, open_splits
+from hivit_hf.training.arguments import check_numbers, one_sentence, settings
+from hivit_hf.training.figures import figure_to_png
 
 
 METRICS = Path(__file__).parent / "metrics"
@@ -37,20 +40,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--dataset_config", help="Take this configuration of the Hub dataset.")
     parser.add_argument("--split", default="test", help="Judge with this split.")
-    parser.add_argument("--image_column", help="Find the pictures in this column, if it cannot be told.")
+    parser.add_argument("--image_column", help="Find the images in this column, if it cannot be told.")
     parser.add_argument("--label_column", help="Find the labels in this column, if it cannot be told.")
     parser.add_argument("--label_names", nargs="+", default=[], help="Name the classes, in the order of their numbers.")
-    parser.add_argument("--max_samples", type=int, help="Judge with the first so many pictures only.")
-    parser.add_argument(
-        "--check_images", type=int, default=1000, help="Decode so many pictures first, to find bad ones."
-    )
+    parser.add_argument("--max_samples", type=int, help="Judge with the first so many images only.")
+    parser.add_argument("--check_images", type=int, default=1000, help="Decode so many images first, to find bad ones.")
     parser.add_argument("--robustness", action="store_true", help="Judge with damaged, dropped and shuffled parts too.")
     parser.add_argument(
         "--severities", type=int, nargs="+", default=SEVERITIES, choices=SEVERITIES, help="Damage with these strengths."
     )
-    parser.add_argument("--batch_size", type=int, default=32, help="Take so many pictures per forward pass.")
+    parser.add_argument("--batch_size", type=int, default=32, help="Take so many images per forward pass.")
     parser.add_argument(
-        "--output_dir", type=Path, required=True, help="Write results.json, pictures and the soup to this folder."
+        "--output_dir", type=Path, required=True, help="Write results.json, images and the soup to this folder."
     )
     arguments = parser.parse_args(argv)
     if len(arguments.model_name_or_path) > 1 and not arguments.soup:
@@ -78,33 +79,33 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def judge(arguments: argparse.Namespace) -> dict:
-    """All numbers; the pictures are drawn on the way."""
+    """All numbers; the images are drawn on the way."""
     splits = open_splits(arguments.dataset_name, arguments.dataset_config)
-    pictures = choose_split(splits, arguments.split, "split")
-    pictures = pictures.select(range(min(len(pictures), arguments.max_samples or len(pictures))))
-    column = picture_column(pictures, arguments.image_column)
-    check_pictures(LabelledPictures(pictures, column, transform=None, name=arguments.split), arguments.check_images)
+    images = choose_split(splits, arguments.split, "split")
+    images = images.select(range(min(len(images), arguments.max_samples or len(images))))
+    column = image_column(images, arguments.image_column)
+    check_images(LabeledImages(images, column, transform=None, name=arguments.split), arguments.check_images)
     model, processor, made = classifier(arguments, splits, column)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     labels = (arguments.label_column, arguments.label_names)
-    targets = evaluation.targets_for(model, pictures, arguments.split, *labels)
-    work = (model, processor, pictures, column, targets)
-    numbers, probabilities = evaluation.evaluate_pictures(*work, arguments.batch_size)
+    targets = evaluation.targets_for(model, images, arguments.split, *labels)
+    work = (model, processor, images, column, targets)
+    numbers, probabilities = evaluation.evaluate_images(*work, arguments.batch_size)
     confidence = calibration(probabilities, targets.numpy())
     confusion = evaluate.load(str(METRICS / "confusion_matrix"), keep_in_memory=True).compute(
         predictions=probabilities.argmax(axis=1), references=targets, num_labels=model.config.num_labels
     )
     names = [model.config.id2label[number] for number in range(model.config.num_labels)]
     figures = {
-        "confusion_matrix": monitor.confusion_matrix_figure(confusion["confusion_matrix"], names),
-        "calibration": monitor.calibration_figure(confidence["bins"], confidence["expected_calibration_error"]),
+        "confusion_matrix": confusion_matrix_figure(confusion["confusion_matrix"], names),
+        "calibration": calibration_figure(confidence["bins"], confidence["expected_calibration_error"]),
     }
-    results = {"settings": settings(arguments), "images": len(pictures), **numbers, **confidence, **confusion, **made}
+    results = {"settings": settings(arguments), "images": len(images), **numbers, **confidence, **confusion, **made}
     if arguments.robustness:
-        results["robustness"] = evaluation.robustness(*work, sorted(set(arguments.severities)), arguments.batch_size)
-        figures["robustness"] = monitor.robustness_figure(results["robustness"])
+        results["robustness"] = robustness(*work, sorted(set(arguments.severities)), arguments.batch_size)
+        figures["robustness"] = robustness_figure(results["robustness"])
     for name, figure in figures.items():
-        (arguments.output_dir / f"{name}.png").write_bytes(monitor.figure_to_png(figure))
+        (arguments.output_dir / f"{name}.png").write_bytes(figure_to_png(figure))
     return results
 
 
@@ -119,7 +120,7 @@ def classifier(arguments: argparse.Namespace, splits: datasets.DatasetDict, colu
         targets = evaluation.targets_for(model, held_out, arguments.soup_split, *labels)
         return evaluation.accuracy_of(model, processor, held_out, column, targets, arguments.batch_size)
 
-    model, processor, made = evaluation.soup(arguments.model_name_or_path, arguments.soup, accuracy)
+    model, processor, made = soup(arguments.model_name_or_path, arguments.soup, accuracy)
     for part in (model, processor):
         part.save_pretrained(arguments.output_dir / "soup")
     return model, processor, {"soup": made}

@@ -1,12 +1,12 @@
 """
-python examples/export_onnx.py MODEL_FOLDER OUT_DIR [--task classification] [--size fixed] [--int8 PICTURES]
+python examples/export_onnx.py MODEL_FOLDER OUT_DIR [--task classification] [--size fixed] [--int8 IMAGES]
 
 Writes ONNX files of a trained model, one file each with its weights: `classification`, `features` and `reconstruction`,
 as far as the model does these. Each is run in onnxruntime and compared with PyTorch, and is refused beyond 1e-4. Beside
 them lie config.json, preprocessor_config.json and onnx.json, with the differences.
 
---int8 also writes the classifier with 8-bit matrices, and says what that costs: the accuracy of both on labelled
-pictures, a folder for each class (or a dataset that was saved with `save_to_disk`), held out from training.
+--int8 also writes the classifier with 8-bit matrices, and says what that costs: the accuracy of both on labeled
+images, a folder for each class (or a dataset that was saved with `save_to_disk`), held out from training.
 """
 
 import argparse
@@ -16,8 +16,9 @@ from pathlib import Path
 
 from transformers import logging
 
-from hivit_hf.hub import load_folder, load_processor
-from hivit_hf.onnx_export import OPSET, TOLERANCE, check_exportable, export_onnx, int8_cost, labelled_pictures, tasks_of
+from hivit_hf.hub.onnx import OPSET, TOLERANCE, check_exportable, export_onnx, int8_cost, labeled_images, tasks_of
+from hivit_hf.hub.repository import load_folder
+from hivit_hf.image_processing import load_processor
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -34,11 +35,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--size",
         choices=["fixed", "dynamic"],
         default="fixed",
-        help="Take pictures of the model's own size, or of any multiples of its patch size; reconstructions are fixed.",
+        help="Take images of the model's own size, or of any multiples of its patch size; reconstructions are fixed.",
     )
     parser.add_argument("--opset", type=int, default=OPSET, help=f"Use this version of ONNX's operators ({OPSET}).")
     parser.add_argument(
-        "--int8", type=Path, metavar="PICTURES", help="Write 8 bits too, measured on these labelled pictures."
+        "--int8", type=Path, metavar="IMAGES", help="Write 8 bits too, measured on these labeled images."
     )
     return parser.parse_args(argv)
 
@@ -57,7 +58,7 @@ def run(arguments: argparse.Namespace):
     for task in tasks:
         check_exportable(model, task, dynamic_size(arguments, task), arguments.opset)
     processor = load_processor(arguments.model, model.config)
-    pictures = labelled_pictures(arguments.int8, model.config) if arguments.int8 else None
+    images = labeled_images(arguments.int8, model.config) if arguments.int8 else None
 
     record = {"opset": arguments.opset, "tolerance": TOLERANCE, "files": {}}
     for task in tasks:
@@ -66,12 +67,12 @@ def run(arguments: argparse.Namespace):
         difference = export_onnx(model, path, task, dynamic, arguments.opset)
         record["files"][path.name] = {"task": task, "dynamic_size": dynamic, "largest_difference": difference}
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {difference:.1e} from PyTorch at most")
-    if pictures is not None:
+    if images is not None:
         path, quantized = arguments.out_dir / "classification.onnx", arguments.out_dir / "classification_int8.onnx"
-        cost = int8_cost(path, quantized, processor, *pictures)
+        cost = int8_cost(path, quantized, processor, *images)
         record["files"][quantized.name] = {"task": "classification", **cost}
         print(
-            f"{quantized}: {quantized.stat().st_size / 1e6:.1f} MB; accuracy on {cost['pictures']} pictures "
+            f"{quantized}: {quantized.stat().st_size / 1e6:.1f} MB; accuracy on {cost['images']} images "
             f"{cost['accuracy_int8']:.2%}, float32 {cost['accuracy_float32']:.2%}: a drop of {cost['drop']:.2%}"
         )
     model.config.save_pretrained(arguments.out_dir)

@@ -1,8 +1,8 @@
 """
 python examples/extract_features.py --model_name_or_path MODEL --dataset_name DATASET --output embeddings.parquet
 
-Embeddings of pictures, as a Parquet file with a row per picture: a list of numbers per kind of features, and all
-columns of the dataset but the pictures themselves.
+Embeddings of images, as a Parquet file with a row per image: a list of numbers per kind of features, and all
+columns of the dataset but the images themselves.
 """
 
 import argparse
@@ -12,9 +12,9 @@ from pathlib import Path
 import datasets
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
-from hivit_hf.training.features import FEATURES, extract, load_encoder
-from hivit_hf.training.labelled import LabelledPictures, check_pictures, choose_split, open_splits, picture_column
-from hivit_hf.training.recipe import check_numbers, one_sentence
+from hivit_hf.data.datasets import LabeledImages, check_images, choose_split, image_column, open_splits
+from hivit_hf.probing.features import FEATURES, extract, load_encoder
+from hivit_hf.training.arguments import check_numbers, one_sentence
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -25,14 +25,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--dataset_config", help="Take this configuration of the Hub dataset.")
     parser.add_argument("--split", default="train", help="Read this split.")
-    parser.add_argument("--image_column", help="Find the pictures in this column, if it cannot be told.")
-    parser.add_argument("--image_size", type=int, help="Take pictures of this side in px; the model's if not given.")
+    parser.add_argument("--image_column", help="Find the images in this column, if it cannot be told.")
+    parser.add_argument("--image_size", type=int, help="Take images of this side in px; the model's if not given.")
     parser.add_argument("--features", nargs="+", choices=FEATURES, default=["stage3"], help="Write these features.")
-    parser.add_argument("--batch_size", type=int, default=64, help="Take so many pictures per forward pass.")
+    parser.add_argument("--batch_size", type=int, default=64, help="Take so many images per forward pass.")
     parser.add_argument("--num_workers", type=int, default=4, help="Read and decode in so many processes.")
-    parser.add_argument(
-        "--check_images", type=int, default=1000, help="Decode so many pictures first, to find bad ones."
-    )
+    parser.add_argument("--check_images", type=int, default=1000, help="Decode so many images first, to find bad ones.")
     parser.add_argument("--output", type=Path, required=True, help="Write this Parquet file.")
     arguments = parser.parse_args(argv)
     check_numbers(parser, arguments, positive=["batch_size"], nonnegative=["num_workers", "check_images"])
@@ -44,17 +42,17 @@ def main(argv: list[str] | None = None) -> int:
     datasets.disable_progress_bars()
     try:
         splits = open_splits(arguments.dataset_name, arguments.dataset_config)
-        pictures = choose_split(splits, arguments.split, "split")
-        column = picture_column(pictures, arguments.image_column)
-        rest = pictures.remove_columns(column)
+        images = choose_split(splits, arguments.split, "split")
+        column = image_column(images, arguments.image_column)
+        rest = images.remove_columns(column)
         for name in sorted(set(arguments.features) & set(rest.column_names)):
             raise ValueError(f"The dataset has a column {name!r} already: rename it, or leave out --features {name}.")
         if arguments.output.is_dir():
             raise ValueError(f"{arguments.output} is a folder: give the name of a file to --output.")
-        check_pictures(LabelledPictures(pictures, column, transform=None, name=arguments.split), arguments.check_images)
+        check_images(LabeledImages(images, column, transform=None, name=arguments.split), arguments.check_images)
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         encoder = load_encoder(arguments.model_name_or_path, arguments.image_size)
-        found = extract(encoder, pictures, column, arguments.batch_size, arguments.num_workers, arguments.split)
+        found = extract(encoder, images, column, arguments.batch_size, arguments.num_workers, arguments.split)
         embeddings = Dataset.from_dict(
             {name: found[name].numpy() for name in arguments.features},
             features=Features({name: List(Value("float32")) for name in arguments.features}),

@@ -2,7 +2,7 @@
 accelerate launch examples/pretrain_mim.py --config examples/recipes/mae_base_1600ep.yaml \
     --dataset_name DATASET --output_dir runs/mae-base
 
-Masked pre-training on streams: a dataset of the Hub, or a folder of Parquet files, tars or pictures. Kill it at any
+Masked pre-training on streams: a dataset of the Hub, or a folder of Parquet files, tars or images. Kill it at any
 moment; the same command with --resume latest goes on with the next sample. A recipe file gives the numbers, flags
 change them. Several CPU processes: torchrun --nproc_per_node 2 examples/pretrain_mim.py ...
 """
@@ -15,8 +15,9 @@ import datasets
 from accelerate import Accelerator
 from accelerate.utils import is_wandb_available
 
-from hivit_hf.training.recipe import PretrainRecipe, one_sentence, parse_recipe
-from hivit_hf.training.run import PretrainRun
+from hivit_hf.pretraining.arguments import PretrainRecipe
+from hivit_hf.pretraining.run import PretrainRun
+from hivit_hf.training.arguments import one_sentence, parse_recipe
 
 
 def main(argv: list[str] | None = None) -> int:

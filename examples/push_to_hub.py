@@ -1,5 +1,5 @@
 """
-python examples/push_to_hub.py MODEL_FOLDER OUT_DIR [--checkpoint hivit-base-mae-1600ep] [--samples PICTURES] [--push]
+python examples/push_to_hub.py MODEL_FOLDER OUT_DIR [--checkpoint hivit-base-mae-1600ep] [--samples IMAGES] [--push]
 
 Makes a complete repository of the Hub from a trained or converted model: weights, code, image processor, card, samples
 with predictions, ONNX files, endpoint. Prints what is in it. Uploads only with --push; with --dry_run, nothing stays.
@@ -14,8 +14,9 @@ from pathlib import Path
 
 from transformers import logging
 
-from hivit_hf.checkpoints import CHECKPOINTS, Checkpoint
-from hivit_hf.hub import export, load_folder, load_processor, tree, undescribed
+from hivit_hf.hub.model_zoo import CHECKPOINTS, Checkpoint
+from hivit_hf.hub.repository import export, load_folder, tree, undescribed
+from hivit_hf.image_processing import load_processor
 
 
 CARD_FLAGS = {
@@ -23,7 +24,7 @@ CARD_FLAGS = {
     "repo_id": "Name it OWNER/NAME on the Hub.",
     "description": "Say what the model is, in a sentence or two.",
     "training": "Say what it was trained with, and how.",
-    "license": "Name the licence of the weights by an identifier of the Hub.",
+    "license": "Name the license of the weights by an identifier of the Hub.",
 }
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
@@ -36,7 +37,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for name, what in CARD_FLAGS.items():
         parser.add_argument(f"--{name}", help=what)
     parser.add_argument(
-        "--samples", type=Path, nargs="+", default=[], metavar="PICTURE", help="Show these PNG and JPEG files."
+        "--samples", type=Path, nargs="+", default=[], metavar="IMAGE", help="Show these PNG and JPEG files."
     )
     parser.add_argument("--no_onnx", action="store_true", help="Leave onnx/ out, which takes most of the time.")
     parser.add_argument("--overwrite", action="store_true", help="Replace an earlier export in OUT_DIR.")

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 from hivit_hf import HiViTConfig
-from hivit_hf.cards import render_card
-from hivit_hf.checkpoints import CHECKPOINTS, SPACE_CHECKPOINTS
+from hivit_hf.hub.cards import render_card
+from hivit_hf.hub.model_zoo import CHECKPOINTS, SPACE_CHECKPOINTS
 
 
 CARDS = Path(__file__).parent

@@ -13,18 +13,7 @@ import torch
 from filelock import FileLock
 
 from hivit_hf import HiViTConfig
-
-
-TINY = {
-    "image_size": 64,
-    "hidden_size": 32,
-    "depths": [1, 1, 2],
-    "num_attention_heads": 4,
-    "decoder_hidden_size": 24,
-    "decoder_num_hidden_layers": 2,
-    "decoder_num_attention_heads": 3,
-    "num_labels": 5,
-}
+from support.networks import TINY
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +47,7 @@ def tiny_config():
 
 @pytest.fixture(scope="session")
 def redraw():
-    """A function that draws every parameter anew, so that zeros and ones of the initialisation hide nothing."""
+    """A function that draws every parameter anew, so that zeros and ones of the initialization hide nothing."""
 
     def draw(model):
         generator = torch.Generator().manual_seed(1)

@@ -28,11 +28,11 @@ from PIL import Image
 
 
 ROOT = Path(__file__).parents[1]
-SHARDS, PICTURES = 8, 160
+SHARDS, IMAGES = 8, 160
 
 
 def jpeg(number: int) -> bytes:
-    """A picture that is like no other."""
+    """A image that is like no other."""
     generator = np.random.default_rng(number)
     blocks = generator.integers(0, 255, (6, 8, 3), dtype=np.uint8)
     file = io.BytesIO()
@@ -40,10 +40,10 @@ def jpeg(number: int) -> bytes:
     return file.getvalue()
 
 
-def write_pictures(folder: Path, layout: str) -> Path:
-    """160 pictures in 8 files: Parquet with two row groups each, or tars; the last one is smaller than the others."""
+def write_images(folder: Path, layout: str) -> Path:
+    """160 images in 8 files: Parquet with two row groups each, or tars; the last one is smaller than the others."""
     folder.mkdir(parents=True)
-    bounds = [PICTURES * shard // SHARDS for shard in range(SHARDS)] + [PICTURES - 7]
+    bounds = [IMAGES * shard // SHARDS for shard in range(SHARDS)] + [IMAGES - 7]
     for shard in range(SHARDS):
         numbers = range(bounds[shard], bounds[shard + 1])
         if layout == "parquet":
@@ -69,8 +69,8 @@ def command(data: Path, output: Path, processes: int, workers: int, steps: int) 
         "output_dir": output,
         "num_workers": workers,
         "batch_size": 16 // (2 * processes),
-        "images_per_epoch": PICTURES,
-        "epochs": steps * 16 / PICTURES,
+        "images_per_epoch": IMAGES,
+        "epochs": steps * 16 / IMAGES,
         "checkpoint_every_steps": 7,
         "resume": "latest",
         "log_samples": "true",
@@ -135,7 +135,7 @@ def compare(reference: Path, interrupted: Path) -> tuple[int, int]:
 def kill_test(scratch: Path, layout: str, processes: int, workers: int, kills: int, seed: int = 0) -> dict:
     """One combination. Returns what was done; AssertionError if the interrupted run was not exact."""
     steps, moments = 50 + 50 * kills, random.Random(seed)
-    data = write_pictures(scratch / "data", layout)
+    data = write_images(scratch / "data", layout)
     began = time.perf_counter()
     finish(start(command(data, scratch / "reference", processes, workers, steps)))
     output, done = scratch / "interrupted", 0

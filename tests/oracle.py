@@ -28,9 +28,9 @@ class Oracle:
         return y + self.w[f"{name}.bias"] if f"{name}.bias" in self.w else y
 
     def norm(self, name, x):
-        centred = x - x.sum() / len(x)
-        variance = (centred * centred).sum() / len(x)
-        return centred / (variance + self.c.layer_norm_eps) ** 0.5 * self.w[f"{name}.weight"] + self.w[f"{name}.bias"]
+        centerd = x - x.sum() / len(x)
+        variance = (centerd * centerd).sum() / len(x)
+        return centerd / (variance + self.c.layer_norm_eps) ** 0.5 * self.w[f"{name}.weight"] + self.w[f"{name}.bias"]
 
     def mlp(self, name, x):
         h = self.linear(f"{name}.fc1", x)
@@ -148,7 +148,7 @@ class Oracle:
     def classify(self, image, masked=None):
         return self.linear("classifier", self.pooled(image, masked))
 
-    # -- masked image modelling
+    # -- masked image modeling
 
     def predict(self, image, masked):
         """Pixels that the decoder predicts for each unit: (N, p * p * channels), as (row, column, channel)."""
@@ -197,7 +197,7 @@ class Oracle:
 
 
 def bicubic(table, rows, columns):
-    """Cubic convolution (a = -0.75, half-pixel centres, edges repeated) of a (rows, columns, channels) table."""
+    """Cubic convolution (a = -0.75, half-pixel centers, edges repeated) of a (rows, columns, channels) table."""
     if table.shape[:2] == (rows, columns):
         return table
 
@@ -210,9 +210,9 @@ def bicubic(table, rows, columns):
     def resize(lines, length):
         resized = []
         for n in range(length):
-            centre = (n + 0.5) * len(lines) / length - 0.5
-            first = math.floor(centre) - 1
-            near = [(weight(centre - k), lines[min(max(k, 0), len(lines) - 1)]) for k in range(first, first + 4)]
+            center = (n + 0.5) * len(lines) / length - 0.5
+            first = math.floor(center) - 1
+            near = [(weight(center - k), lines[min(max(k, 0), len(lines) - 1)]) for k in range(first, first + 4)]
             resized.append(sum(w * line for w, line in near))
         return resized
 

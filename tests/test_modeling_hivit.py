@@ -45,7 +45,7 @@ def images(config, batch_size, dtype=torch.float32, size=None):
     return pixel_values
 
 
-def labelled(name):
+def labeled(name):
     """The message of a failed comparison, with the name of what was compared."""
     return lambda message: f"{name}: {message}"
 
@@ -58,7 +58,7 @@ def assert_gradients_equal(model, loss, oracle_loss, weights, dtype):
     for (name, parameter), gradient in zip(trained.items(), expected):
         gradient = torch.zeros_like(parameter) if gradient is None else gradient
         scale = max(gradient.abs().max().item(), 1e-2)
-        assert_close(parameter.grad / scale, gradient / scale, atol=TOLERANCE[dtype], rtol=0, msg=labelled(name))
+        assert_close(parameter.grad / scale, gradient / scale, atol=TOLERANCE[dtype], rtol=0, msg=labeled(name))
 
 
 # -- the oracle -----------------------------------------------------------------------------------------------------
@@ -238,8 +238,8 @@ def test_reconstruct_brings_predictions_back_to_pixels(norm_pix_loss, tiny_confi
     pixel_values, masks = images(model.config, 2), draw_masks(2, 16, 12)
     truth = model.target(pixel_values).flatten(0, 1)
     model.decoder.forward = lambda *args, **kwargs: truth.view(2, 16, -1)  # a decoder that is always right
-    picture = model.reconstruct(pixel_values, bool_masked_pos=masks)
-    assert_close(picture, pixel_values, atol=1e-4, rtol=1e-4)
+    image = model.reconstruct(pixel_values, bool_masked_pos=masks)
+    assert_close(image, pixel_values, atol=1e-4, rtol=1e-4)
     model.decoder.forward = lambda *args, **kwargs: torch.full((2, 16, 768), 100.0)
     wrong = image_to_pixels(model.reconstruct(pixel_values, bool_masked_pos=masks), 16)
     assert_close(wrong[~masks], image_to_pixels(pixel_values, 16)[~masks], atol=0, rtol=0)
@@ -260,7 +260,7 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean(rate, tiny_config):
     assert_close(layers[-1].drop_path.eval()(branch), branch)
 
 
-# -- initialisation -------------------------------------------------------------------------------------------------
+# -- initialization -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_parameter_counts_of_the_masked_autoencoder():
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 86_940_800
 
 
-def test_initialisation_is_the_published_one(tiny_config):
+def test_initialization_is_the_published_one(tiny_config):
     config = tiny_config(hidden_size=128, decoder_num_attention_heads=2)
     model = HiViTForMaskedImageModeling(config)
     fc1 = model.hivit.stages[2].layers[0].mlp.fc1
@@ -409,7 +409,7 @@ def test_compiles_without_graph_breaks(tiny_config, redraw, draw_masks):
         expected = model(pixel_values, **inputs)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(pixel_values, **inputs)
         for name, value in expected.items():
-            assert_close(compiled[name], value, atol=1e-5, rtol=1e-5, msg=labelled(name))
+            assert_close(compiled[name], value, atol=1e-5, rtol=1e-5, msg=labeled(name))
 
     torch._dynamo.reset()
     compiled = torch.compile(pretraining, fullgraph=True)  # inductor, forward and backward
@@ -450,7 +450,7 @@ def test_exports_the_full_and_the_masked_path(tiny_config, redraw, draw_masks):
         expected = model(others, **second)
         exported = program.module()(others, **second)
         for name, value in expected.items():
-            assert_close(exported[name], value, atol=1e-5, rtol=1e-5, msg=labelled(name))
+            assert_close(exported[name], value, atol=1e-5, rtol=1e-5, msg=labeled(name))
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -468,7 +468,7 @@ def test_gradient_checkpointing_changes_no_gradient(use_reentrant, tiny_config):
     assert len(calls) == 2, "the layer is computed again in the backward pass"
     for name, parameter in model.named_parameters():
         if name in expected:
-            assert_close(parameter.grad, expected[name], msg=labelled(name))
+            assert_close(parameter.grad, expected[name], msg=labeled(name))
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def pyramid_config(config, **changes) -> HiViTPyramidConfig:
 
 
 @pytest.mark.parametrize("size", [(64, 64), (48, 80)])  # an even and an odd grid
-def test_levels_are_the_normalised_stages_and_the_last_is_max_pooled(tiny_config, redraw, size):
+def test_levels_are_the_normalized_stages_and_the_last_is_max_pooled(tiny_config, redraw, size):
     config = tiny_config(out_features=LEVELS[:3])
     pyramid = redraw(HiViTPyramid(pyramid_config(config))).eval()
     backbone = HiViTBackbone(config).eval()
@@ -76,7 +76,7 @@ def test_any_checkpoint_loads_and_only_the_norms_are_new(tiny_config, redraw, ki
 
 @pytest.mark.parametrize("kind", [HiViTBackbone, HiViTPyramid])
 def test_what_no_level_needs_is_freed(kind, tiny_config):
-    """Pictures of detectors are large: the outputs of layers inside a stage are not kept until the end."""
+    """Images of detectors are large: the outputs of layers inside a stage are not kept until the end."""
     config = tiny_config(depths=[2, 2, 3])  # 4, 4 and 3 layers
     model = kind(config if kind is HiViTBackbone else pyramid_config(config)).eval()
     layers = [layer for stage in model.hivit.stages for layer in stage.layers]

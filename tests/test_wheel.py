@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.slow
 def test_the_wheel_holds_what_exported_folders_are_made_of(tmp_path):
-    """The licence lies in the package as a link, and the wheel must have the text itself."""
+    """The license lies in the package as a link, and the wheel must have the text itself."""
     source = tmp_path / "source"
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):

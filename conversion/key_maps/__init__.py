@@ -56,7 +56,7 @@ class KeyMap:
         name: what `--source` calls it.
         title: what it is, for people.
         rules: the table.
-        signature: patterns as in the table, all of which the keys must match for the layout to be recognised.
+        signature: patterns as in the table, all of which the keys must match for the layout to be recognized.
         container: the entry of the checkpoint file that holds the tensors.
         layer_norm_eps, pooler_layernorm: what this layout implies for the configuration.
     """

@@ -20,7 +20,7 @@ OTHERS = {
 }
 
 
-def recognise(keys: Iterable[str]) -> str | None:
+def recognize(keys: Iterable[str]) -> str | None:
     """What network the keys belong to, if it is a known one that is not an original HiViT."""
     keys = list(keys)
     for network, patterns in OTHERS.items():

@@ -3,7 +3,7 @@
 
 import * as ort from "./node_modules/onnxruntime-web/dist/ort.wasm.min.mjs";
 
-import { checkProcessor, seenBy, toPicture, toPixelValues } from "./preprocess.js";
+import { checkProcessor, seenBy, toImage, toPixelValues } from "./preprocess.js";
 
 ort.env.wasm.wasmPaths = new URL("./node_modules/onnxruntime-web/dist/", import.meta.url).href;
 ort.env.wasm.numThreads = 1; // more need headers that a static host may not send
@@ -37,9 +37,9 @@ async function load(folder, files, output) {
   return { config, processor, session };
 }
 
-// What every model does with a picture: {seen, pixelValues, tensor}.
-function prepare({ processor }, picture) {
-  const seen = seenBy(processor, picture);
+// What every model does with a image: {seen, pixelValues, tensor}.
+function prepare({ processor }, image) {
+  const seen = seenBy(processor, image);
   const pixelValues = toPixelValues(processor, seen);
   return { seen, pixelValues, tensor: new ort.Tensor("float32", pixelValues, [1, 3, seen.height, seen.width]) };
 }
@@ -67,8 +67,8 @@ export class Classifier {
   }
 
   // Classes, most likely first: [{label, score}].
-  async classify(picture) {
-    const { seen, pixelValues, tensor } = prepare(this, picture);
+  async classify(image) {
+    const { seen, pixelValues, tensor } = prepare(this, image);
     const start = performance.now();
     const logits = (await this.session.run({ pixel_values: tensor })).logits.data;
     const milliseconds = performance.now() - start;
@@ -88,9 +88,9 @@ export class Autoencoder {
     return this.config.patch_size;
   }
 
-  // The picture with some units hidden and filled in. `noise` has one number per unit: the smallest stay visible.
-  async reconstruct(picture, noise) {
-    const { seen, pixelValues, tensor } = prepare(this, picture);
+  // The image with some units hidden and filled in. `noise` has one number per unit: the smallest stay visible.
+  async reconstruct(image, noise) {
+    const { seen, pixelValues, tensor } = prepare(this, image);
     const units = (seen.width / this.patchSize) * (seen.height / this.patchSize);
     noise ??= Float32Array.from({ length: units }, Math.random);
     const start = performance.now();
@@ -101,7 +101,7 @@ export class Autoencoder {
     const milliseconds = performance.now() - start;
     const mask = Array.from(output.bool_masked_pos.data, Boolean);
     const values = output.reconstruction.data;
-    const filled = toPicture(this.processor, values, seen.width, seen.height);
+    const filled = toImage(this.processor, values, seen.width, seen.height);
     return { seen, pixelValues, noise, mask, values, filled, milliseconds };
   }
 }

@@ -1,37 +1,37 @@
-// The page: a picture comes in, by dropping, choosing or pasting; classes and a masked reconstruction come out.
+// The page: a image comes in, by dropping, choosing or pasting; classes and a masked reconstruction come out.
 
 import { Autoencoder, Classifier } from "./hivit.js";
 
 const MAX_MEGAPIXELS = 64;
 const MAX_SIDE_RATIO = 100;
-const GREY = 140;
+const GRAY = 140;
 const part = (id) => document.getElementById(id);
 const models = {};
 let current = null;
 let turn = 0;
 
-// -- pictures
+// -- images
 
 // Three bytes per pixel of a file that a browser can show; transparent parts become white. Throws words for people.
-async function readPicture(file) {
+async function readImage(file) {
   if (!file.size) throw new Error("The file is empty.");
   const url = URL.createObjectURL(file);
   try {
     const image = new Image();
     image.src = url;
-    const unreadable = "This is not a picture that the browser can read. Try a PNG, JPEG, GIF or WebP file.";
+    const unreadable = "This is not a image that the browser can read. Try a PNG, JPEG, GIF or WebP file.";
     await new Promise((resolve, reject) => {
       image.onload = resolve; // only its size is known then
       image.onerror = () => reject(new Error(unreadable));
     });
     const [width, height] = [image.naturalWidth, image.naturalHeight];
-    if (!width || !height) throw new Error("The picture has no size of its own. Try a PNG, JPEG, GIF or WebP file.");
+    if (!width || !height) throw new Error("The image has no size of its own. Try a PNG, JPEG, GIF or WebP file.");
     if (width * height > MAX_MEGAPIXELS * 1e6) {
       const megapixels = Math.round((width * height) / 1e6);
-      throw new Error(`The picture is too large: ${megapixels} megapixels, at most ${MAX_MEGAPIXELS} are read.`);
+      throw new Error(`The image is too large: ${megapixels} megapixels, at most ${MAX_MEGAPIXELS} are read.`);
     }
     if (Math.max(width, height) > MAX_SIDE_RATIO * Math.min(width, height)) {
-      throw new Error(`The picture is too long and thin: ${width}x${height} px. Crop it.`);
+      throw new Error(`The image is too long and thin: ${width}x${height} px. Crop it.`);
     }
     await image.decode().catch(() => {
       throw new Error(unreadable);
@@ -68,7 +68,7 @@ function draw(canvas, { width, height, data }) {
 function hideUnits(canvas, mask, patchSize) {
   const context = canvas.getContext("2d");
   const columns = canvas.width / patchSize;
-  context.fillStyle = `rgb(${GREY} ${GREY} ${GREY})`;
+  context.fillStyle = `rgb(${GRAY} ${GRAY} ${GRAY})`;
   mask.forEach((masked, unit) => {
     if (!masked) return;
     context.fillRect((unit % columns) * patchSize, Math.floor(unit / columns) * patchSize, patchSize, patchSize);
@@ -115,11 +115,11 @@ async function look(file) {
   const mine = ++turn;
   say("Looking …");
   try {
-    const picture = await readPicture(file);
-    const classified = models.classifier && (await models.classifier.classify(picture));
-    if (mine !== turn) return; // another picture has come meanwhile
+    const image = await readImage(file);
+    const classified = models.classifier && (await models.classifier.classify(image));
+    if (mine !== turn) return; // another image has come meanwhile
     if (classified) showClasses(classified, models.classifier.predictsNumbers);
-    current = { picture, classified };
+    current = { image, classified };
     await maskAgain();
     say("");
   } catch (error) {
@@ -129,7 +129,7 @@ async function look(file) {
 
 async function maskAgain(noise) {
   if (!current || !models.autoencoder) return;
-  current.reconstructed = await models.autoencoder.reconstruct(current.picture, noise);
+  current.reconstructed = await models.autoencoder.reconstruct(current.image, noise);
   showReconstruction(current.reconstructed, models.autoencoder.patchSize);
 }
 
@@ -145,7 +145,7 @@ zone.addEventListener("drop", (event) => {
   event.preventDefault();
   zone.classList.remove("over");
   if (event.dataTransfer.files.length) look(event.dataTransfer.files[0]);
-  else say("That was no file. Drop a picture from your computer.", true);
+  else say("That was no file. Drop a image from your computer.", true);
 });
 part("file").addEventListener("change", (event) => {
   if (event.target.files.length) look(event.target.files[0]);
@@ -170,4 +170,4 @@ part("file").disabled = missing.length === outcomes.length;
 document.documentElement.dataset.ready = performance.now().toFixed(0); // ms since the page was asked for
 
 // for tests, and for whoever is curious in the console
-window.hivit = { models, look, maskAgain, readPicture, current: () => current };
+window.hivit = { models, look, maskAgain, readImage, current: () => current };

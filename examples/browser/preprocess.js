@@ -1,7 +1,7 @@
-// From a picture to the pixels that the model was trained on, number by number as Python makes them.
+// From a image to the pixels that the model was trained on, number by number as Python makes them.
 //
-// A canvas scales in its own way, which differs from browser to browser and from Pillow, so pictures are resized here:
-// a weighted mean over the support of the filter, with the rounding of 8-bit pictures after each of the two directions.
+// A canvas scales in its own way, which differs from browser to browser and from Pillow, so images are resized here:
+// a weighted mean over the support of the filter, with the rounding of 8-bit images after each of the two directions.
 
 const FILTERS = {
   2: { support: 1, weight: (x) => Math.max(0, 1 - Math.abs(x)) }, // bilinear
@@ -19,19 +19,19 @@ function cubic(x) {
 // For each place of the result: the first place of the source that counts, and the weights from there on, in 1 / 2^22.
 function weights(from, to, { support, weight }) {
   const scale = from / to;
-  const stretch = Math.max(scale, 1); // a wider filter when the picture shrinks
+  const stretch = Math.max(scale, 1); // a wider filter when the image shrinks
   return Array.from({ length: to }, (_, place) => {
-    const centre = (place + 0.5) * scale;
-    const first = Math.max(0, Math.trunc(centre - support * stretch + 0.5));
-    const last = Math.min(from, Math.trunc(centre + support * stretch + 0.5));
-    const raw = Array.from({ length: last - first }, (_, i) => weight((i + first - centre + 0.5) / stretch));
+    const center = (place + 0.5) * scale;
+    const first = Math.max(0, Math.trunc(center - support * stretch + 0.5));
+    const last = Math.min(from, Math.trunc(center + support * stretch + 0.5));
+    const raw = Array.from({ length: last - first }, (_, i) => weight((i + first - center + 0.5) / stretch));
     const sum = raw.reduce((a, b) => a + b, 0);
     const whole = raw.map((w) => Math.trunc((w / sum) * 2 ** 22 + (w < 0 ? -0.5 : 0.5)));
     return { first, whole };
   });
 }
 
-// One direction. `step` is the distance of neighbours along it, `lines` the offsets of the lines to resize.
+// One direction. `step` is the distance of neighbors along it, `lines` the offsets of the lines to resize.
 function resizeLines(source, target, table, lines, step, targetLines, targetStep) {
   for (let line = 0; line < lines.length; line++) {
     for (let place = 0; place < table.length; place++) {
@@ -49,11 +49,11 @@ function resizeLines(source, target, table, lines, step, targetLines, targetStep
 
 const offsets = (count, step) => Array.from({ length: count }, (_, i) => i * step);
 
-// `picture` is {width, height, data}, three bytes per pixel.
-export function resize(picture, width, height, resample) {
+// `image` is {width, height, data}, three bytes per pixel.
+export function resize(image, width, height, resample) {
   const filter = FILTERS[resample];
   if (!filter) throw new Error(`This page resizes bilinearly (2) and bicubically (3), not with filter ${resample}.`);
-  let current = picture;
+  let current = image;
   if (width !== current.width) {
     const data = new Uint8ClampedArray(width * current.height * 3);
     const rows = [offsets(current.height, current.width * 3), offsets(current.height, width * 3)];
@@ -69,49 +69,49 @@ export function resize(picture, width, height, resample) {
   return current;
 }
 
-function crop(picture, width, height) {
-  const left = Math.floor((picture.width - width) / 2);
-  const top = Math.floor((picture.height - height) / 2);
-  if (left < 0 || top < 0) throw new Error(`The processor cuts ${width}x${height} px out of a smaller picture.`);
+function crop(image, width, height) {
+  const left = Math.floor((image.width - width) / 2);
+  const top = Math.floor((image.height - height) / 2);
+  if (left < 0 || top < 0) throw new Error(`The processor cuts ${width}x${height} px out of a smaller image.`);
   const data = new Uint8ClampedArray(width * height * 3);
   for (let row = 0; row < height; row++) {
-    const start = ((top + row) * picture.width + left) * 3;
-    data.set(picture.data.subarray(start, start + width * 3), row * width * 3);
+    const start = ((top + row) * image.width + left) * 3;
+    data.set(image.data.subarray(start, start + width * 3), row * width * 3);
   }
   return { width, height, data };
 }
 
-function target(picture, size) {
+function target(image, size) {
   if (size.height) return [size.width, size.height];
-  const [short, long] = [Math.min(picture.width, picture.height), Math.max(picture.width, picture.height)];
+  const [short, long] = [Math.min(image.width, image.height), Math.max(image.width, image.height)];
   const longer = Math.trunc((size.shortest_edge * long) / short);
-  return picture.width <= picture.height ? [size.shortest_edge, longer] : [longer, size.shortest_edge];
+  return image.width <= image.height ? [size.shortest_edge, longer] : [longer, size.shortest_edge];
 }
 
-// Processors that resize, cut out the middle and normalise, in this order.
+// Processors that resize, cut out the middle and normalize, in this order.
 const KNOWN = ["BitImageProcessor", "ViTImageProcessor", "CLIPImageProcessor"];
 
 export function checkProcessor({ image_processor_type: name = KNOWN[0], do_rescale, do_normalize }) {
   if (!KNOWN.includes(name.replace(/Fast$/, ""))) {
-    throw new Error(`This page prepares pictures as ${KNOWN.join(", ")} do, not as ${name} does`);
+    throw new Error(`This page prepares images as ${KNOWN.join(", ")} do, not as ${name} does`);
   }
   if (do_rescale === false || do_normalize === false) {
-    throw new Error("This page rescales and normalises pictures, and the model's processor does not");
+    throw new Error("This page rescales and normalizes images, and the model's processor does not");
   }
 }
 
 // What the model sees, still as bytes. `processor` is the content of preprocessor_config.json.
-export function seenBy(processor, picture) {
+export function seenBy(processor, image) {
   if (processor.do_resize !== false) {
-    picture = resize(picture, ...target(picture, processor.size), processor.resample ?? 3);
+    image = resize(image, ...target(image, processor.size), processor.resample ?? 3);
   }
   if (processor.do_center_crop !== false && processor.crop_size) {
-    picture = crop(picture, processor.crop_size.width, processor.crop_size.height);
+    image = crop(image, processor.crop_size.width, processor.crop_size.height);
   }
-  return picture;
+  return image;
 }
 
-// (3, height, width), normalised.
+// (3, height, width), normalized.
 export function toPixelValues(processor, { width, height, data }) {
   const values = new Float32Array(3 * width * height);
   for (let channel = 0; channel < 3; channel++) {
@@ -123,8 +123,8 @@ export function toPixelValues(processor, { width, height, data }) {
   return values;
 }
 
-// The way back: bytes of a picture from normalised pixels.
-export function toPicture(processor, values, width, height) {
+// The way back: bytes of a image from normalized pixels.
+export function toImage(processor, values, width, height) {
   const data = new Uint8ClampedArray(3 * width * height);
   for (let channel = 0; channel < 3; channel++) {
     const [mean, std] = [processor.image_mean[channel], processor.image_std[channel]];

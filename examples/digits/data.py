@@ -17,31 +17,31 @@ SPLIT_SEED = 0
 
 
 def digits_dataset() -> DatasetDict:
-    """The scans as pictures with labels, in a fixed stratified split: 75 % `train`, 25 % `test` (the hold-out)."""
+    """The scans as images with labels, in a fixed stratified split: 75 % `train`, 25 % `test` (the hold-out)."""
     digits = load_digits()
-    grey = np.round(digits.images * 255 / 16).astype(np.uint8)
+    gray = np.round(digits.images * 255 / 16).astype(np.uint8)
     train, test = train_test_split(
-        np.arange(len(grey)), test_size=0.25, random_state=SPLIT_SEED, stratify=digits.target
+        np.arange(len(gray)), test_size=0.25, random_state=SPLIT_SEED, stratify=digits.target
     )
     features = Features({"image": Image(), "label": ClassLabel(names=CLASS_NAMES)})
     return DatasetDict(
         {
-            name: Dataset.from_dict({"image": list(grey[rows]), "label": digits.target[rows]}, features=features)
+            name: Dataset.from_dict({"image": list(gray[rows]), "label": digits.target[rows]}, features=features)
             for name, rows in [("train", np.sort(train)), ("test", np.sort(test))]
         }
     )
 
 
-def save_samples(pictures: Dataset, folder: Path):
-    """Writes the first picture of each digit as `digit_N.png`, of 8x8 px as it was scanned."""
+def save_samples(images: Dataset, folder: Path):
+    """Writes the first image of each digit as `digit_N.png`, of 8x8 px as it was scanned."""
     folder.mkdir(parents=True, exist_ok=True)
-    labels = list(pictures["label"])
+    labels = list(images["label"])
     for digit, name in enumerate(CLASS_NAMES):
-        pictures[labels.index(digit)]["image"].save(folder / f"digit_{name}.png")
+        images[labels.index(digit)]["image"].save(folder / f"digit_{name}.png")
 
 
 def digits_processor() -> BitImageProcessor:
-    """What turns a picture into pixels: three channels (pipelines convert to RGB), 32x32 px, values in [-1, 1]."""
+    """What turns a image into pixels: three channels (pipelines convert to RGB), 32x32 px, values in [-1, 1]."""
     return BitImageProcessor(
         size={"height": IMAGE_SIZE_PX, "width": IMAGE_SIZE_PX},
         do_center_crop=False,
@@ -69,7 +69,7 @@ def few_labels(labels: torch.Tensor, per_class: int, seed: int) -> torch.Tensor:
 
 def augment(pixel_values: torch.Tensor, shift_px: float = 2.0, rotation_degrees: float = 8.0, scaling: float = 0.06):
     """
-    Moves, turns and scales each picture of a batch by its own random amounts; what comes in from outside is black.
+    Moves, turns and scales each image of a batch by its own random amounts; what comes in from outside is black.
 
     Args:
         pixel_values: (B, channels, H, W), of which -1 is black.
@@ -90,12 +90,12 @@ def augment(pixel_values: torch.Tensor, shift_px: float = 2.0, rotation_degrees:
 
 class DigitPixels(torch.utils.data.Dataset):
     """
-    Processed pictures with their labels, made into batches at once, which is much faster for pictures this small.
+    Processed images with their labels, made into batches at once, which is much faster for images this small.
 
     Args:
-        pixel_values: (number of pictures, 3, H, W).
-        labels: (number of pictures,).
-        augmented: whether each look at a picture is a new variation of it.
+        pixel_values: (number of images, 3, H, W).
+        labels: (number of images,).
+        augmented: whether each look at a image is a new variation of it.
     """
 
     def __init__(self, pixel_values: torch.Tensor, labels: torch.Tensor, augmented: bool = False):

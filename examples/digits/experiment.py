@@ -21,8 +21,8 @@ from tqdm.auto import tqdm
 from transformers import BitImageProcessor, EvalPrediction, logging, set_seed
 
 from hivit_hf import HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling
-from hivit_hf.training.finetune import FinetuneSettings, finetune
-from hivit_hf.training.pretrain import pretrain
+from hivit_hf.pretraining.step import pretrain
+from hivit_hf.training.trainer import FinetuneSettings, finetune
 
 from .data import CLASS_NAMES, IMAGE_SIZE_PX, DigitPixels, as_it_is, few_labels
 
@@ -51,7 +51,7 @@ class DemoSettings:
     evaluations_per_run: int = 6
 
     def fast(self) -> "DemoSettings":
-        """A handful of steps: everything runs, nothing is learnt."""
+        """A handful of steps: everything runs, nothing is learned."""
         return replace(
             self,
             pretrain_epochs=1,
@@ -117,7 +117,7 @@ def finetune_digits(
     One run of the comparison. The seed decides the new weights, the order, the variations and which labels are known.
 
     Args:
-        train: all training pictures.
+        train: all training images.
         test: the hold-out, for the curve; nothing is chosen by it.
         start: one of `STARTS`.
         labels: one of `LABELS`.
@@ -207,7 +207,7 @@ def compare_starts(
 
 @torch.no_grad()
 def predict_probabilities(model: HiViTForImageClassification, pixels: DigitPixels) -> torch.Tensor:
-    """Probabilities of the classes on the CPU: (number of pictures, 10)."""
+    """Probabilities of the classes on the CPU: (number of images, 10)."""
     return model.cpu().eval()(pixels.pixel_values).logits.softmax(dim=1)
 
 
@@ -215,13 +215,13 @@ def evaluate_model(
     model: HiViTForImageClassification, processor: BitImageProcessor, test: Dataset, probabilities: torch.Tensor
 ) -> dict:
     """
-    Accuracy from the pictures themselves, through evaluate's evaluator and its pipeline; and the confusion matrix.
+    Accuracy from the images themselves, through evaluate's evaluator and its pipeline; and the confusion matrix.
 
     Args:
         model: the classifier.
         processor: its image processor.
-        test: the pictures and labels.
-        probabilities: what the model predicts for them, (number of pictures, 10), for the confusion matrix.
+        test: the images and labels.
+        probabilities: what the model predicts for them, (number of images, 10), for the confusion matrix.
     """
     accuracy = evaluate.load(str(METRICS / "accuracy"), keep_in_memory=True)
     evaluation = evaluate.evaluator("image-classification").compute(
@@ -249,7 +249,7 @@ def predict_in_fresh_process(model_folder: Path, dataset_folder: Path) -> dict:
 
 
 def compare_predictions(probabilities: torch.Tensor, fresh: dict) -> dict:
-    """Whether the fresh process predicts what the training process did: (number of pictures, 10) against its answer."""
+    """Whether the fresh process predicts what the training process did: (number of images, 10) against its answer."""
     labels = [CLASS_NAMES[index] for index in probabilities.argmax(dim=1).tolist()]
     from_pipeline = [ranking[0]["label"] for ranking in fresh["pipeline"]]
     difference = (probabilities - torch.tensor(fresh["probabilities"])).abs().max().item()
@@ -262,7 +262,7 @@ def compare_predictions(probabilities: torch.Tensor, fresh: dict) -> dict:
 
 
 def example_predictions(fresh: dict, labels: torch.Tensor, count: int = 10) -> list[dict]:
-    """The first picture of each digit as the pipeline saw it, then the mistakes, `count` of each at most."""
+    """The first image of each digit as the pipeline saw it, then the mistakes, `count` of each at most."""
     first = [(labels == digit).nonzero()[0].item() for digit in range(10)][:count]
     wrong = [i for i, name in enumerate(fresh["labels"]) if name != CLASS_NAMES[labels[i]] and i not in first][:count]
     return [{"index": i, "true": CLASS_NAMES[labels[i]], "pipeline": fresh["pipeline"][i]} for i in first + wrong]
@@ -292,7 +292,7 @@ def judge(results: dict) -> list[dict]:
         _target("Lead over scratch, 100 labels", lead, ">=", 20.0, "{:.1f} points", results["fast"]),
         _target("Whole run", minutes, "<=", 6.0, "{:.1f} minutes", results["fast"]),
         # does not depend on how long was trained, so a fast run is judged too
-        _target("Same in a fresh process", equal, ">=", fresh["images"], "{:.0f} pictures", False),
+        _target("Same in a fresh process", equal, ">=", fresh["images"], "{:.0f} images", False),
     ]
 
 

@@ -12,11 +12,11 @@ PROPERTIES = {
 
 
 def several_labels(splits: DatasetDict) -> DatasetDict:
-    """The same pictures with the list of `PROPERTIES` that each digit has, which may be empty, as `labels`."""
+    """The same images with the list of `PROPERTIES` that each digit has, which may be empty, as `labels`."""
     features = Features({"image": Image(), "labels": List(ClassLabel(names=list(PROPERTIES)))})
 
-    def relabelled(split: Dataset) -> Dataset:
+    def relabeled(split: Dataset) -> Dataset:
         labels = [[i for i, digits in enumerate(PROPERTIES.values()) if digit in digits] for digit in split["label"]]
         return Dataset.from_dict({"image": list(split["image"]), "labels": labels}, features=features)
 
-    return DatasetDict({name: relabelled(split) for name, split in splits.items()})
+    return DatasetDict({name: relabeled(split) for name, split in splits.items()})

@@ -11,12 +11,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from hivit_hf import HiViTForMaskedImageModeling
-from hivit_hf.training.monitor import (
-    confusion_matrix_figure,
-    figure_to_png,
-    learning_curves,
-    reconstruction_grid,
-)
+from hivit_hf.classification.figures import confusion_matrix_figure
+from hivit_hf.pretraining.monitor import reconstruction_grid
+from hivit_hf.training.figures import figure_to_png, learning_curves
 
 from .data import CLASS_NAMES
 
@@ -73,7 +70,7 @@ def write_page(
     Args:
         path: the HTML file.
         results: what `metrics.json` holds.
-        test: the hold-out, for the pictures beside the predictions.
+        test: the hold-out, for the images beside the predictions.
         autoencoder: the pre-trained model, for the reconstructions.
         pixel_values: of the hold-out, (B, 3, H, W).
     """
@@ -119,7 +116,7 @@ def _introduction(results: dict) -> str:
     device = results["device"]
     place = f"{device['cores']} CPU cores" if device["type"] == "cpu" else device["type"]
     note = (
-        '<p class="soft"><b>This was a fast run</b> of a handful of steps: everything ran, nothing was learnt, and the '
+        '<p class="soft"><b>This was a fast run</b> of a handful of steps: everything ran, nothing was trained for long, and '
         "targets are not judged.</p>"
         if results["fast"]
         else ""
@@ -127,10 +124,10 @@ def _introduction(results: dict) -> str:
     return (
         "<h1>HiViT learns handwritten digits</h1>"
         f"<p>A small HiViT ({results['parameters']['classifier'] / 1e6:.2f} million parameters) first looked at "
-        f"{images['train']:,} handwritten digits without their labels: half of each picture was hidden, and "
-        "it learnt to fill them in. It then learnt to name the digits, once with all labels and once with "
+        f"{images['train']:,} handwritten digits without their labels: half of each image was hidden, and "
+        "it learned to fill them in. It then learned to name the digits, once with all labels and once with "
         "10 per class, each time beside the same network that started from scratch and had the same steps, learning "
-        f"rate and variations of the pictures. All accuracies are on {images['holdout']} digits that no training saw. "
+        f"rate and variations of the images. All accuracies are on {images['holdout']} digits that no training saw. "
         f"The whole run took {_duration(seconds)} on {place}.</p>{note}"
     )
 
@@ -158,8 +155,8 @@ def _reconstructions(autoencoder: HiViTForMaskedImageModeling, pixel_values: tor
     return _section(
         "Masked pre-training: filling in what is hidden",
         f"The first {len(pixel_values)} digits of the hold-out. The encoder sees {visible} of {mask.shape[1]} units of "
-        "8x8 px; the decoder predicts the grey ones. The visible units are pasted back.",
-        _picture(figure, "Rows of original, masked and reconstructed digits"),
+        "8x8 px; the decoder predicts the gray ones. The visible units are pasted back.",
+        _image(figure, "Rows of original, masked and reconstructed digits"),
     )
 
 
@@ -177,7 +174,7 @@ def _accuracy_table(results: dict) -> str:
     return _section(
         "Accuracy on the hold-out",
         "After the last step; no step, seed or model was chosen by it, and the settings were tried out on splits of "
-        "the training pictures. The seed decides the new weights, the order, the variations and which 100 labels are "
+        "the training images. The seed decides the new weights, the order, the variations and which 100 labels are "
         "known; pre-training ran once.",
         f"<table><tr><th>fine-tuning</th><th>steps</th><th>mean</th>{header}</tr>{''.join(rows)}</table>",
     )
@@ -198,7 +195,7 @@ def _curves(results: dict) -> str:
             _section(
                 f"Fine-tuning with {NAMES[labels]}",
                 "Thick: mean of the seeds. Thin: each seed.",
-                _picture(figure, f"Accuracy against steps with {NAMES[labels]}, pre-trained and from scratch"),
+                _image(figure, f"Accuracy against steps with {NAMES[labels]}, pre-trained and from scratch"),
             )
         )
     return '<div class="pair">' + "".join(sections) + "</div>"
@@ -211,8 +208,8 @@ def _pretraining(results: dict) -> str:
     speed = sum(record["images_per_second"] for record in history) / len(history)
     return _section(
         "Pre-training",
-        f"{len(history)} epochs, {speed:,.0f} pictures per second. Black is -1, white is 1.",
-        _picture(figure, "Loss of masked pre-training against epochs"),
+        f"{len(history)} epochs, {speed:,.0f} images per second. Black is -1, white is 1.",
+        _image(figure, "Loss of masked pre-training against epochs"),
     )
 
 
@@ -222,7 +219,7 @@ def _confusion(results: dict) -> str:
         "What is taken for what",
         f"Pre-trained, all labels, seed 0: {100 * evaluation['accuracy']:.1f} % of the hold-out, by evaluate's "
         "evaluator. Rows are true classes.",
-        _picture(confusion_matrix_figure(evaluation["confusion_matrix"], CLASS_NAMES), "Confusion matrix"),
+        _image(confusion_matrix_figure(evaluation["confusion_matrix"], CLASS_NAMES), "Confusion matrix"),
     )
 
 
@@ -230,12 +227,12 @@ def _predictions(results: dict, test: Dataset, folder: str) -> str:
     cards = []
     for example in results["predictions"]:
         ranking = example["pipeline"]
-        picture = _data_uri(_png(test[example["index"]]["image"]))
+        image = _data_uri(_png(test[example["index"]]["image"]))
         wrong = ranking[0]["label"] != example["true"]
         truth = f" (is {example['true']})" if wrong else ""
         others = "<br>".join(f"{guess['label']}: {100 * guess['score']:.2f} %" for guess in ranking[1:])
         cards.append(
-            f'<div class="digit {"wrong" if wrong else "right"}"><img alt="a {example["true"]}" src="{picture}">'
+            f'<div class="digit {"wrong" if wrong else "right"}"><img alt="a {example["true"]}" src="{image}">'
             f"<div><b>{ranking[0]['label']}: {100 * ranking[0]['score']:.1f} %</b>{truth}<br>{others}</div></div>"
         )
     fresh = results["fresh_process"]
@@ -289,7 +286,7 @@ def _duration(seconds: float) -> str:
     return f"{int(seconds // 60)} min {seconds % 60:.0f} s"
 
 
-def _picture(figure: Figure, description: str) -> str:
+def _image(figure: Figure, description: str) -> str:
     return f'<img class="figure" alt="{html.escape(description)}" src="{_data_uri(figure_to_png(figure))}">'
 
 

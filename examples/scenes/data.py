@@ -31,7 +31,7 @@ _TRIES = 50  # to find a place for a digit
 @dataclass(frozen=True)
 class Scene:
     """
-    A picture and what is on it.
+    A image and what is on it.
 
     Args:
         name: `train_00007`, for example.
@@ -113,7 +113,7 @@ def scenes(
 
 def _compose(split: str, index: int, height_px: int, width_px: int, seed: int, kinds: tuple[int, ...]) -> Scene:
     generator = np.random.default_rng([seed, SPLITS.index(split), index])
-    pictures, labels = _digits(split, kinds)
+    images, labels = _digits(split, kinds)
     photographs = _photographs(split)
     photo = photographs[generator.integers(len(photographs))]
     top, left = (generator.integers(length - size + 1) for length, size in zip(photo.shape, (height_px, width_px)))
@@ -125,7 +125,7 @@ def _compose(split: str, index: int, height_px: int, width_px: int, seed: int, k
         if place is None:
             continue
         taken[place] = True
-        scan = PILImage.fromarray(pictures[which]).resize((side, side), PILImage.Resampling.BICUBIC)
+        scan = PILImage.fromarray(images[which]).resize((side, side), PILImage.Resampling.BICUBIC)
         ink = np.asarray(scan)[:, :, None] / 255
         canvas[place] = canvas[place] * (1 - ink) + generator.uniform(220, 255, size=3) * ink
         mask = np.zeros_like(taken)
@@ -167,7 +167,7 @@ def scenes_dataset(number: dict[str, int], **keywords) -> DatasetDict:
     """
     Scenes as a dataset.
 
-    Columns: `image_id`; `image`; `annotation`, the class map as a picture of one channel; `objects`, lists of `bbox`
+    Columns: `image_id`; `image`; `annotation`, the class map as a image of one channel; `objects`, lists of `bbox`
     (left, top, width, height in px), `area` (px) and `category`.
 
     Args:
@@ -193,7 +193,7 @@ def _row(scene: Scene) -> dict:
 
 def write_coco(folder: Path, number: dict[str, int], **keywords):
     """
-    Scenes as COCO has them: pictures in `folder/SPLIT`, and `folder/annotations/instances_SPLIT.json` with boxes and
+    Scenes as COCO has them: images in `folder/SPLIT`, and `folder/annotations/instances_SPLIT.json` with boxes and
     with masks as uncompressed run lengths, which are exact. Categories are numbered from 1, as class maps are.
 
     Args:

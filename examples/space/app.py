@@ -1,7 +1,7 @@
 """
 python examples/space/app.py [--classifier demo_output/model] [--autoencoder demo_output/pretrained] [--port 7860]
 
-A Gradio Space: classes of a picture, a reconstruction with a mask to click, and the features of the three stages.
+A Gradio Space: classes of a image, a reconstruction with a mask to click, and the features of the three stages.
 Without arguments it takes what `make demo` leaves, or, where that is missing, checkpoints that are on the Hub. The
 README.md beside it tells which environment variables do the same as the flags.
 """
@@ -15,14 +15,14 @@ from pathlib import Path
 import gradio as gr
 from studio import STAGES, Source, Studio
 
-from hivit_hf.checkpoints import CHECKPOINTS, SPACE_CHECKPOINTS
-from hivit_hf.handler import RequestError
+from hivit_hf.hub.handler import RequestError
+from hivit_hf.hub.model_zoo import CHECKPOINTS, SPACE_CHECKPOINTS
 
 
 DEMO_FOLDERS = {"classifier": "demo_output/model", "autoencoder": "demo_output/pretrained"}
 CSS = """
 .gradio-container { max-width: 1120px !important; margin: 0 auto !important; }
-#picture img { width: 100%; height: 100%; object-fit: contain; }
+#image img { width: 100%; height: 100%; object-fit: contain; }
 .pixels img { image-rendering: pixelated; width: 100%; border-radius: 8px; }
 .pixels .icon-button-wrapper { display: none; }
 .masked img { cursor: pointer; }
@@ -32,7 +32,7 @@ CSS = """
 FONTS = [gr.themes.Font(name) for name in ("system-ui", "Segoe UI", "Helvetica", "sans-serif")]
 THEME = gr.themes.Soft(font=FONTS)
 INTRODUCTION = """# HiViT
-A vision transformer that names a picture, fills in what is hidden of it, and shows what it computes on the way
+A vision transformer that names a image, fills in what is hidden of it, and shows what it computes on the way
 ([paper](https://arxiv.org/abs/2205.14949))."""
 
 UNPINNED = "No revision is given, so what is shown may change with the repository:"
@@ -52,7 +52,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             (f"{name}_revision", "commit of that id; main if empty"),
         ]:
             parser.add_argument(f"--{flag}", default=os.environ.get(f"HIVIT_{flag.upper()}"), help=what)
-    parser.add_argument("--samples", type=Path, default=Path("demo_output/samples"), help="folder of sample pictures")
+    parser.add_argument("--samples", type=Path, default=Path("demo_output/samples"), help="folder of sample images")
     parser.add_argument("--port", type=port, help="the first free one from 7860 on if not given")
     return parser.parse_args(argv)
 
@@ -93,10 +93,10 @@ def in_words(otherwise: list):
     return decorate
 
 
-def shown_picture(caption: str, *classes: str) -> gr.Image:
-    """A picture that the page shows, with its caption below: a label would lie on the squares."""
+def shown_image(caption: str, *classes: str) -> gr.Image:
+    """A image that the page shows, with its caption below: a label would lie on the squares."""
     with gr.Column(min_width=140):
-        picture = gr.Image(
+        image = gr.Image(
             label=caption,
             show_label=False,
             container=False,
@@ -106,7 +106,7 @@ def shown_picture(caption: str, *classes: str) -> gr.Image:
             elem_classes=["pixels", *classes],
         )
         gr.Markdown(caption, elem_classes=["caption"])
-    return picture
+    return image
 
 
 def build(studio: Studio, samples: list[str]) -> gr.Blocks:
@@ -139,12 +139,12 @@ def build(studio: Studio, samples: list[str]) -> gr.Blocks:
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
                 sources = ["upload", "clipboard"]
-                picture = gr.Image(sources=sources, label="Picture", height=300, elem_id="picture")
-                # the file as it came: Gradio itself would stumble over what is no picture
-                picture.preprocess = lambda payload: None if payload is None else payload.path or ""
+                image = gr.Image(sources=sources, label="Image", height=300, elem_id="image")
+                # the file as it came: Gradio itself would stumble over what is no image
+                image.preprocess = lambda payload: None if payload is None else payload.path or ""
                 words = gr.Markdown(elem_id="words")
                 if samples:
-                    gr.Examples([[sample] for sample in samples], picture, label="Samples", examples_per_page=12)
+                    gr.Examples([[sample] for sample in samples], image, label="Samples", examples_per_page=12)
             with gr.Column(scale=5, min_width=320), gr.Tabs():
                 with gr.Tab("Classify"):
                     classes = gr.Label(num_top_classes=5, label="Classes", elem_id="classes")
@@ -154,21 +154,21 @@ def build(studio: Studio, samples: list[str]) -> gr.Blocks:
                         ratio.preprocess = lambda payload: payload  # the studio says what is wrong with it, in words
                         again = gr.Button("Hide other squares", scale=1, min_width=170)
                     with gr.Row():
-                        masked = shown_picture("What the model sees: click a square to hide or show it", "masked")
-                        filled = shown_picture("Hidden squares filled in")
+                        masked = shown_image("What the model sees: click a square to hide or show it", "masked")
+                        filled = shown_image("Hidden squares filled in")
                 with gr.Tab("Features"):
                     gr.Markdown(
                         "Each stage's first three principal components as red, green and blue: places of like features "
-                        "have like colours."
+                        "have like colors."
                     )
                     with gr.Row():
-                        stages = [shown_picture(name.replace("stage", "Stage ")) for name in STAGES]
-        picture.change(
-            look, [picture, ratio], [classes, mask, masked, filled, *stages, words], api_name="look", queue=False
+                        stages = [shown_image(name.replace("stage", "Stage ")) for name in STAGES]
+        image.change(
+            look, [image, ratio], [classes, mask, masked, filled, *stages, words], api_name="look", queue=False
         )
-        ratio.release(hide, [picture, ratio], [mask, masked, filled, words], api_name="hide", queue=False)
-        again.click(hide, [picture, ratio], [mask, masked, filled, words], api_name=False, queue=False)
-        masked.select(click, [picture, mask, masked], [mask, masked, filled, words], api_name=False, queue=False)
+        ratio.release(hide, [image, ratio], [mask, masked, filled, words], api_name="hide", queue=False)
+        again.click(hide, [image, ratio], [mask, masked, filled, words], api_name=False, queue=False)
+        masked.select(click, [image, mask, masked], [mask, masked, filled, words], api_name=False, queue=False)
     return page
 
 

@@ -1,4 +1,4 @@
-"""What the Space does with a picture, without its window: classes, masks and reconstructions, features as colours."""
+"""What the Space does with a image, without its window: classes, masks and reconstructions, features as colors."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,9 +7,10 @@ import torch
 from PIL import Image
 
 from hivit_hf import HiViTBackbone, HiViTForImageClassification, HiViTForMaskedImageModeling
-from hivit_hf.handler import RequestError, class_scores, read_picture
-from hivit_hf.hub import load_model, load_processor
-from hivit_hf.pictures import feature_picture, masked_picture, pixels_to_picture
+from hivit_hf.hub.handler import RequestError, class_scores, read_image
+from hivit_hf.hub.repository import load_model
+from hivit_hf.hub.visualization import feature_image, masked_image, pixels_to_image
+from hivit_hf.image_processing import load_processor
 
 
 STAGES = ("stage1", "stage2", "stage3")
@@ -69,7 +70,7 @@ class Studio:
 
     @torch.inference_mode()
     def classify(self, path: str | None) -> dict[str, float]:
-        """Class -> probability, of all classes. RequestError for what is no picture, here as below."""
+        """Class -> probability, of all classes. RequestError for what is no image, here as below."""
         pixel_values = self.classifier_processor(_read(path), return_tensors="pt").pixel_values
         scores = class_scores(self.classifier(pixel_values).logits, self.classifier.config)[0].tolist()
         return {self.classifier.config.id2label[number]: score for number, score in enumerate(scores)}
@@ -94,20 +95,20 @@ class Studio:
 
     @torch.inference_mode()
     def reconstruct(self, path: str | None, mask: list[bool]) -> tuple[Image.Image, Image.Image]:
-        """What the encoder sees, and the picture with the masked units filled in."""
+        """What the encoder sees, and the image with the masked units filled in."""
         mask = torch.tensor(self._checked(mask))
         pixel_values = self.autoencoder_processor(_read(path), return_tensors="pt").pixel_values
         filled = self.autoencoder.reconstruct(pixel_values, bool_masked_pos=mask[None])
-        seen, filled = (pixels_to_picture(pixels[0], self.autoencoder_processor) for pixels in (pixel_values, filled))
-        return _enlarged(masked_picture(seen, mask, self.grid)), _enlarged(filled)
+        seen, filled = (pixels_to_image(pixels[0], self.autoencoder_processor) for pixels in (pixel_values, filled))
+        return _enlarged(masked_image(seen, mask, self.grid)), _enlarged(filled)
 
     @torch.inference_mode()
     def features(self, path: str | None) -> list[Image.Image]:
-        """The three stages of the encoder as colours, fine to coarse."""
+        """The three stages of the encoder as colors, fine to coarse."""
         pixel_values = self.autoencoder_processor(_read(path), return_tensors="pt").pixel_values
         height, width = pixel_values.shape[2:]
         size = (SHOWN_PX, round(SHOWN_PX * height / width))
-        return [feature_picture(feature_map[0], size) for feature_map in self.backbone(pixel_values).feature_maps]
+        return [feature_image(feature_map[0], size) for feature_map in self.backbone(pixel_values).feature_maps]
 
     def _checked(self, mask: list[bool]) -> list[bool]:
         units = self.grid[0] * self.grid[1]
@@ -120,15 +121,15 @@ class Studio:
 
 def _read(path: str | None) -> Image.Image:
     if not path:
-        raise RequestError("There is no picture yet: drop one, or choose a sample.")
+        raise RequestError("There is no image yet: drop one, or choose a sample.")
     try:
         content = Path(path).read_bytes()
     except (OSError, TypeError, ValueError) as error:
-        raise RequestError("The picture did not arrive: send it again.") from error
-    return read_picture(content)
+        raise RequestError("The image did not arrive: send it again.") from error
+    return read_image(content)
 
 
-def _enlarged(picture: Image.Image) -> Image.Image:
-    """Small pictures in whole steps, so that their pixels stay squares."""
-    factor = max(1, SHOWN_PX // picture.width)
-    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+def _enlarged(image: Image.Image) -> Image.Image:
+    """Small images in whole steps, so that their pixels stay squares."""
+    factor = max(1, SHOWN_PX // image.width)
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

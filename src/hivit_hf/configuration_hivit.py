@@ -97,7 +97,7 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
         initializer_range (`float`, *optional*, defaults to 0.02):
             Standard deviation of the truncated normal that weights are drawn from.
         pooler_layernorm (`bool`, *optional*, defaults to `True`):
-            Whether the mean over the units is normalised. mmpretrain's models do not.
+            Whether the mean over the units is normalized. mmpretrain's models do not.
         window_size (`int`, *optional*):
             Side in units of the windows that attention stays in, for large images; all units attend to each other if
             unset. The published detectors have 14.
@@ -107,11 +107,11 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
             What happens to windows that an image does not fill: they are smaller, or, as in the original's detection
             code, filled up with zeros (before the norm) that the others attend to.
         mask_ratio (`float`, *optional*, defaults to 0.75):
-            Share of the units that masked image modelling hides, in [0, 1).
+            Share of the units that masked image modeling hides, in [0, 1).
         norm_pix_loss (`bool`, *optional*, defaults to `True`):
-            Whether the loss compares pixels normalised per unit.
+            Whether the loss compares pixels normalized per unit.
         fuse_stages (`bool`, *optional*, defaults to `True`):
-            Whether the decoder of masked image modelling reads all three stages, or the last only.
+            Whether the decoder of masked image modeling reads all three stages, or the last only.
         decoder_hidden_size (`int`, *optional*, defaults to 512):
             Channels of the decoder.
         decoder_num_hidden_layers (`int`, *optional*, defaults to 6):

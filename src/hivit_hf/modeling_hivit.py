@@ -12,7 +12,7 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-HiViT: a hierarchical vision transformer for masked image modelling (arXiv 2205.14949).
+HiViT: a hierarchical vision transformer for masked image modeling (arXiv 2205.14949).
 
 An image is cut into units of 16x16 px. A unit starts as 4x4 tokens, becomes 2x2, then 1, through MLPs only (stages 1
 and 2); units meet in the main stage alone (stage 3). So masked units are never computed, as in plain ViT MAE, and the
@@ -51,9 +51,9 @@ class HiViTModelOutput(BaseModelOutputWithPooling):
 
     Args:
         last_hidden_state (`torch.Tensor` of shape `(B, V, C)`):
-            Output of the main stage, not normalised, in raster order of the visible units.
+            Output of the main stage, not normalized, in raster order of the visible units.
         pooler_output (`torch.Tensor` of shape `(B, C)`, *optional*):
-            Normalised mean over the units, if the model was made with a pooling layer.
+            Normalized mean over the units, if the model was made with a pooling layer.
         hidden_states (`tuple(torch.Tensor)`, *optional*):
             The embedding, then the output of each layer: `(B, V, 4, 4, C/4)`, `(B, V, 2, 2, C/2)`, `(B, V, C)`.
         attentions (`tuple(torch.Tensor)`, *optional*):
@@ -188,7 +188,7 @@ class HiViTEmbeddings(nn.Module):
 
 
 class HiViTMerge(nn.Module):
-    """Joins 2x2 neighbours, in the order (0,0), (1,0), (0,1), (1,1) of (row, column), and doubles the channels."""
+    """Joins 2x2 neighbors, in the order (0,0), (1,0), (0,1), (1,1) of (row, column), and doubles the channels."""
 
     def __init__(self, config: HiViTConfig, channels: int):
         super().__init__()
@@ -483,7 +483,7 @@ class HiViTDecoder(nn.Module):
 
 
 class HiViTPreTrainedModel(PreTrainedModel):
-    """Initialisation of the weights, and what all HiViT models support."""
+    """Initialization of the weights, and what all HiViT models support."""
 
     config: HiViTConfig
     base_model_prefix = "hivit"
@@ -787,7 +787,7 @@ class HiViTForMaskedImageModeling(HiViTPreTrainedModel):
         noise: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        The picture people expect: predicted units brought back to pixels (each with the mean and deviation of the true
+        The image people expect: predicted units brought back to pixels (each with the mean and deviation of the true
         unit if `config.norm_pix_loss`), visible units as they were. Arguments and errors as in `forward`.
 
         Returns:

@@ -1,5 +1,5 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""The pyramid that detectors and segmenters read: four normalised maps, the last by max-pooling."""
+"""The pyramid that detectors and segmenters read: four normalized maps, the last by max-pooling."""
 
 import torch
 from torch import nn

@@ -8,15 +8,15 @@ import numpy as np
 _DESCRIPTION = "How well predicted class maps cover the true ones: intersection over union of each class, and the mean."
 _INPUTS = """
 Args:
-    predictions: predicted class maps, (height, width) each; pictures may differ in size.
+    predictions: predicted class maps, (height, width) each; images may differ in size.
     references: true class maps.
     num_labels: number of classes.
-    ignore_index: of pixels that are not labelled and do not count.
+    ignore_index: of pixels that are not labeled and do not count.
 
 Returns:
-    mean_iou: over the classes that occur in the predictions or the references, over all pictures together.
+    mean_iou: over the classes that occur in the predictions or the references, over all images together.
     mean_accuracy: the mean share of each class's true pixels that is found, over the classes that occur.
-    overall_accuracy: share of the labelled pixels that are right.
+    overall_accuracy: share of the labeled pixels that are right.
     per_category_iou: of each class; None where it does not occur.
     per_category_accuracy: of each class; None where it does not occur in the references.
 """
@@ -25,7 +25,7 @@ Returns:
 class MeanIoU(evaluate.Metric):
     """
     Load it with `evaluate.load("examples/metrics/mean_iou")`. `compute` wants all class maps at once. Where there are
-    too many, or in several processes, add up the `counts` of each picture: `scores` makes the same of the sum.
+    too many, or in several processes, add up the `counts` of each image: `scores` makes the same of the sum.
     """
 
     def _info(self) -> evaluate.MetricInfo:
@@ -47,14 +47,14 @@ class MeanIoU(evaluate.Metric):
         self, prediction: np.ndarray, reference: np.ndarray, num_labels: int, ignore_index: int = 255, number: int = 0
     ) -> np.ndarray:
         """
-        How often each true class (row) was predicted as each class (column), of one picture.
+        How often each true class (row) was predicted as each class (column), of one image.
 
         Args:
             prediction: predicted classes (height, width).
             reference: true classes (height, width).
             num_labels: number of classes.
-            ignore_index: of pixels that are not labelled and do not count.
-            number: of the picture, for messages.
+            ignore_index: of pixels that are not labeled and do not count.
+            number: of the image, for messages.
 
         Returns:
             (num_labels, num_labels), int64.
@@ -64,28 +64,28 @@ class MeanIoU(evaluate.Metric):
         """
         if prediction.shape != reference.shape:
             raise ValueError(
-                f"The maps of picture {number} differ in size: {prediction.shape} predicted, {reference.shape} true."
+                f"The maps of image {number} differ in size: {prediction.shape} predicted, {reference.shape} true."
             )
-        labelled = reference != ignore_index
-        prediction, reference = prediction[labelled].astype(np.int64), reference[labelled].astype(np.int64)
+        labeled = reference != ignore_index
+        prediction, reference = prediction[labeled].astype(np.int64), reference[labeled].astype(np.int64)
         classes = np.unique(np.concatenate([prediction, reference]))
         unknown = classes[(classes < 0) | (classes >= num_labels)]
         if len(unknown):
             raise ValueError(
-                f"The maps of picture {number} have the class {unknown[-1]}, but there are {num_labels}, from 0 on: "
+                f"The maps of image {number} have the class {unknown[-1]}, but there are {num_labels}, from 0 on: "
                 "give the number of classes of the model."
             )
         return np.bincount(reference * num_labels + prediction, minlength=num_labels**2).reshape(num_labels, num_labels)
 
     def scores(self, counts: np.ndarray) -> dict:
         """
-        What `compute` returns, from the sum of the `counts` of all pictures.
+        What `compute` returns, from the sum of the `counts` of all images.
 
         Raises:
             ValueError: if nothing was counted.
         """
         if not counts.sum():
-            raise ValueError("No pixel is labelled: all are ignore_index. Give other references.")
+            raise ValueError("No pixel is labeled: all are ignore_index. Give other references.")
         hits, true, predicted = np.diag(counts), counts.sum(axis=1), counts.sum(axis=0)
         iou = _shares(hits, true + predicted - hits)
         accuracy = _shares(hits, true)

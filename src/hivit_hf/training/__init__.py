@@ -1,2 +1,2 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""Training of HiViT: what the examples build on. Nothing here is imported by the network itself."""
+"""What the trainings of all tasks share: arguments, trainer, initialization, optimizer groups."""

@@ -1,0 +1,2 @@
+# Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""Fine-tuning and evaluation of image classifiers."""

@@ -1,0 +1,159 @@
+# Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""Crops, augmentations and normalization of images."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from PIL import Image
+from timm.data import create_transform
+from torchvision.transforms import v2
+from transformers import BitImageProcessor
+
+from .decoding import decode, decode_jpeg, open_image, upright_size
+
+
+_BICUBIC = v2.InterpolationMode.BICUBIC
+
+
+@dataclass(frozen=True)
+class RandomCrop:
+    """
+    The augmentation of the published pre-training: a crop of random place, size and shape, and a flip.
+
+    Args:
+        image_size: side of the result in px.
+        crop_scale: smallest and largest share of the image that a crop covers.
+        flip_probability: of a horizontal flip.
+        num_channels: 1, 3 or 4.
+        max_pixels: larger images are refused.
+        reduce_while_decoding: decode JPEG at 1/2, 1/4 or 1/8 where the crop is still as large as the result.
+    """
+
+    image_size: int
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    flip_probability: float = 0.5
+    num_channels: int = 3
+    max_pixels: int = 178_956_970
+    reduce_while_decoding: bool = True
+
+    def __call__(self, data: bytes, seed: int) -> torch.Tensor:
+        """
+        One crop, which depends on the bytes and the seed alone: (num_channels, image_size, image_size), uint8.
+
+        Raises:
+            UnreadableImageError: if no image can be made of the bytes.
+        """
+        image = open_image(data, self.max_pixels)
+        full = upright_size(image)
+        box, flip, factor = self.draw(image, seed)
+        if image.format == "JPEG":
+            pixels = decode_jpeg(data, image, self.num_channels, factor if self.reduce_while_decoding else 1)
+        else:
+            pixels = decode(image, self.num_channels)
+        if tuple(pixels.shape[1:]) != full:
+            box = _reduced(box, factor, pixels.shape[1:])
+        size = [self.image_size, self.image_size]
+        pixels = v2.functional.resized_crop(pixels, **box, size=size, interpolation=_BICUBIC, antialias=True)
+        return v2.functional.horizontal_flip(pixels) if flip else pixels
+
+    def draw(self, image: Image.Image, seed: int) -> tuple[dict[str, int], bool, int]:
+        """The box of the crop in the upright image, whether it is flipped, and by what JPEG may be reduced."""
+        before = torch.default_generator.get_state()
+        try:
+            torch.default_generator.manual_seed(seed)
+            box = self._crop.make_params([torch.empty(1, *upright_size(image), device="meta")])
+            flip = torch.rand(()).item() < self.flip_probability
+        finally:
+            torch.default_generator.set_state(before)
+        if image.format != "JPEG":
+            return box, flip, 1
+        reduction = min(box["height"], box["width"]) / self.image_size
+        factor = next((f for f in (8, 4, 2) if reduction >= f), 1)
+        # a box of whole pixels at either size
+        return {name: length // factor * factor for name, length in box.items()}, flip, factor
+
+    @cached_property
+    def _crop(self) -> v2.RandomResizedCrop:
+        return v2.RandomResizedCrop(self.image_size, self.crop_scale)
+
+
+@dataclass(frozen=True)
+class CenterCrop:
+    """What evaluation looks at: the shorter side resized to `resize`, then the middle."""
+
+    image_size: int
+    resize: int
+    num_channels: int = 3
+    max_pixels: int = 178_956_970
+
+    def __call__(self, data: bytes, seed: int = 0) -> torch.Tensor:
+        """(num_channels, image_size, image_size), uint8. Raises as `RandomCrop` does; the seed has no meaning."""
+        pixels = decode(open_image(data, self.max_pixels), self.num_channels)
+        pixels = v2.functional.resize(pixels, [self.resize], interpolation=_BICUBIC, antialias=True)
+        return v2.functional.center_crop(pixels, [self.image_size, self.image_size])
+
+
+def _reduced(box: dict[str, int], factor: int, size: tuple[int, int]) -> dict[str, int]:
+    """The box in a image of `size` that was decoded smaller by `factor`."""
+    top, left = min(box["top"] // factor, size[0] - 1), min(box["left"] // factor, size[1] - 1)
+    height, width = min(box["height"] // factor, size[0] - top), min(box["width"] // factor, size[1] - left)
+    return {"top": top, "left": left, "height": height, "width": width}
+
+
+def normalize(pixels: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
+    """uint8 (B, channels, H, W) to float32 with mean 0 and deviation 1 per channel, on whatever device it is."""
+    mean_255, std_255 = (torch.tensor(values, device=pixels.device).view(1, -1, 1, 1) * 255 for values in (mean, std))
+    return torch.sub(pixels, mean_255).div_(std_255)
+
+
+def denormalize(pixels: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
+    """The inverse of `normalize`, with values in [0, 1] where the image had them."""
+    mean, std = (torch.tensor(values, device=pixels.device).view(1, -1, 1, 1) for values in (mean, std))
+    return pixels * std + mean
+
+
+class Evaluating:
+    """The transform of evaluations: what the image processor that is saved with the model does."""
+
+    def __init__(self, processor: BitImageProcessor):
+        self.processor = processor
+
+    def __call__(self, image) -> torch.Tensor:
+        return self.processor(image, return_tensors="pt")["pixel_values"][0]
+
+
+def training_transform(
+    image_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    crop_scale: Sequence[float],
+    flip_probability: float,
+    auto_augment: str | None,
+    color_jitter: float,
+    random_erasing: float,
+) -> Callable:
+    """
+    timm's transform, as the published fine-tuning uses it: random crop (bicubic) and flip, a policy or color jitter,
+    then erasing of random boxes with noise.
+
+    Raises:
+        ValueError: if the policy cannot be read.
+    """
+    try:
+        return create_transform(
+            image_size,
+            is_training=True,
+            scale=tuple(crop_scale),
+            hflip=flip_probability,
+            auto_augment=auto_augment,
+            color_jitter=color_jitter or None,
+            interpolation="bicubic",
+            mean=tuple(mean),
+            std=tuple(std),
+            re_prob=random_erasing,
+            re_mode="pixel",
+        )
+    except (AssertionError, ValueError, KeyError, IndexError) as error:
+        raise ValueError(f"auto_augment {auto_augment!r} is no policy: try rand-m9-mstd0.5-inc1.") from error

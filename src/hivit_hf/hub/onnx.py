@@ -1,0 +1,321 @@
+# Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""ONNX files of HiViT, each checked against PyTorch in onnxruntime. Needs the extra `onnx`."""
+
+import contextlib
+import gc
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers.image_processing_utils import BaseImageProcessor
+
+from ..configuration_hivit import HiViTConfig
+from ..modeling_hivit import HiViTForImageClassification, HiViTForMaskedImageModeling, HiViTPreTrainedModel
+from .handler import RequestError, read_image
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+OPSET = 23  # the newest that both onnxruntime and onnxruntime-web run everywhere
+OPSETS = range(18, 26)  # what torch.onnx writes
+TOLERANCE = 1e-4
+OUTPUTS = {
+    "classification": ["logits"],
+    "features": ["last_hidden_state", "pooler_output"],
+    "reconstruction": ["reconstruction", "bool_masked_pos"],
+}
+
+
+class _Classification(nn.Module):
+    def __init__(self, model: HiViTForImageClassification):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor]:
+        return (self.model(pixel_values).logits,)
+
+
+class _Features(nn.Module):
+    def __init__(self, model: HiViTPreTrainedModel):
+        super().__init__()
+        self.model = model.base_model
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        output = self.model(pixel_values)
+        pooled = output.pooler_output
+        return (output.last_hidden_state,) if pooled is None else (output.last_hidden_state, pooled)
+
+
+class _Reconstruction(nn.Module):
+    def __init__(self, model: HiViTForMaskedImageModeling):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mask = self.model.draw_mask(pixel_values, noise)
+        return self.model.reconstruct(pixel_values, noise=noise), mask
+
+
+_WRAPPERS = {"classification": _Classification, "features": _Features, "reconstruction": _Reconstruction}
+
+
+def tasks_of(model: HiViTPreTrainedModel) -> list[str]:
+    """What can be exported of a model: the features always, and what its head does."""
+    if isinstance(model, HiViTForImageClassification):
+        return ["classification", "features"]
+    return ["reconstruction", "features"] if isinstance(model, HiViTForMaskedImageModeling) else ["features"]
+
+
+def export_onnx(
+    model: HiViTPreTrainedModel, path: Path, task: str, dynamic_size: bool = False, opset: int = OPSET
+) -> float:
+    """
+    Writes one ONNX file, weights included, for any batch size, and compares what onnxruntime makes of it with PyTorch.
+
+    Inputs and outputs:
+        classification: `pixel_values` (B, 3, H, W) -> `logits` (B, num_labels).
+        features: `pixel_values` -> `last_hidden_state` (B, N, C), and `pooler_output` (B, C) if the model pools.
+        reconstruction: `pixel_values`, `noise` (B, N) -> `reconstruction` (B, 3, H, W) as of
+            `HiViTForMaskedImageModeling.reconstruct`, and `bool_masked_pos` (B, N). The units with the smallest noise
+            stay visible; how many, is settled by `config.mask_ratio` at the time of the export.
+
+    Args:
+        path: the file to write.
+        task: `classification`, `features` or `reconstruction`.
+        dynamic_size: whether height and width may be any multiples of `patch_size`, from two units on; otherwise they
+            are `image_size`.
+        opset: version of ONNX's operators.
+
+    Returns:
+        The largest absolute difference from PyTorch, at most `TOLERANCE`.
+
+    Raises:
+        ValueError: if the model cannot do this, a package is missing, or onnxruntime differs by more than `TOLERANCE`;
+            no file is left then.
+    """
+    check_exportable(model, task, dynamic_size, opset)
+    import onnx
+
+    with _exportable(model):
+        wrapper = _WRAPPERS[task](model).eval()
+        # of a size that is not compared later, and traced only: its numbers are never computed
+        inputs = _example(model, task, batch_size=3, grid=(3, 5) if dynamic_size else model.config.grid_size)
+        shapes = {name: {0: torch.export.Dim("batch")} for name in inputs}
+        if dynamic_size:
+            patch_size = model.config.patch_size
+            shapes["pixel_values"] |= {
+                axis: patch_size * torch.export.Dim(name, min=2, max=1024) for axis, name in [(2, "rows"), (3, "cols")]
+            }
+        # exported apart: torch.onnx.export would fall back to a fixed batch size without a word
+        program = torch.export.export(wrapper, (), kwargs=inputs, dynamic_shapes=shapes, strict=False)
+        outputs = OUTPUTS[task][: len(program.graph_signature.user_outputs)]
+        exported = torch.onnx.export(
+            program,
+            (),
+            kwargs=inputs,
+            input_names=list(inputs),
+            output_names=outputs,
+            opset_version=opset,
+            custom_translation_table={torch.ops.aten.sort.stable: _stable_sort()},
+            dynamo=True,
+            verbose=False,
+        )
+        onnx_model = exported.model_proto
+        del onnx_model.graph.value_info[:]  # names of inner dimensions, some of which are wrong for other sizes
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        onnx.save(onnx_model, path)
+        difference = largest_difference(model, path, task, dynamic_size)
+    if not difference <= TOLERANCE:
+        Path(path).unlink()
+        raise ValueError(f"onnxruntime differs from PyTorch by {difference:.1e} in {task}, more than {TOLERANCE:g}.")
+    return difference
+
+
+def check_exportable(model: HiViTPreTrainedModel, task: str, dynamic_size: bool = False, opset: int = OPSET):
+    """ValueError if `export_onnx` would refuse these arguments."""
+    if task not in tasks_of(model):
+        raise ValueError(f"A {type(model).__name__} cannot be exported for {task!r}: it does {tasks_of(model)}.")
+    if dynamic_size and task == "reconstruction":
+        raise ValueError("A reconstruction has a fixed size, as the number of visible units follows from it.")
+    if opset not in OPSETS:
+        raise ValueError(f"opset must be from {OPSETS[0]} to {OPSETS[-1]}, got {opset}. Leave it out.")
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"ONNX needs {error.name}: pip install 'hivit-hf[onnx]'.") from error
+    if {(parameter.dtype, parameter.device.type) for parameter in model.parameters()} != {(torch.float32, "cpu")}:
+        raise ValueError("ONNX files are made of float32 models on the CPU: call model.float().cpu() first.")
+
+
+@torch.no_grad()
+def largest_difference(model: HiViTPreTrainedModel, path: Path, task: str, dynamic_size: bool = False) -> float:
+    """The largest absolute difference between onnxruntime on a file and PyTorch, over several batches and sizes."""
+    session = cpu_session(path)
+    wrapper, own = _WRAPPERS[task](model).eval(), model.config.grid_size
+    grids = [own, (2, 3), (own[0] + 3, own[1] + 1)] if dynamic_size else [own]
+    largest = 0.0
+    for batch_size in (1, 2):
+        for grid in grids:
+            inputs = _example(model, task, batch_size, grid)
+            found = session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+            for ours, theirs in zip(wrapper(**inputs), found):
+                largest = max(largest, (ours.double() - torch.from_numpy(theirs).double()).abs().max().item())
+    return largest
+
+
+def cpu_session(path: Path):
+    """An `onnxruntime.InferenceSession` on the CPU, quiet."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _stable_sort():
+    """How ONNX sorts, which the exporter does not know: TopK puts the lower of equal indices first, so it is stable."""
+    from onnxscript import FLOAT, opset18
+
+    def stable_sort(self, stable: bool | None = None, dim: int = -1, descending: bool = False):
+        values = opset18.Cast(self, to=FLOAT.dtype)
+        length = opset18.Gather(opset18.Shape(self), opset18.Constant(value_ints=[dim]))
+        ordered, indices = opset18.TopK(values, length, axis=dim, largest=int(descending))
+        return opset18.CastLike(ordered, self), indices
+
+    return stable_sort
+
+
+def quantize(path: Path, out_path: Path):
+    """Writes the file with its matrices as 8-bit integers, scaled while it runs (dynamic quantization)."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with _quiet():
+        quantize_dynamic(path, out_path, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
+
+
+def labeled_images(path: Path, config: HiViTConfig) -> tuple["Dataset", list[int]]:
+    """
+    Images and the numbers of their classes. None of them is decoded yet.
+
+    Args:
+        path: a folder with a folder of images for each class, or a dataset saved with `save_to_disk` with the columns
+            `image` and `label`; classes have the names of `config.id2label`.
+
+    Returns:
+        A dataset with the column `image`, of files, and one number for each of its rows.
+
+    Raises:
+        ValueError: if there are none, their classes are not those of the model, or the package `datasets` is missing.
+    """
+    try:
+        from datasets import Image, load_dataset, load_from_disk
+    except ImportError as error:
+        raise ValueError("Labeled images need datasets: pip install datasets.") from error
+    try:
+        if (path / "dataset_info.json").exists():
+            dataset = load_from_disk(str(path))
+        else:
+            dataset = load_dataset("imagefolder", data_dir=str(path), split="train")
+        names = dataset.features["label"].names
+        found = [names[number] for number in dataset["label"]]
+        dataset = dataset.select_columns("image").cast_column("image", Image(decode=False))
+    except (OSError, KeyError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{path} holds no labeled images: give a folder with a folder of images for each class, or a dataset "
+            "saved with `save_to_disk` that has the columns image and label."
+        ) from error
+    numbers = {name: number for number, name in config.id2label.items()}
+    unknown = sorted(set(found) - set(numbers))
+    if unknown:
+        raise ValueError(f"{path} has the classes {unknown[:5]}, but the model knows {list(numbers)[:5]}: give others.")
+    if not found:
+        raise ValueError(f"{path} holds no images: give some whose classes are known.")
+    return dataset, [numbers[name] for name in found]
+
+
+def int8_cost(
+    path: Path,
+    quantized_path: Path,
+    processor: BaseImageProcessor,
+    dataset: "Dataset",
+    labels: list[int],
+    batch_size: int = 32,
+) -> dict[str, float | int]:
+    """
+    Quantizes a classifier, and measures the accuracy of both on labeled images, of which it holds a batch at a time.
+
+    Args:
+        dataset, labels: of `labeled_images`.
+
+    Raises:
+        ValueError: if a image cannot be read; says which.
+    """
+    quantize(path, quantized_path)
+    hits = dict.fromkeys(("float32", "int8"), 0)
+    sessions = {"float32": cpu_session(path), "int8": cpu_session(quantized_path)}
+    for start in tqdm(range(0, len(dataset), batch_size), desc="accuracy", unit="batch", disable=None):
+        rows = range(start, min(start + batch_size, len(dataset)))
+        batch = [_read_row(dataset, row) for row in rows]
+        pixel_values = processor(batch, return_tensors="np").pixel_values
+        for name, session in sessions.items():
+            logits = session.run(["logits"], {"pixel_values": pixel_values})[0]
+            hits[name] += int((logits.argmax(axis=1) == np.array(labels[start : start + batch_size])).sum())
+    accuracy = {f"accuracy_{name}": count / len(dataset) for name, count in hits.items()}
+    drop = accuracy["accuracy_float32"] - accuracy["accuracy_int8"]
+    return {"images": len(dataset), **accuracy, "drop": drop}
+
+
+def _read_row(dataset: "Dataset", row: int) -> PIL.Image.Image:
+    """The image of a row, in RGB."""
+    file = dataset[row]["image"]
+    try:
+        return read_image(Path(file["path"]).read_bytes() if file["bytes"] is None else file["bytes"])
+    except (RequestError, OSError) as error:
+        name = f" ({file['path']})" if file["path"] else ""
+        raise ValueError(f"Image {row}{name} cannot be measured with: {error}") from error
+
+
+def _example(model: HiViTPreTrainedModel, task: str, batch_size: int, grid: tuple[int, int]) -> dict[str, torch.Tensor]:
+    generator, size = torch.Generator().manual_seed(0), [length * model.config.patch_size for length in grid]
+    inputs = {"pixel_values": torch.randn(batch_size, model.config.num_channels, *size, generator=generator)}
+    if task == "reconstruction":
+        inputs["noise"] = torch.rand(batch_size, grid[0] * grid[1], generator=generator)
+    return inputs
+
+
+@contextlib.contextmanager
+def _exportable(model: HiViTPreTrainedModel) -> Iterator[None]:
+    """The model in evaluation mode with attention written out, and afterwards as it was."""
+    training, attention, collecting = model.training, model.config._attn_implementation, gc.isenabled()
+    model.eval().set_attn_implementation("eager")
+    gc.disable()  # it would search what tracing makes, again and again, for a fifth of the time, and find it in use
+    try:
+        with torch.no_grad(), _quiet():
+            yield
+    finally:
+        if collecting:
+            gc.enable()
+        model.set_attn_implementation(attention)
+        model.train(training)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporters' remarks about themselves."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)

@@ -1,0 +1,235 @@
+# Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""Masked pre-training with Accelerate: one process or many, on whatever device there is."""
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+
+import torch
+from accelerate import Accelerator, DistributedType
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from ..modeling_hivit import HiViTForMaskedImageModeling
+from ..training.optim import cosine_learning_rate, parameter_groups
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rates: linear to `learning_rate` in the warm-up, then a cosine to `min_learning_rate`."""
+
+    total_steps: int
+    warmup_steps: float
+    learning_rate: float
+    min_learning_rate: float = 0.0
+
+    def __call__(self, step: int) -> float:
+        """The learning rate of the step after `step` others."""
+        return cosine_learning_rate(
+            step, self.total_steps, self.warmup_steps, self.learning_rate, self.min_learning_rate
+        )
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """
+    One step, the same in all processes.
+
+    Args:
+        loss: mean over the processes and the accumulated batches. If it is not finite, nothing was changed; with
+            DeepSpeed, that holds if the gradient was not finite either.
+        learning_rate: what was used.
+        gradient_norm: before clipping; None without clipping.
+        stop: whether a process was asked to stop.
+    """
+
+    loss: float
+    learning_rate: float
+    gradient_norm: float | None
+    stop: bool
+
+
+class MaskedTraining:
+    """
+    A masked autoencoder in training: AdamW, one optimizer step at a time.
+
+    Args:
+        model: trained in place.
+        accelerator: decides device, precision and processes.
+        schedule: the learning rate of each step.
+        weight_decay: of the matrices; vectors are not decayed.
+        betas: of AdamW.
+        clip_norm: largest norm of the gradient.
+        ema_decay: decay of a moving average of the weights, which `ema` then holds.
+    """
+
+    def __init__(
+        self,
+        model: HiViTForMaskedImageModeling,
+        accelerator: Accelerator,
+        schedule: Schedule,
+        weight_decay: float = 0.05,
+        betas: Sequence[float] = (0.9, 0.95),
+        clip_norm: float | None = None,
+        ema_decay: float | None = None,
+    ):
+        self.accelerator, self.schedule, self.clip_norm = accelerator, schedule, clip_norm
+        self.zero = accelerator.distributed_type == DistributedType.DEEPSPEED
+        self.bare = model  # shares its weights with the prepared one, which may be wrapped or compiled
+        groups = parameter_groups(model, weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=schedule.learning_rate, betas=tuple(betas))
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.model.train()
+        if accelerator.distributed_type == DistributedType.FSDP:
+            self._begin_optimizer()
+        self.ema = None
+        if ema_decay is not None:
+            average = get_ema_multi_avg_fn(ema_decay)
+            self.ema = AveragedModel(self.bare, multi_avg_fn=average)
+            accelerator.register_for_checkpointing(self.ema)
+
+    def _begin_optimizer(self):
+        """AdamW's state before the first step: saving an optimizer without one, torch takes a step to make it."""
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                averages = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[parameter] = {"step": torch.tensor(0.0), **averages}
+
+    def step(self, number: int, batches: Sequence[dict[str, torch.Tensor]], stop: bool = False) -> StepResult:
+        """
+        One optimizer step over the accumulated batches.
+
+        Args:
+            number: steps taken before, which decides the learning rate.
+            batches: arguments of the model, all of the same number of images.
+            stop: whether this process was asked to stop, which all of them learn.
+        """
+        rate = self.schedule(number)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad()
+        total = torch.zeros((), device=self.accelerator.device)
+        for index, batch in enumerate(batches):
+            last = index == len(batches) - 1
+            with nullcontext() if last or self.zero else self.accelerator.no_sync(self.model):
+                loss = self.model(**batch).loss / len(batches)
+                self._backward(loss, last)
+            total += loss.detach()
+        told = self.accelerator.reduce(torch.stack([total, torch.full_like(total, float(stop))]), "sum").tolist()
+        mean_loss, stop = told[0] / self.accelerator.num_processes, told[1] > 0
+        norm = None
+        if self.zero:
+            self.model.step()  # also if the loss is not finite, as only this forgets the gradient
+            norm = None if self.clip_norm is None else float(self.model.get_global_grad_norm())
+            mean_loss = math.nan if self.optimizer.step_was_skipped else mean_loss
+        elif self.clip_norm is not None and math.isfinite(mean_loss):
+            norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_norm))
+            if not math.isfinite(norm) and self.accelerator.scaler is None:  # a scaler skips such steps by itself
+                mean_loss = math.nan
+        if math.isfinite(mean_loss):
+            self.optimizer.step()  # nothing with DeepSpeed, which has done it
+            if self.ema is not None:
+                self.ema.update_parameters(self.bare)
+        return StepResult(mean_loss, rate, norm, stop)
+
+    def _backward(self, loss: torch.Tensor, last: bool):
+        if not self.zero:
+            self.accelerator.backward(loss)
+            return
+        self.model.set_gradient_accumulation_boundary(last)  # by Accelerate, the last one would take the step as well
+        self.model.backward(loss, scale_wrt_gas=False)
+
+    def is_finite(self) -> bool:
+        """Whether all weights of all processes are numbers: a gradient can be NaN where the loss is not."""
+        bad = sum((~torch.isfinite(parameter)).any().float() for parameter in self.model.parameters())
+        bad = bad.full_tensor() if hasattr(bad, "full_tensor") else bad
+        return self.accelerator.reduce(bad, "sum").item() == 0
+
+
+@dataclass
+class PretrainEpoch:
+    """What is recorded of an epoch: the mean loss, the last learning rate, and the speed over all processes."""
+
+    epoch: int
+    loss: float
+    learning_rate: float
+    images_per_second: float
+
+
+def pretrain(
+    model: HiViTForMaskedImageModeling,
+    dataloader: DataLoader,
+    epochs: int,
+    learning_rate: float,
+    warmup_epochs: float = 0.0,
+    weight_decay: float = 0.05,
+    accelerator: Accelerator | None = None,
+) -> list[dict]:
+    """
+    Trains a masked autoencoder in place with AdamW (betas 0.9 and 0.95), warm-up and cosine.
+
+    Args:
+        model: trained in place; it draws a new mask for every image and step.
+        dataloader: gives dictionaries with `pixel_values` (B, num_channels, H, W); `len(dataloader)` must be known.
+        epochs: passes over the data.
+        learning_rate: the highest one, for the batch size at hand; nothing is scaled.
+        warmup_epochs: epochs until it is reached, fractions allowed.
+        weight_decay: of the matrices; vectors are not decayed.
+        accelerator: decides device, precision and processes. One with Accelerate's defaults if not given.
+
+    Returns:
+        One record per epoch: the fields of `PretrainEpoch`.
+
+    Raises:
+        ValueError: for settings and data that nothing can be learned with, before the first step.
+        FloatingPointError: as soon as a loss is not finite.
+    """
+    _check_settings(dataloader, epochs, learning_rate, warmup_epochs)
+    accelerator = accelerator or Accelerator()
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # which would clip by itself
+        raise ValueError("DeepSpeed needs the numbers of a recipe: use hivit_hf.pretraining.run.PretrainRun.")
+    dataloader = accelerator.prepare(dataloader)
+    steps_per_epoch = len(dataloader)  # after prepare: it is the share of one process now
+    schedule = Schedule(epochs * steps_per_epoch, warmup_epochs * steps_per_epoch, learning_rate)
+    training = MaskedTraining(model, accelerator, schedule, weight_decay)
+
+    history = []
+    total_steps, silent = schedule.total_steps, not accelerator.is_main_process
+    with tqdm(total=total_steps, desc="pre-training", unit="step", disable=silent) as progress:
+        for epoch in range(epochs):
+            start, loss_sum, images = time.perf_counter(), 0.0, 0
+            for i, batch in enumerate(dataloader):
+                result = training.step(epoch * steps_per_epoch + i, [{"pixel_values": batch["pixel_values"]}])
+                if not math.isfinite(result.loss):
+                    raise FloatingPointError(
+                        f"The loss is {result.loss} in epoch {epoch + 1}, step {i + 1} at learning rate "
+                        f"{result.learning_rate:.3g}. Lower the learning rate, lengthen the warm-up, or check the "
+                        "images for NaN."
+                    )
+                loss_sum += result.loss
+                images += len(batch["pixel_values"]) * accelerator.num_processes
+                speed, rate = images / (time.perf_counter() - start), result.learning_rate
+                progress.set_postfix(
+                    {"loss": f"{result.loss:.4f}", "lr": f"{rate:.2e}", "img/s": f"{speed:.0f}"}, refresh=False
+                )
+                progress.update()
+            history.append(asdict(PretrainEpoch(epoch + 1, loss_sum / steps_per_epoch, rate, speed)))
+    model.eval()
+    return history
+
+
+def _check_settings(dataloader: DataLoader, epochs: int, learning_rate: float, warmup_epochs: float):
+    if len(dataloader) == 0:
+        raise ValueError(
+            "The data loader gives no batch. Add images, or with drop_last=True choose a batch size no larger than "
+            "the number of images."
+        )
+    if epochs < 1:
+        raise ValueError(f"epochs must be at least 1, got {epochs}.")
+    if not (learning_rate > 0 and math.isfinite(learning_rate)):
+        raise ValueError(f"learning_rate must be a positive number, got {learning_rate}. Try 1e-3.")
+    if not 0 <= warmup_epochs < epochs:
+        raise ValueError(f"warmup_epochs must be at least 0 and less than epochs {epochs}, got {warmup_epochs}.")

@@ -1,0 +1,226 @@
+# Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""Where the weights of a training come from: folders, repositories of the Hub, random initialization."""
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from ..configuration_hivit import ARCHITECTURES, HiViTConfig
+from ..configuration_pyramid import HiViTPyramidConfig
+from ..image_processing import IMAGENET_MEAN, IMAGENET_STD, find_processor, pixel_statistics
+from ..modeling_hivit import HiViTAttention, HiViTForImageClassification, resize_table
+from ..modeling_pyramid import HiViTPyramid
+
+
+_SIZES = ("hidden_size", "depths", "stem_blocks_per_depth", "num_attention_heads")
+
+
+@dataclass(frozen=True)
+class Start:
+    """
+    What a classifier begins with.
+
+    Args:
+        model: the classifier, with the names of the dataset in its configuration.
+        mean, std: of each channel, as the start has learned from.
+        notes: what a user should know, a sentence each.
+    """
+
+    model: HiViTForImageClassification
+    mean: list[float]
+    std: list[float]
+    notes: list[str]
+
+
+def read_config(name: str) -> HiViTConfig:
+    """The configuration of a HiViT. ValueError if there is none at that place, or of another kind of model."""
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise ValueError(f"There is no folder {name}. Check the path.")
+    try:
+        kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type", HiViTConfig.model_type)
+        if kind == HiViTConfig.model_type:
+            return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"There is no model at {name}: {str(error).splitlines()[0]}") from error
+    raise ValueError(f"{name} is a {kind}, not a HiViT: choose another start.")
+
+
+def normalization(name: str, num_channels: int) -> tuple[list[float], list[float]]:
+    """
+    Mean and deviation of a folder's image processor; those of ImageNet if it has none.
+
+    Raises:
+        ValueError: if it has one that cannot be used.
+    """
+    with silent_transformers():
+        processor = find_processor(name)
+    if processor is not None:
+        return pixel_statistics(processor, num_channels)
+    if num_channels == 3:
+        return list(IMAGENET_MEAN), list(IMAGENET_STD)
+    return [0.5] * num_channels, [0.5] * num_channels
+
+
+def draw_tables(model: nn.Module):
+    """Relative tables drawn from a truncated normal, as the original's supervised training begins."""
+    for module in model.modules():
+        if isinstance(module, HiViTAttention) and module.relative_position_bias_table is not None:
+            nn.init.trunc_normal_(module.relative_position_bias_table, std=model.config.initializer_range)
+
+
+@torch.no_grad()
+def resize_for(model: HiViTForImageClassification, image_size: int):
+    """
+    Interpolates position embedding and relative tables in place to the grid of images of `image_size` px.
+
+    Raises:
+        ValueError: if that is no multiple of the patch size.
+    """
+    config, before = model.config, model.config.grid_size
+    config.image_size = image_size
+    config.check()
+    grid = config.grid_size
+    if grid == before:
+        return
+    if model.hivit.position_embeddings is not None:
+        resized = resize_table(model.hivit.position_embeddings[0], before, grid)
+        model.hivit.position_embeddings = nn.Parameter(resized[None].contiguous())
+    for module in model.modules():
+        if isinstance(module, HiViTAttention) and module.relative_position_bias_table is not None:
+            size = tuple(2 * length - 1 for length in grid)
+            resized = resize_table(module.relative_position_bias_table, module.table_size, size)
+            module.relative_position_bias_table = nn.Parameter(resized.contiguous())
+            module.table_size = size
+
+
+def check_architecture(config: HiViTConfig, architecture: str, name: str, changed: Collection[str] = ()):
+    """Whether a network has the sizes of an architecture, but for those that a recipe changes. Raises ValueError."""
+    wanted = HiViTConfig.from_architecture(architecture)
+    for key in _SIZES:
+        if key not in changed and getattr(config, key) != getattr(wanted, key):
+            raise ValueError(
+                f"The recipe is for {architecture}, whose {key} is {getattr(wanted, key)}, but that of {name} is "
+                f"{getattr(config, key)}: choose a recipe for its size, or set --architecture to "
+                f"{_architecture_of(config) or 'what it is in a recipe of your own'}."
+            )
+
+
+def _architecture_of(config: HiViTConfig) -> str | None:
+    for name in ARCHITECTURES:
+        known = HiViTConfig.from_architecture(name)
+        if all(getattr(known, key) == getattr(config, key) for key in _SIZES):
+            return name
+    return None
+
+
+@contextmanager
+def silent_transformers() -> Iterator[None]:
+    """transformers reports each key that is not used or not there; the notes say what matters of it."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+_TABLE = "relative_position_bias_table"
+
+
+@dataclass(frozen=True)
+class DenseStart:
+    """
+    What a dense model begins with.
+
+    Args:
+        backbone: the pyramid.
+        mean, std: of each channel, as the start has learned from.
+        notes: what a user should know, a sentence each.
+    """
+
+    backbone: HiViTPyramid
+    mean: list[float]
+    std: list[float]
+    notes: list[str]
+
+
+def pyramid_start(
+    name: str | None,
+    architecture: str | None = None,
+    changes: dict | None = None,
+    out_features: Sequence[str] | None = None,
+) -> DenseStart:
+    """
+    A pyramid with the weights of a folder; its norms are new, and the decoder or classifier is left aside.
+
+    Args:
+        name: a folder, or a repository of the Hub; random weights of `architecture` if not given.
+        architecture: what the network must be, if given.
+        changes: keywords of the configuration that do not change the shapes of weights.
+        out_features: the stages that are returned, all four if not given.
+
+    Raises:
+        ValueError: if there is no HiViT, it is another network than the recipe's, or weights do not fit.
+    """
+    changes, notes = dict(changes or {}), []
+    for key in ("out_features", "out_indices"):
+        if key in changes:
+            raise ValueError(f"--model sets {key}, but what reads the pyramid decides that: leave it out.")
+    if out_features is not None:
+        changes["out_features"] = list(out_features)
+    if name is None:
+        config = HiViTPyramidConfig.from_hivit(HiViTConfig.from_architecture(architecture), **changes)
+        channels = config.num_channels
+        mean, std = (list(values) if channels == 3 else [0.5] * channels for values in (IMAGENET_MEAN, IMAGENET_STD))
+        return DenseStart(HiViTPyramid(config), mean, std, notes)
+    config = read_config(name)
+    if architecture is not None:
+        check_architecture(config, architecture, name)
+    config = HiViTPyramidConfig.from_hivit(config, **changes)
+    backbone, found = load_fitting(HiViTPyramid, name, config, ("norms.",))
+    mean, std = normalization(name, config.num_channels)
+    return DenseStart(backbone, mean, std, notes + found)
+
+
+def load_fitting(
+    kind: type[PreTrainedModel], name: str, config: PreTrainedConfig, fresh: tuple[str, ...] = ()
+) -> tuple[PreTrainedModel, list[str]]:
+    """
+    A model with the weights of a folder, all of which must fit. Relative tables may be missing.
+
+    Args:
+        kind: of the model.
+        name: a folder, or a repository of the Hub.
+        config: of the model.
+        fresh: what the names of weights begin with that may be missing.
+
+    Returns:
+        The model in float32, and what a user should know, a sentence each.
+
+    Raises:
+        ValueError: if weights of the network are missing, left over or of another shape.
+    """
+    with silent_transformers():
+        model, loading = kind.from_pretrained(
+            name, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    misfits = [key for key, *_ in loading["mismatched_keys"]]
+    tables = [key for key in loading["missing_keys"] if key.endswith(_TABLE)]
+    misfits += [key for key in loading["missing_keys"] if key not in tables and not key.startswith(fresh)]
+    misfits += [key for key in loading["unexpected_keys"] if ".stages." in key and not key.endswith(_TABLE)]
+    if misfits:
+        raise ValueError(
+            f"The weights of {name} do not fit the network: {sorted(misfits)[0]} and {len(misfits) - 1} more are "
+            "missing, left over or of another shape. Leave the sizes in --model as they are, or choose another start."
+        )
+    return model, [f"Not in {name}, so they start at zero: {len(tables)} relative position tables."] if tables else []

@@ -1,0 +1,355 @@
+"""Labeled datasets of every kind, and what is refused in one sentence, before training where it can be."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
+from PIL import Image as PILImage
+
+import finetune_classification
+from hivit_hf import HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling
+from hivit_hf.data import datasets as labeled
+from hivit_hf.data.datasets import Batches, LabeledImages, image_column, open_splits, train_and_eval
+from hivit_hf.data.decoding import UnreadableImageError
+from hivit_hf.data.labels import find_labels
+from hivit_hf.data.seeding import seeded
+from hivit_hf.data.transforms import training_transform
+
+
+SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+SMOKE = Path(__file__).parents[2] / "examples" / "recipes" / "finetune_smoke_cpu.yaml"
+CLASSES = ClassLabel(names=["cat", "dog"])
+
+
+def images(count: int) -> list[np.ndarray]:
+    return list(np.random.default_rng(0).integers(0, 255, (count, 20, 24, 3), dtype=np.uint8))
+
+
+def table(labels: list, feature=CLASSES, **columns) -> Dataset:
+    features = Features({"image": Image(), "label": feature, **{name: Value("int64") for name in columns}})
+    return Dataset.from_dict({"image": images(len(labels)), "label": labels, **columns}, features=features)
+
+
+def saved(folder: Path, **splits: Dataset) -> str:
+    DatasetDict(splits).save_to_disk(folder)
+    return str(folder)
+
+
+def finetune(capsys, tmp_path, data: str, *flags) -> str:
+    """What the script says when it refuses. It must be one sentence, with code 2, and nothing trained."""
+    arguments = [
+        "--recipe",
+        str(SMOKE),
+        "--dataset_name",
+        data,
+        "--output_dir",
+        str(tmp_path / "run"),
+        *map(str, flags),
+    ]
+    try:
+        code = finetune_classification.main(arguments)
+    except SystemExit as leaving:
+        code = leaving.code
+    assert code == 2
+    assert not list(tmp_path.glob("run/checkpoint-*"))
+    said = capsys.readouterr().err.strip().splitlines()
+    assert "Traceback" not in "".join(said)
+    return said[-1]
+
+
+@pytest.fixture
+def good(tmp_path) -> str:
+    return saved(tmp_path / "good", train=table([0, 1] * 20), test=table([0, 1] * 4))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--label_column", "kind"], "train has no column 'kind'; its columns are image, label"),
+        (["--image_column", "photo"], "There is no column 'photo'; the columns are image, label"),
+        (["--image_column", "label"], "'label' holds ClassLabel(names=['cat', 'dog']), not images. Name another"),
+        (["--train_split", "training"], "There is no split 'training': the dataset has train, test"),
+        (["--eval_split", "val"], "There is no split 'val'"),
+        (["--eval_fraction", "0.01"], "eval_fraction 0.01 of 40 images leaves one side empty"),
+        (["--eval_fraction", "1.5"], "eval_fraction must be in (0, 1), got 1.5"),
+        (["--eval_fraction", "0.5", "--eval_split", "test"], "not both"),
+        (["--mixup", "0.8", "--batch_size", "1"], "mix images in pairs, so batch_size must be even, got 1: use 2"),
+        (["--cutmix", "1", "--batch_size", "7"], "so batch_size must be even, got 7: use 8"),
+        (["--problem_type", MULTI], "Several labels per image are a column of lists, or several columns; 'label'"),
+        (["--problem_type", REGRESSION], "Regression needs numbers, but 'label' of train holds ClassLabel"),
+        (["--problem_type", MULTI, "--mixup", "1"], "mixup is for one label per image: leave it out"),
+        (["--problem_type", REGRESSION, "--label_smoothing", "0.1"], "label_smoothing is for one label"),
+        (["--problem_type", "several"], "problem_type must be one of single_label_classification"),
+        (["--label_column", "a", "b"], "One label per image is one column, got a, b"),
+        (["--label_names", "a", "b"], "'label' has names of its own (cat, dog): leave out --label_names"),
+        (["--auto_augment", "rnd-m9"], "auto_augment 'rnd-m9' is no policy: try rand-m9-mstd0.5-inc1"),
+        (
+            ["--batch_size", "64", "--effective_batch_size", "64"],
+            "40 images to learn from are fewer than effective_batch_size 64: lower it",
+        ),
+        (["--batch_size", "12"], "effective_batch_size 32 is no multiple of 12 images on 1 processes"),
+        (["--image_size", "30"], "image_size must be a positive multiple of patch_size 8"),
+        (["--image_mean", "0.5"], "image_mean and image_std need 3 numbers"),
+        (["--lora_rank", "100"], "lora_rank 100 is more than the 64 channels: try 8 or 16"),
+        (["--lora_rank", "4", "--ema_decay", "0.9"], "--lora_rank keeps the weights as they are"),
+        (["--layer_decay", "1.5"], "layer_decay must be in (0, 1], got 1.5"),
+        (["--crop_pct", "2"], "crop_pct must be in (0, 1], got 2.0"),
+        (["--epochs", "0"], "epochs must be a positive number, got 0.0"),
+        (["--warmup_epochs", "2"], "warmup_epochs must be less than epochs 2.0"),
+        (["--min_learning_rate", "1"], "min_learning_rate must not exceed the highest rate"),
+        (["--warmup_learning_rate", "1"], "warmup_learning_rate must not exceed the highest rate"),
+        (["--weight_decay", "-1"], "weight_decay must not be negative"),
+        (["--mixed_precision", "bf61"], "mixed_precision must be one of bf16, fp16, no, got 'bf61'"),
+        (["--tracker", "wandbb"], "tracker must be one of"),
+        (["--model", "{"], "--model must be a JSON object"),
+        (["--model", '{"drop_path_rate": 0.1}'], "--model sets drop_path_rate, which has a flag of its own"),
+        (["--model", '{"hiden_size": 64}'], "no keyword 'hiden_size'"),
+        (["--architecture", "huge"], "There is no architecture 'huge'"),
+        (["--hub_model_id", "me/mine"], "are for --push_to_hub: give it too"),
+        (["--model_name_or_path", "somewhere"], "Give either --model_name_or_path, or --from_scratch"),
+        (["--flip_probability", "2"], "flip_probability must be in [0, 1]"),
+        (["--mixup_probability", "2"], "mixup_probability must be in [0, 1]"),
+        (["--mixup_switch_probability", "-1"], "mixup_switch_probability must be in [0, 1]"),
+        (["--adam_betas", "0.9"], "adam_betas must be two numbers"),
+        (["--crop_scale", "0.5"], "crop_scale must be two shares"),
+        (["--image_std", "0", "1", "1"], "image_std must be positive"),
+        (["--early_stopping_patience", "0"], "early_stopping_patience must be a positive number"),
+        (["--resume", "latest"], "There is no checkpoint to resume"),
+        (["--recipe", "none.yaml"], "The recipe none.yaml cannot be read"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_flags_that_cannot_be(flags, message, good, tmp_path, capsys):
+    assert message in finetune(capsys, tmp_path, good, *flags)
+
+
+def test_starts_that_cannot_be(good, tmp_path, capsys):
+    numbers = {"image_size": 32, "patch_size": 8, "hidden_size": 64, "depths": [1, 1, 1], "num_attention_heads": 2}
+    HiViTForMaskedImageModeling(
+        HiViTConfig(**numbers, decoder_hidden_size=16, decoder_num_attention_heads=2)
+    ).save_pretrained(tmp_path / "small")
+    base = SMOKE.parent / "finetune_base_100ep.yaml"
+    (tmp_path / "empty").mkdir()
+    for start, message in [
+        (tmp_path / "small", "The recipe is for base, whose hidden_size is 512, but that of"),
+        (tmp_path / "empty", "There is no model at"),
+        (tmp_path / "none", "There is no folder"),
+    ]:
+        arguments = ("--recipe", base, "--model_name_or_path", start, "--num_workers", "0")
+        assert message in finetune(capsys, tmp_path, good, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        (lambda: table([0, None] * 10), lambda: table([0, 1]), "10 of 20 rows of train have no label in 'label'"),
+        (lambda: table([0, 1] * 10), lambda: table([-1, -1]), "2 of 2 rows of eval have no label in 'label'"),
+        (
+            lambda: table([0, 1] * 10),
+            lambda: table([0, 1], ClassLabel(names=["dog", "cat"])),
+            "The splits have different lists of labels: cat, dog to learn from, dog, cat to evaluate with",
+        ),
+        (
+            lambda: table(["cat", "dog"] * 10, Value("string")),
+            lambda: table(["bird", "dog"], Value("string")),
+            "eval has labels that are not among the 2 classes: bird",
+        ),
+        (lambda: table([0, 0] * 10), lambda: table([0, 1]), "labels that none to learn from has: dog"),
+        (
+            lambda: table([0, 1] * 10, Value("int64")),
+            lambda: table([0, 7], Value("int64")),
+            "eval has the label 7, but there are 2 classes, 0 to 1",
+        ),
+        (lambda: table([[0], [1]] * 10, List(CLASSES)), lambda: table([[0]], List(CLASSES)), "holds lists: give --pro"),
+        (lambda: table([0, 1] * 10).remove_columns("label"), lambda: table([0]), "no column that is surely the label"),
+        (lambda: table([0.5, 1.0] * 10, Value("float32")), lambda: table([0]), "try regression"),
+    ],
+    ids=range(9),
+)
+def test_labels_that_cannot_be(train, test, message, tmp_path, capsys):
+    data = saved(tmp_path / "data", train=train(), test=test())
+    assert message in finetune(capsys, tmp_path, data)
+
+
+def test_more_labels_than_names(tmp_path, capsys):
+    data = saved(tmp_path / "data", train=table([0, 1, 2] * 10, Value("int64")), test=table([0, 1], Value("int64")))
+    said = finetune(capsys, tmp_path, data, "--label_names", "cat", "dog")
+    assert "train has the label 2, but there are 2 classes, 0 to 1: correct the labels" in said
+
+
+@pytest.mark.parametrize(
+    ("labels", "columns", "message"),
+    [
+        ([[0], None], [], "Row 1 of train has no list of labels; an empty list is a image without any"),
+        ([[0], [5]], [], "train has the label 5, but there are 2 classes"),
+        ([[0, 1], [1, 1]], [], "Row 1 of train names a label twice, 1, 1: a list holds each label of a image once"),
+        ([[0], [1]], ["a", "b"], "Row 1 of train must have a 0 or 1 for each class, got [0, 3]"),
+    ],
+)
+def test_several_labels_that_cannot_be(labels, columns, message, tmp_path, capsys):
+    split = table(labels, List(Value("int64")), a=[0, 0], b=[1, 3])
+    flags = ["--label_column", *columns] if columns else ["--label_names", "x", "y"]
+    data = saved(tmp_path / "data", train=split, test=split)
+    assert message in finetune(capsys, tmp_path, data, "--problem_type", MULTI, *flags)
+
+
+def broken_folder(folder: Path, count: int = 12) -> Path:
+    """A folder of images, cats and dogs; the tenth dog is damaged, the eleventh empty."""
+    for name in ("cat", "dog"):
+        (folder / "train" / name).mkdir(parents=True)
+        for index, pixels in enumerate(images(count)):
+            PILImage.fromarray(pixels).save(folder / "train" / name / f"{index:02}.png")
+    damaged = folder / "train" / "dog" / "10.png"
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    (folder / "train" / "dog" / "11.png").write_bytes(b"")
+    return folder
+
+
+def test_images_that_do_not_decode(tmp_path, capsys):
+    folder = broken_folder(tmp_path / "data")
+    flags = ["--eval_fraction", "0.2", "--batch_size", "2", "--effective_batch_size", "2"]
+    said = finetune(capsys, tmp_path, str(folder), *flags)
+    assert "of train" in said or "of eval" in said
+    assert "10.png) cannot be read, damaged" in said or "11.png) cannot be read, no bytes" in said
+    for workers in (0, 2):  # found while training
+        late = finetune(capsys, tmp_path, str(folder), *flags, "--check_images", "0", "--num_workers", workers)
+        assert "cannot be read" in late and late.startswith("error: Image")
+
+
+def test_folders_parquet_and_saved_datasets_are_read_alike(tmp_path):
+    folder = tmp_path / "folder"
+    rows = table([0, 1] * 6)
+    for name in ("train", "test"):
+        for index, row in enumerate(rows):
+            path = folder / name / CLASSES.names[row["label"]] / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            row["image"].save(path)
+    (tmp_path / "parquet" / "data").mkdir(parents=True)
+    for name in ("train", "test"):
+        rows.to_parquet(tmp_path / "parquet" / "data" / f"{name}-00000-of-00001.parquet")
+    saved(tmp_path / "saved", train=rows, test=rows)
+    for kind in ("folder", "parquet", "saved"):
+        splits = open_splits(str(tmp_path / kind))
+        train, evaluation = train_and_eval(splits, "train", None, None, 0)
+        labels = find_labels(train, SINGLE)
+        assert labels.names == ("cat", "dog") and image_column(train) == "image"
+        assert sorted(labels.targets(train, "train").tolist()) == [0] * 6 + [1] * 6
+        assert len(evaluation) == 12
+        data = LabeledImages(train, "image", np.asarray)
+        shapes = {data[i]["pixel_values"].shape for i in range(12)}
+        assert shapes == {(20, 24, 3)}
+    for name, message in [
+        (str(tmp_path / "none"), "There is no folder"),
+        (str(SMOKE), "is a file: give the folder"),
+        ("nobody/nothing", "cannot be read|There is no dataset"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            open_splits(name)
+    rows.select([]).to_parquet(tmp_path / "empty" / "test.parquet")
+    rows.select([]).save_to_disk(tmp_path / "empty_saved")
+    for name in ("empty", "empty_saved"):
+        with pytest.raises(ValueError, match=rf"{name} has a split without samples: choose another|'train' is empty"):
+            train_and_eval(open_splits(str(tmp_path / name)), "train", "train", None, 0)
+    with pytest.raises(ValueError, match="nothing to evaluate with: the dataset has train"):
+        train_and_eval(DatasetDict(train=rows), "train", None, None, 0)
+    with pytest.raises(ValueError, match="The split 'test' is empty"):
+        train_and_eval(DatasetDict(train=rows, test=table([])), "train", None, None, 0)
+
+
+def test_a_dataset_of_the_hub_is_asked_for_by_configuration_and_revision(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def load(name, config, revision):
+        asked.append((name, config, revision))
+        raise ConnectionError("no network\nmore")
+
+    monkeypatch.setattr(labeled, "load_dataset", load)
+    said = finetune(capsys, tmp_path, "some/data", "--dataset_config", "small", "--dataset_revision", "abc")
+    assert asked == [("some/data", "small", "abc")]
+    assert said == "error: The dataset some/data cannot be read: no network"
+
+
+def test_labels_become_targets():
+    names = table(["b", "a", "b"], Value("string"))
+    assert find_labels(names, SINGLE).targets(names, "train").tolist() == [1, 0, 1]
+    lists = table([["b", "a"], [], ["b"]], List(Value("string")))
+    labels = find_labels(lists, MULTI)
+    assert labels.names == ("a", "b") and labels.targets(lists, "train").tolist() == [[1, 1], [0, 0], [0, 1]]
+    numbers = table([[0.5, 1.5], [2.0, -1.0]], List(Value("float32")))
+    labels = find_labels(numbers, REGRESSION)
+    assert labels.names == ("label_0", "label_1")
+    assert labels.targets(numbers, "train").tolist() == [[0.5, 1.5], [2.0, -1.0]]
+    bare = table([1, 0, 2], Value("int64"))
+    assert find_labels(bare, SINGLE).names == ("0", "1", "2")
+    assert find_labels(bare, SINGLE, (), ["x", "y", "z"]).names == ("x", "y", "z")
+    incomplete = table([0.5, None], Value("float32"))
+    with pytest.raises(ValueError, match=r"Row 1 of train must have 1 numbers in label, got \[None\]"):
+        find_labels(incomplete, REGRESSION).targets(incomplete, "train")
+
+
+def test_augmentation_depends_on_seed_epoch_and_row_alone():
+    transform = training_transform(16, [0.5] * 3, [0.5] * 3, [0.2, 1], 0.5, "rand-m9-mstd0.5-inc1", 0.0, 0.5)
+    data = LabeledImages(table([0, 1]), "image", transform, torch.tensor([0, 1]), seed=1)
+    first = data[0]["pixel_values"]
+    torch.rand(3), np.random.rand(3)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    assert torch.equal(data[0]["pixel_values"], first)
+    assert torch.equal(torch.get_rng_state(), before[0]) and np.random.get_state()[1].tolist() == before[1]
+    assert not torch.equal(data[1]["pixel_values"], first)
+    data.epoch = 1
+    assert not torch.equal(data[0]["pixel_values"], first)
+    with seeded(5):
+        one = torch.rand(2), np.random.rand()
+    with seeded(5):
+        assert torch.equal(torch.rand(2), one[0]) and np.random.rand() == one[1]
+
+
+def test_gray_palette_and_turned_images(tmp_path):
+    image = PILImage.fromarray(images(1)[0])
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    image.convert("P").save(tmp_path / "palette.png")
+    image.convert("L").save(tmp_path / "gray.png")
+    files = sorted(str(path) for path in tmp_path.iterdir())
+    data = LabeledImages(Dataset.from_dict({"image": files}).cast_column("image", Image()), "image", np.asarray)
+    shapes = {os.path.basename(f): data[i]["pixel_values"].shape for i, f in enumerate(files)}
+    assert shapes == {"gray.png": (20, 24, 3), "palette.png": (20, 24, 3), "turned.jpg": (24, 20, 3)}
+    os.remove(files[0])
+    with pytest.raises(UnreadableImageError, match="Image 0 of train"):
+        data[0]
+
+
+def test_an_odd_batch_cannot_be_mixed():
+    items = [{"pixel_values": torch.zeros(1, 2, 2), "labels": torch.tensor(0), "seed": i} for i in range(3)]
+    with pytest.raises(ValueError, match="mix images in pairs, got a batch of 3: make it even"):
+        Batches(2, mixup=0.8)(items)
+
+
+def test_a_head_for_a_classifier_of_other_labels_is_announced(tmp_path, capsys):
+    numbers = {"image_size": 32, "patch_size": 8, "hidden_size": 64, "depths": [1, 1, 1], "num_attention_heads": 2}
+    HiViTForImageClassification(HiViTConfig(**numbers, num_labels=7)).save_pretrained(tmp_path / "seven")
+    data = saved(tmp_path / "good", train=table([0, 1] * 20), test=table([0, 1] * 4))
+    arguments = ["--model_name_or_path", str(tmp_path / "seven"), "--dataset_name", data, "--mixed_precision", "no"]
+    arguments += ["--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--num_workers", "0"]
+    assert finetune_classification.main([*arguments, "--batch_size", "8", "--effective_batch_size", "8"]) == 0
+    assert "has 7 labels that are not the 2 of this dataset: its head starts fresh" in capsys.readouterr().out
+
+
+def test_a_image_that_is_missing_is_named(tmp_path, capsys):
+    split = Dataset.from_dict(
+        {"image": [*images(39), None], "label": [0, 1] * 20}, features=Features({"image": Image(), "label": CLASSES})
+    )
+    said = finetune(capsys, tmp_path, saved(tmp_path / "data", train=split, test=table([0, 1])))
+    assert "Image 39 of train cannot be read" in said
+
+
+def test_names_for_columns():
+    dataset = table([0, 1], a=[0, 1], b=[1, 0])
+    assert find_labels(dataset, MULTI, ["a", "b"], ["Fine", "Bad"]).names == ("Fine", "Bad")
+    assert find_labels(dataset, REGRESSION, ["a"], ["Age"]).names == ("Age",)
+    with pytest.raises(ValueError, match=r"--label_names needs 2 names, one for each of a, b, got Fine"):
+        find_labels(dataset, MULTI, ["a", "b"], ["Fine"])

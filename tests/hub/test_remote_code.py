@@ -1,0 +1,175 @@
+"""An exported folder works where the package is not: in another process, in another folder, offline."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from hivit_hf import HiViTForImageClassification, HiViTForMaskedImageModeling, HiViTModel
+from hivit_hf.hub.repository import AUTO_MAP, export
+from support.patience import PATIENCE_S
+
+
+# `python` in a stranger's process: hivit_hf cannot be imported, nor what else is named, and nothing is on the path
+STRANGER = """
+import json, sys
+from importlib.machinery import PathFinder
+
+absent, find_spec = sys.argv[1].split(","), PathFinder.find_spec
+PathFinder.find_spec = staticmethod(
+    lambda name, *rest: None if name.partition(".")[0] in absent else find_spec(name, *rest)
+)
+for name in absent:
+    try:
+        __import__(name)
+    except ModuleNotFoundError:
+        continue
+    raise SystemExit(f"{name} can be imported")
+"""
+USES = """
+import torch
+from PIL import Image
+from transformers import (AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForMaskedImageModeling,
+    AutoModelForPreTraining, AutoBackbone, BitImageProcessor, Trainer, TrainingArguments, logging, pipeline)
+
+logging.set_verbosity_error()
+classifier, autoencoder, encoder, image = sys.argv[2:]
+remote = {"trust_remote_code": True}
+found = {}
+
+config = AutoConfig.from_pretrained(classifier, **remote)
+found["config"] = [type(config).__name__, type(config).__module__.partition(".")[0], config.id2label[1]]
+for name, auto, folder in [
+    ("model", AutoModel, classifier),
+    ("encoder", AutoModel, encoder),
+    ("classification", AutoModelForImageClassification, classifier),
+    ("masked", AutoModelForMaskedImageModeling, autoencoder),
+    ("pretraining", AutoModelForPreTraining, autoencoder),
+]:
+    model = auto.from_pretrained(folder, **remote)
+    assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
+    found[name] = type(model).__name__
+found["backbone"] = type(AutoBackbone.from_config(config, **remote)).__name__
+
+pixel_values = torch.linspace(-2, 2, 2 * 3 * 64 * 64).view(2, 3, 64, 64)
+model = AutoModelForImageClassification.from_pretrained(classifier, **remote)
+with torch.no_grad():
+    found["logits"] = model(pixel_values).logits.tolist()
+model.save_pretrained("again")
+BitImageProcessor.from_pretrained(classifier).save_pretrained("again")
+found["files_again"] = sorted(path.name for path in __import__("pathlib").Path("again").iterdir())
+again = AutoModelForImageClassification.from_pretrained("again", **remote)
+with torch.no_grad():
+    found["logits_again"] = again(pixel_values).logits.tolist()
+found["auto_map_again"] = {key: value.rpartition("--")[2] for key, value in again.config.auto_map.items()}
+
+for folder in (classifier, "again"):
+    answers = pipeline("image-classification", model=folder, **remote)(image, top_k=2)
+    found["pipeline", folder == "again"] = answers
+features = pipeline("image-feature-extraction", model=encoder, **remote)(image)
+found["features"] = [len(features), len(features[0]), len(features[0][0])]
+
+masked = AutoModelForMaskedImageModeling.from_pretrained(autoencoder, **remote)
+mask = masked.draw_mask(pixel_values)
+image_back = masked.reconstruct(pixel_values, bool_masked_pos=mask)
+first_unit = (image_back - pixel_values)[~mask[:, 0], :, :16, :16]
+found["kept"] = bool((first_unit == 0).all())
+data = [{"pixel_values": pixel_values[0], "labels": n % 2} for n in range(4)]
+arguments = TrainingArguments("trainer", max_steps=2, per_device_train_batch_size=2, report_to="none", use_cpu=True,
+                              disable_tqdm=True, save_strategy="no")
+trainer = Trainer(model=again, args=arguments, train_dataset=data)
+trainer.train()
+found["steps"] = trainer.state.global_step
+found["versions"] = [__import__("transformers").__version__, torch.__version__]
+print(json.dumps({str(key): value for key, value in found.items()}))
+"""
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, tiny_network):
+    """Folders of a classifier, an autoencoder and an encoder, a image, and the classifier itself."""
+    root = tmp_path_factory.mktemp("exported")
+    classifier = tiny_network(HiViTForImageClassification, id2label={0: "tench", 1: "goldfish"})
+    autoencoder = tiny_network(HiViTForMaskedImageModeling)
+    export(classifier, root / "classifier", onnx=False)
+    export(autoencoder, root / "autoencoder", onnx=False)
+    export(tiny_network(HiViTModel), root / "encoder", onnx=False)
+    Image.effect_noise((90, 70), 80).convert("RGB").save(root / "image.png")
+    return root, classifier
+
+
+def run_as_stranger(code, arguments, absent, folder):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home")}
+    command = [sys.executable, "-c", STRANGER + code, ",".join(absent), *map(str, arguments)]
+    finished = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("absent", [("hivit_hf",), ("hivit_hf", "torchvision")], ids=["all", "no torchvision"])
+def test_remote_code(exported, absent, tmp_path):
+    root, classifier = exported
+    folders = [root / name for name in ("classifier", "autoencoder", "encoder", "image.png")]
+    found = run_as_stranger(USES, folders, absent, tmp_path)
+    assert found["config"] == ["HiViTConfig", "transformers_modules", "goldfish"]
+    classes = [found[name] for name in ("model", "encoder", "classification", "masked", "pretraining", "backbone")]
+    assert classes == [
+        "HiViTModel",
+        "HiViTModel",
+        "HiViTForImageClassification",
+        "HiViTForMaskedImageModeling",
+        "HiViTForMaskedImageModeling",
+        "HiViTBackbone",
+    ]
+    with torch.no_grad():
+        expected = classifier(torch.linspace(-2, 2, 2 * 3 * 64 * 64).view(2, 3, 64, 64)).logits
+    assert found["logits"] == found["logits_again"]
+    torch.testing.assert_close(torch.tensor(found["logits"]), expected, atol=1e-5, rtol=1e-5)
+    assert found["auto_map_again"] == AUTO_MAP
+    assert {"config.json", "model.safetensors", "modeling_hivit.py", "configuration_hivit.py"} <= set(
+        found["files_again"]
+    )
+    assert [guess["label"] in ("tench", "goldfish") for guess in found["('pipeline', False)"]] == [True, True]
+    assert found["('pipeline', False)"] == found["('pipeline', True)"]
+    assert found["features"] == [1, 16, 32]
+    assert found["kept"] is True
+    assert found["steps"] == 2
+
+
+@pytest.mark.slow
+def test_the_handler_needs_nothing_of_the_package(exported, tmp_path):
+    root, _ = exported
+    code = """
+import importlib.util
+spec = importlib.util.spec_from_file_location("handler", f"{sys.argv[2]}/handler.py")
+handler = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(handler)
+endpoint = handler.EndpointHandler(sys.argv[2])
+print(json.dumps(endpoint({"inputs": open(sys.argv[3], "rb").read(), "parameters": {"top_k": 1}})))
+"""
+    answer = run_as_stranger(code, [root / "classifier", root / "image.png"], ("hivit_hf", "torchvision"), tmp_path)
+    assert len(answer) == 1
+    assert answer[0]["label"] in ("tench", "goldfish")
+
+
+def test_the_travelling_files_import_nothing_of_the_package():
+    import ast
+    from pathlib import Path
+
+    import hivit_hf
+    from hivit_hf.hub.repository import CODE_FILES
+
+    for name in CODE_FILES:
+        source = (Path(hivit_hf.__file__).parent / name).read_text()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert (name, node.level, node.module) == ("modeling_hivit.py", 1, "configuration_hivit")
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+                assert not any(module.partition(".")[0] == "hivit_hf" for module in names)

@@ -1,0 +1,1 @@
+"""What tests share: small networks, odd inputs, browsers, parallel runs."""

@@ -1,0 +1,106 @@
+"""What people and programs send by mistake or on purpose, instead of a image. All of it is answered in words."""
+
+import base64
+import io
+import random
+import re
+
+from PIL import Image
+
+
+def encoded(image: Image.Image, file_format: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format=file_format, **options)
+    return file.getvalue()
+
+
+def noise(width: int, height: int) -> Image.Image:
+    return Image.effect_noise((width, height), 90).convert("RGB")
+
+
+def animation() -> bytes:
+    """A GIF of a red, then a blue frame."""
+    frames = [Image.new("RGB", (20, 20), color) for color in ("red", "blue")]
+    return encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+
+
+def hundred_megapixels() -> bytes:
+    return encoded(Image.new("1", (10_000, 10_000)))
+
+
+def unusual_images() -> dict[str, bytes]:
+    """Images that can be read, all of them odd."""
+    return {
+        "animated GIF": animation(),
+        "transparent": encoded(Image.new("RGBA", (30, 30), (255, 0, 0, 0))),
+        "transparent palette": encoded(Image.new("P", (9, 9)), transparency=0),
+        "1x1": encoded(Image.new("RGB", (1, 1))),
+        "gray": encoded(Image.new("L", (9, 40))),
+        "16 bits": encoded(Image.new("I;16", (9, 9), 40_000)),
+        "32 bits": encoded(Image.new("I", (9, 9), 40_000), "TIFF"),
+        "floating point": encoded(Image.new("F", (9, 9), 0.6), "TIFF"),
+        "1 bit": encoded(Image.new("1", (9, 9))),
+        "CMYK": encoded(Image.new("CMYK", (9, 9)), "JPEG"),
+        "WebP": encoded(noise(30, 20), "WEBP"),
+        "99 times as wide": encoded(Image.new("RGB", (99, 1))),
+    }
+
+
+def unreadable() -> dict[str, object]:
+    """Instead of a image."""
+    whole, png = encoded(noise(40, 40), "JPEG"), encoded(noise(40, 40))
+    return {
+        "text": b"not a image",
+        "HTML": b"<html><body>404</body></html>",
+        "nothing": b"",
+        "zeros": bytes(1000),
+        "cut off": whole[: len(whole) // 3],
+        "head of a PNG": encoded(noise(9, 9))[:20],
+        "broken PNG": png[:60] + bytes(len(png) - 60),
+        "100 megapixels": hundred_megapixels(),
+        "too thin": encoded(Image.new("1", (9000, 1))),
+        "address": "https://example.com/cat.jpg",
+        "local file": "file:///etc/hostname",
+        "path": "/etc/hostname",
+        "more than 16 bits": encoded(Image.new("I", (9, 9), 70_000), "TIFF"),
+        "negative": encoded(Image.new("F", (9, 9), -1.0), "TIFF"),
+        "no base64": "what is this?",
+        "base64 of text": base64.b64encode(b"not a image").decode(),
+        "data URI of nothing": "data:image/png;base64,",
+        "number": 7,
+        "yes": True,
+        "object": {"image": "x"},
+    }
+
+
+NO_IMAGE = "not a image that can be read"
+# a name of `unreadable()` -> words of the answer
+REFUSALS = {
+    **dict.fromkeys(["text", "HTML", "zeros", "cut off", "head of a PNG", "base64 of text"], NO_IMAGE),
+    **dict.fromkeys(["nothing", "data URI of nothing"], "The image is empty"),
+    "broken PNG": "The image is damaged",
+    "100 megapixels": "too large: 10000x10000 px are 100 megapixels, at most 64",
+    "too thin": "too long and thin: 9000x1 px",
+    **dict.fromkeys(["address", "local file"], "Addresses are not fetched"),
+    **dict.fromkeys(["path", "no base64"], "The text is not base64"),
+    "more than 16 bits": "its numbers go from 70000 to 70000, not from 0 to 65535",
+    "negative": "its numbers go from -1 to -1, not from 0 to 1",
+    "number": "got a int",
+    "yes": "got a bool",
+    "object": "got a dict",
+}
+
+
+def is_one_sentence(words: str) -> bool:
+    """Whether it is a sentence for people: one, of one line and not long, without names of Python's errors."""
+    whole = re.fullmatch(r'(?:[A-Z"]|top_k)[^\n]{10,200}\.', words) is not None
+    return whole and not re.search(r"[.!?] +[A-Z]|Error\b|Traceback|<class", words)
+
+
+def random_bytes(number: int) -> bytes:
+    """Bytes of any kind, half of them behind the first bytes of a real image."""
+    draw = random.Random(number)
+    head = draw.choice(
+        [b"", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"\xff\xd8\xff\xe0", b"RIFF\x10\0\0\0WEBP", b"BM", b"II*\0"]
+    )
+    return head + draw.randbytes(draw.randrange(200))
