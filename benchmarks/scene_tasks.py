@@ -27,7 +27,7 @@ from hivit_hf.detection.arguments import DetectionRecipe
 from hivit_hf.detection.run import IMAGES, DetectionRun
 from hivit_hf.segmentation.arguments import SegmentationRecipe
 from hivit_hf.segmentation.run import SegmentationRun
-from hivit_hf.training.arguments import read_recipe
+from hivit_hf.training.recipe_old import read_recipe
 from measure import write
 
 

@@ -21,8 +21,8 @@ from hivit_hf.classification.metrics import calibration
 from hivit_hf.classification.robustness import SEVERITIES, robustness
 from hivit_hf.classification.soup import soup
 from hivit_hf.data.datasets import LabeledImages, check_images, choose_split, image_column, open_splits
-from hivit_hf.training.arguments import check_numbers, one_sentence, settings
 from hivit_hf.training.figures import figure_to_png
+from hivit_hf.training.recipe_old import check_numbers, one_sentence, settings
 
 
 METRICS = Path(__file__).parent / "metrics"

@@ -14,7 +14,7 @@ from datasets import Dataset, Features, List, Value, concatenate_datasets
 
 from hivit_hf.data.datasets import LabeledImages, check_images, choose_split, image_column, open_splits
 from hivit_hf.probing.features import FEATURES, extract, load_encoder
-from hivit_hf.training.arguments import check_numbers, one_sentence
+from hivit_hf.training.recipe_old import check_numbers, one_sentence
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -9,9 +9,9 @@ each layer and stops. Several processes: torchrun --nproc_per_node 2 examples/fi
 
 import sys
 
-from hivit_hf.classification.arguments import FinetuneRecipe
-from hivit_hf.classification.run import FinetuneRun
-from hivit_hf.training.trainer import run_recipe
+from hivit_hf.classification.arguments_old import FinetuneRecipe
+from hivit_hf.classification.run_old import FinetuneRun
+from hivit_hf.training.trainer_old import run_recipe
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,7 +14,7 @@ import sys
 
 from hivit_hf.detection.arguments import DetectionRecipe
 from hivit_hf.detection.run import DetectionRun
-from hivit_hf.training.trainer import run_recipe
+from hivit_hf.training.trainer_old import run_recipe
 
 
 def main(argv: list[str] | None = None) -> int:

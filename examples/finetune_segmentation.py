@@ -14,7 +14,7 @@ from pathlib import Path
 
 from hivit_hf.segmentation.arguments import SegmentationRecipe
 from hivit_hf.segmentation.run import SegmentationRun
-from hivit_hf.training.trainer import run_recipe
+from hivit_hf.training.trainer_old import run_recipe
 
 
 MEAN_IOU = Path(__file__).parent / "metrics" / "mean_iou"

@@ -21,7 +21,7 @@ from hivit_hf.data.labels import SINGLE, check_same_labels, find_labels
 from hivit_hf.probing.features import FEATURES, cached_features, load_encoder
 from hivit_hf.probing.linear import probe_lars, probe_lbfgs
 from hivit_hf.probing.neighbors import nearest_neighbors
-from hivit_hf.training.arguments import check_numbers, one_sentence, settings
+from hivit_hf.training.recipe_old import check_numbers, one_sentence, settings
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -17,7 +17,7 @@ from accelerate.utils import is_wandb_available
 
 from hivit_hf.pretraining.arguments import PretrainRecipe
 from hivit_hf.pretraining.run import PretrainRun
-from hivit_hf.training.arguments import one_sentence, parse_recipe
+from hivit_hf.training.recipe_old import one_sentence, parse_recipe
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -22,7 +22,7 @@ from transformers import BitImageProcessor, EvalPrediction, logging, set_seed
 
 from hivit_hf import HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling
 from hivit_hf.pretraining.step import pretrain
-from hivit_hf.training.trainer import FinetuneSettings, finetune
+from hivit_hf.training.trainer_old import FinetuneSettings, finetune
 
 from .data import CLASS_NAMES, IMAGE_SIZE_PX, DigitPixels, as_it_is, few_labels
 

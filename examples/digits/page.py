@@ -116,7 +116,7 @@ def _introduction(results: dict) -> str:
     device = results["device"]
     place = f"{device['cores']} CPU cores" if device["type"] == "cpu" else device["type"]
     note = (
-        '<p class="soft"><b>This was a fast run</b> of a handful of steps: everything ran, nothing was really trained, and '
+        '<p class="soft"><b>This was a fast run</b> of a handful of steps: everything ran, little was trained, and '
         "targets are not judged.</p>"
         if results["fast"]
         else ""

@@ -22,14 +22,14 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Tr
 import finetune_classification
 from digits.data import digits_dataset
 from hivit_hf import HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling, HiViTModel
-from hivit_hf.classification.arguments import FinetuneRecipe
+from hivit_hf.classification.arguments_old import FinetuneRecipe
 from hivit_hf.classification.initialization import load_classifier, random_classifier
-from hivit_hf.classification.run import FinetuneRun
+from hivit_hf.classification.run_old import FinetuneRun
 from hivit_hf.data.datasets import Batches
-from hivit_hf.training import trainer as finetune
-from hivit_hf.training.arguments import read_recipe
+from hivit_hf.training import trainer_old as finetune
 from hivit_hf.training.initialization import resize_for
 from hivit_hf.training.optim import cosine_learning_rate, layer_id, layer_table, layerwise_parameter_groups
+from hivit_hf.training.recipe_old import read_recipe
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

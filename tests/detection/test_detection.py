@@ -36,9 +36,9 @@ from hivit_hf.detection.modeling import (
 )
 from hivit_hf.detection.overlays import draw_detections
 from hivit_hf.detection.run import DetectionRun
-from hivit_hf.training.arguments import read_recipe
 from hivit_hf.training.initialization import pyramid_start, read_config
 from hivit_hf.training.optim import stepped_learning_rate
+from hivit_hf.training.recipe_old import read_recipe
 from scenes.data import write_coco
 
 

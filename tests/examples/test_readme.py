@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hivit_hf import ARCHITECTURES, HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling
-from hivit_hf.classification.arguments import FinetuneRecipe
+from hivit_hf.classification.arguments_old import FinetuneRecipe
 from hivit_hf.detection.arguments import DetectionRecipe
 from hivit_hf.pretraining.arguments import PretrainRecipe
 from hivit_hf.segmentation.arguments import SegmentationRecipe

@@ -28,12 +28,12 @@ from torch.testing import assert_close
 import kill_test
 from hivit_hf import HiViTForMaskedImageModeling
 from hivit_hf.pretraining import run as run_module
-from hivit_hf.pretraining.arguments import PretrainRecipe
 from hivit_hf.pretraining.checkpoint import read_manifest
+from hivit_hf.pretraining.arguments import PretrainRecipe
 from hivit_hf.pretraining.run import PretrainRun
 from hivit_hf.pretraining.step import MaskedTraining, StepResult
 from hivit_hf.probing.neighbors import nearest_neighbor_accuracy
-from hivit_hf.training.arguments import read_recipe
+from hivit_hf.training.recipe_old import read_recipe
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

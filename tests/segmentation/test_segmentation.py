@@ -36,9 +36,9 @@ from hivit_hf.segmentation.modeling import load_segmenter, new_segmenter, predic
 from hivit_hf.segmentation.overlays import overlay, overlay_sheet, palette
 from hivit_hf.segmentation.run import SegmentationRun
 from hivit_hf.training import dense as dense
-from hivit_hf.training.arguments import read_recipe
 from hivit_hf.training.initialization import pyramid_start
 from hivit_hf.training.optim import layer_table, layerwise_parameter_groups, poly_learning_rate
+from hivit_hf.training.recipe_old import read_recipe
 from scenes.data import map_names, scenes_dataset
 
 

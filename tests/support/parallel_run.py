@@ -14,7 +14,7 @@ import torch
 
 from hivit_hf.pretraining.arguments import PretrainRecipe
 from hivit_hf.pretraining.run import PretrainRun
-from hivit_hf.training.arguments import read_recipe
+from hivit_hf.training.recipe_old import read_recipe
 from support.parallel_steps import make_accelerator
 
 

@@ -16,7 +16,7 @@ from hivit_hf.pretraining.monitor import reconstruction_grid
 from hivit_hf.pretraining.step import pretrain
 from hivit_hf.training.figures import figure_to_png, learning_curves
 from hivit_hf.training.optim import cosine_learning_rate, parameter_groups
-from hivit_hf.training.trainer import FinetuneSettings, finetune
+from hivit_hf.training.trainer_old import FinetuneSettings, finetune
 
 
 METRICS = Path(__file__).parents[2] / "examples" / "metrics"

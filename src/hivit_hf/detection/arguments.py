@@ -4,7 +4,7 @@
 import json
 from dataclasses import dataclass
 
-from ..training.arguments import RUNTIME, TrainerRecipe, argument
+from ..training.recipe_old import RUNTIME, TrainerRecipe, argument
 from .modeling import DETECTORS
 
 

@@ -12,13 +12,13 @@ from tqdm.auto import tqdm
 from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..classification.run import FinetuneRun
+from ..classification.run_old import FinetuneRun
 from ..configuration_hivit import nearest_multiples
 from ..data.datasets import sample_rows
 from ..training.dense import DenseTrainer
 from ..training.initialization import DenseStart, check_architecture, normalization, pyramid_start
 from ..training.optim import stepped_learning_rate
-from ..training.trainer import training_arguments
+from ..training.trainer_old import training_arguments
 from .arguments import DetectionRecipe
 from .data import CocoAnnotations, CocoImages, LargeScaleJitter, read_coco
 from .metrics import BOX, MASK, as_results, average_precision

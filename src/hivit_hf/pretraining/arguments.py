@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..configuration_hivit import ARCHITECTURES, HiViTConfig
 from ..data.streaming import Source
-from ..training.arguments import Recipe, argument
+from ..training.recipe_old import Recipe, argument
 
 
 # What may differ between a run and its resumption: what the recipe says of itself, and where and how often it writes.

@@ -4,7 +4,7 @@
 import math
 from dataclasses import dataclass
 
-from ..training.arguments import RUNTIME, DatasetRecipe, argument
+from ..training.recipe_old import RUNTIME, DatasetRecipe, argument
 from .data import IGNORED
 
 

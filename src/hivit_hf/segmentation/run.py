@@ -13,12 +13,12 @@ from tqdm.auto import tqdm
 from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..classification.run import FinetuneRun
+from ..classification.run_old import FinetuneRun
 from ..data.datasets import evaluation_split, sample_rows
 from ..training.dense import DenseTrainer
 from ..training.initialization import pyramid_start
 from ..training.optim import poly_learning_rate
-from ..training.trainer import training_arguments
+from ..training.trainer_old import training_arguments
 from .arguments import SegmentationRecipe
 from .data import IGNORED, MappedImages, TrainingCrop, WholeImage
 from .modeling import (

@@ -1,300 +1,271 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""Command lines and recipe files."""
+"""Arguments that all tasks share: which weights, which images, and `TrainingArguments` with what the recipes need."""
 
-import argparse
 import json
-import math
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-from types import NoneType, UnionType
-from typing import ClassVar, get_args, get_origin, get_type_hints
+from dataclasses import asdict, dataclass, fields
+from typing import Annotated, Any, ClassVar
 
-import yaml
-from transformers import HfArgumentParser
+import torch
+from transformers import TrainingArguments
 
 from ..configuration_hivit import ARCHITECTURES
-
-
-def argument(default, text: str):
-    """A field with its help text."""
-    metadata = {"help": text}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def _as(kind, value, name: str):
-    """A value of a recipe file as its field wants it; YAML reads 1e-4 as a string, and one item is no list."""
-    options = get_args(kind) if isinstance(kind, UnionType) else (kind,)
-    if value is None and NoneType in options:
-        return None
-    wanted = options[0]
-    if get_origin(wanted) is list:
-        items = value if isinstance(value, (list, tuple)) else [value]
-        return [_as(get_args(wanted)[0], item, name) for item in items]
-    if wanted is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        with suppress(ValueError):
-            return float(value)
-    elif type(value) is wanted:
-        return value
-    raise ValueError(f"{name} must be a {wanted.__name__}, got {value!r}.")
+from .command_line import (
+    MAY_CHANGE,
+    all_finite,
+    all_positive,
+    annotations_of,
+    argument,
+    check_fields,
+    decay_rate,
+    fraction,
+    json_object,
+    nonnegative,
+    one_of,
+    positive,
+    proper_fraction,
+    within,
+)
 
 
 @dataclass
-class Recipe:
-    """What recipes share: values are brought to the types of their fields, and batches add up to the published ones."""
+class ModelArguments:
+    """Which weights a training begins with."""
 
-    title: str = argument("", "Say what the recipe is, in a line.")
-    source: str = argument("", "Say where its numbers come from.")
-    cost: str = argument("", "Say what it takes, and on what.")
-    expected_result: str = argument("", "Say what it should lead to.")
+    _argument_group_name = "model"
+
+    model_name_or_path: str | None = argument(None, "Folder or Hub name of the model to begin with.")
+    from_scratch: bool = argument(False, "Begin with random weights of --architecture.")
+    architecture: Annotated[str | None, one_of(*ARCHITECTURES)] = argument(
+        None, f"Architecture of the network: {', '.join(ARCHITECTURES)}. A model of another one is refused."
+    )
+    config_overrides: Annotated[str, json_object] = argument(
+        "{}", "Changes of the configuration as JSON, for example '{\"window_size\": 14}'."
+    )
+    drop_path_rate: Annotated[float, decay_rate] = argument(0.0, "Stochastic depth rate of the last layer.")
+
+    FLAGS_OF_THEIR_OWN: ClassVar[tuple[str, ...]] = ("drop_path_rate",)  # which --config_overrides must not set
 
     def __post_init__(self):
-        if isinstance(self.model, dict):
-            self.model = json.dumps(self.model)
-        kinds = get_type_hints(type(self))  # HfArgumentParser changes the types in `fields`
-        for name in (item.name for item in fields(self)):
-            setattr(self, name, _as(kinds[name], getattr(self, name), name))
-
-    def model_changes(self) -> dict:
-        """What `model` changes in the configuration. Raises ValueError if it is not JSON."""
-        try:
-            changes = json.loads(self.model)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"--model must be a JSON object such as '{{\"patch_size\": 8}}', got {self.model}."
-            ) from error
-        if not isinstance(changes, dict):
-            raise ValueError(f"--model must be a JSON object, got {self.model}.")
-        return changes
-
-    def accumulation_steps(self, num_processes: int) -> int:
-        """Forward passes per optimizer step. Raises ValueError if they do not come out even."""
-        together = self.batch_size * num_processes
-        if self.effective_batch_size % together:
-            raise ValueError(
-                f"effective_batch_size {self.effective_batch_size} is no multiple of {self.batch_size} images on "
-                f"{num_processes} processes: choose batch_size so that it is."
-            )
-        return self.effective_batch_size // together
-
-    @property
-    def learning_rate(self) -> float:
-        """The highest one, by the linear rule of MAE: for 256 images, times the images per step."""
-        return self.base_learning_rate * self.effective_batch_size / 256
-
-
-def read_recipe(path: str | Path, recipe_class: type[Recipe]) -> dict:
-    """
-    The keys of a recipe file.
-
-    Raises:
-        ValueError: if it cannot be read, or has a key that no such recipe has.
-    """
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"The recipe {path} cannot be read: {error}") from error
-    known = [item.name for item in fields(recipe_class)]
-    unknown = sorted(set(values) - set(known)) if isinstance(values, dict) else None
-    if unknown is None:
-        raise ValueError(f"The recipe {path} must hold keys and values, got a {type(values).__name__}.")
-    if unknown:
-        raise ValueError(
-            f"The recipe {path} has {', '.join(unknown)}, which no recipe has. The keys are {', '.join(known)}."
-        )
-    return values
-
-
-def check_numbers(
-    parser: argparse.ArgumentParser,
-    arguments: argparse.Namespace,
-    positive: Sequence[str] = (),
-    nonnegative: Sequence[str] = (),
-):
-    """Ends the program with a sentence if one of these flags, where it is given, is not a number of that kind."""
-    for name in (*positive, *nonnegative):
-        value = getattr(arguments, name)
-        if value is not None and (value < 0 or (value == 0 and name in positive)):
-            parser.error(f"--{name} must {'be positive' if name in positive else 'not be negative'}, got {value}.")
-
-
-def settings(arguments: argparse.Namespace) -> dict:
-    """What was asked for, to be written beside the figures."""
-    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
-
-
-def one_sentence(error: Exception) -> str:
-    """What happened, without the stack that the error of a data loader's worker brings along as text."""
-    name, module = type(error).__name__, type(error).__module__
-    last = (str(error).strip() or name).splitlines()[-1]
-    return last.removeprefix(f"{module}.{name}: ").removeprefix(f"{name}: ")
-
-
-def parse_recipe(recipe_class: type[Recipe], description: str, argv: list[str] | None = None) -> Recipe:
-    """The recipe that a command line asks for: a file's numbers, changed by flags. Exits with 2 if it cannot be."""
-    parser = HfArgumentParser(recipe_class, description=description)
-    parser.add_argument("--config", "--recipe", help="Read a recipe file; flags go before its numbers.")
-    known, _ = parser.parse_known_args(argv)
-    try:
-        if known.config:
-            parser.set_defaults(**read_recipe(known.config, recipe_class))
-        arguments = vars(parser.parse_args(argv))
-        arguments.pop("config")
-        recipe = recipe_class(**arguments)
-        recipe.check()
-    except (ValueError, TypeError) as error:
-        parser.error(str(error))
-    return recipe
-
-
-# What may differ between a run and its resumption.
-RUNTIME = {"title", "source", "cost", "expected_result", "max_steps", "output_dir", "resume", "keep_last", "tracker"}
-RUNTIME |= {"log_every_steps", "num_workers", "check_images", "push_to_hub", "hub_model_id", "hub_private_repo"}
-RUNTIME |= {"show_layer_table", "compile", "gradient_checkpointing"}
-
-
-@dataclass
-class TrainerRecipe(Recipe):
-    """
-    The fields of every training with `Trainer`, and what can be known of them before anything is read. Subclasses add
-    their own, and name in `POSITIVE`, `OPTIONAL`, `NONNEGATIVE`, `SHARES` and `FRACTIONS` the ranges of these.
-    """
-
-    model_name_or_path: str | None = argument(None, "Start from this folder or Hub name of a HiViT or classifier.")
-    from_scratch: bool = argument(False, "Start with random weights of --architecture instead.")
-    architecture: str | None = argument(None, f"Train this network and no other: {', '.join(ARCHITECTURES)}.")
-    model: str = argument("{}", "Change the configuration by this JSON, for example '{\"window_size\": 14}'.")
-    drop_path_rate: float = argument(0.0, "Drop paths of the last layer at this rate (stochastic depth).")
-
-    max_train_samples: int | None = argument(None, "Learn from so many images only.")
-    max_eval_samples: int | None = argument(None, "Evaluate with so many images only.")
-    check_images: int = argument(1000, "Decode so many images of each split before training, to find bad ones.")
-    image_mean: list[float] = argument([], "Subtract these means, in [0, 1]; the model's or ImageNet's if not given.")
-    image_std: list[float] = argument([], "Divide by these deviations; the model's or ImageNet's if not given.")
-    flip_probability: float = argument(0.5, "Flip images horizontally with this probability.")
-    num_workers: int = argument(4, "Read and decode in so many processes, for each training process.")
-
-    max_steps: int | None = argument(None, "Stop after so many steps; the schedule stays that of the whole training.")
-    batch_size: int = argument(32, "Take so many images per process and forward pass.")
-    effective_batch_size: int = argument(64, "Accumulate so many images, over all processes, for an optimizer step.")
-    weight_decay: float = argument(0.05, "Decay matrices this much, but no vectors, position embedding or tables.")
-    adam_betas: list[float] = argument([0.9, 0.999], "Set both betas of AdamW.")
-    layer_decay: float = argument(1.0, "Multiply the learning rate by this from one layer to the one below.")
-    clip_norm: float | None = argument(None, "Limit the norm of the gradient to this; it is unlimited if not given.")
-    ema_decay: float | None = argument(None, "Save a moving average of the weights with this decay as the model.")
-    early_stopping_patience: int | None = argument(None, "Stop after so many evaluations without a better one.")
-    evaluate_every_steps: int | None = argument(None, "Evaluate and save every so many steps, else every epoch.")
-    mixed_precision: str = argument("bf16", "Choose the mixed precision: bf16, fp16 (with a gradient scaler) or no.")
-    gradient_checkpointing: bool = argument(False, "Compute activations again in the backward pass, to save memory.")
-    seed: int = argument(0, "Seed everything random with this number.")
-
-    output_dir: str | None = argument(None, "Write checkpoints, logs, figures, images and the model to this folder.")
-    resume: str | None = argument(None, "Resume from 'latest', or from the folder of a checkpoint.")
-    keep_last: int = argument(2, "Keep so many checkpoints, the best among them.")
-    log_every_steps: int = argument(20, "Write a line of the log every so many steps.")
-    tracker: str = argument("tensorboard", "Track the run with tensorboard, wandb or none.")
-    push_to_hub: bool = argument(False, "Upload the model, its processor and its log at the end.")
-    hub_model_id: str | None = argument(None, "Upload to this repository; it is named after the folder if not given.")
-    hub_private_repo: bool = argument(False, "Make a new repository private.")
-    show_layer_table: bool = argument(False, "Print ids, learning rates and decay of the parameters, and stop.")
-
-    RUNTIME: ClassVar[set[str]] = RUNTIME
-    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {}
-    POSITIVE: ClassVar[tuple[str, ...]] = ()
-    OPTIONAL: ClassVar[tuple[str, ...]] = ()  # positive, if given
-    NONNEGATIVE: ClassVar[tuple[str, ...]] = ()
-    SHARES: ClassVar[tuple[str, ...]] = ()  # from 0 to 1
-    FRACTIONS: ClassVar[tuple[str, ...]] = ()  # between 0 and 1, if given
-    OWN_FLAGS: ClassVar[tuple[str, ...]] = ("drop_path_rate",)  # that --model must not set
-    PUBLISHED_LAYER_DECAY: ClassVar[float] = 0.85
-
-    def check(self):
-        """
-        Everything that can be known before anything is read.
-
-        Raises:
-            ValueError: what does not fit, what was given, and what would do.
-        """
-        self._check_choices()
-        self._check_ranges()
-        self.model_changes()
-        self.accumulation_steps(1)
-
-    def _check_choices(self):
-        if not self.output_dir and not self.show_layer_table:
-            raise ValueError("There is nowhere to write: give --output_dir.")
+        check_fields(self)
         if bool(self.model_name_or_path) == self.from_scratch:
             raise ValueError("Give either --model_name_or_path, or --from_scratch with --architecture.")
         if self.from_scratch and not self.architecture:
             raise ValueError(f"--from_scratch needs --architecture: one of {', '.join(ARCHITECTURES)}.")
-        if self.architecture is not None and self.architecture not in ARCHITECTURES:
-            raise ValueError(f"There is no architecture {self.architecture!r}. Choose from {', '.join(ARCHITECTURES)}.")
-        choices = {"mixed_precision": ("bf16", "fp16", "no"), "tracker": ("tensorboard", "wandb", "none")}
-        for name, allowed in (choices | self.CHOICES).items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
-        for name in set(self.model_changes()) & set(self.OWN_FLAGS):
-            raise ValueError(f"--model sets {name}, which has a flag of its own: use that.")
-        if (self.hub_model_id or self.hub_private_repo) and not self.push_to_hub:
-            raise ValueError("--hub_model_id and --hub_private_repo are for --push_to_hub: give it too.")
+        refuse_overridden(self.overrides(), self.FLAGS_OF_THEIR_OWN)
 
-    def _check_ranges(self):
-        positive = ("batch_size", "effective_batch_size", "learning_rate", "keep_last", "log_every_steps")
-        optional = ("max_train_samples", "max_eval_samples", "max_steps", "clip_norm", "early_stopping_patience")
-        optional += ("evaluate_every_steps", *self.OPTIONAL)
-        given = [name for name in optional if getattr(self, name) is not None]
-        for name in (*self.POSITIVE, *positive, *given):
-            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
-                raise ValueError(f"{name} must be a positive number, got {getattr(self, name)}.")
-        for name in ("num_workers", "weight_decay", "check_images", *self.NONNEGATIVE):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
-        for name in ("flip_probability", *self.SHARES):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
-        for name in ("ema_decay", *self.FRACTIONS):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in (0, 1), got {getattr(self, name)}.")
-        if not 0 < self.layer_decay <= 1:
-            raise ValueError(
-                f"layer_decay must be in (0, 1], got {self.layer_decay}. Published: {self.PUBLISHED_LAYER_DECAY} for "
-                "base."
-            )
-        if not 0 <= self.drop_path_rate < 1:
-            raise ValueError(f"drop_path_rate must be in [0, 1), got {self.drop_path_rate}.")
-        if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
-            raise ValueError(f"adam_betas must be two numbers in [0, 1), got {self.adam_betas}. Published: 0.9 0.999.")
-        if not all(value > 0 for value in self.image_std):
-            raise ValueError(f"image_std must be positive, got {self.image_std}.")
+    def overrides(self) -> dict:
+        """`config_overrides` as a dictionary."""
+        return json.loads(self.config_overrides)
 
-    def identity(self) -> dict:
-        """The numbers that a resumption must share with its run."""
-        return {name: value for name, value in asdict(self).items() if name not in self.RUNTIME}
+
+def refuse_overridden(overrides: dict, own_flags: tuple[str, ...]):
+    """ValueError for keys of `--config_overrides` that are flags."""
+    twice = sorted(set(overrides) & set(own_flags))
+    if twice:
+        raise ValueError(f"--config_overrides sets {', '.join(twice)}, which have flags of their own: use those.")
 
 
 @dataclass
-class DatasetRecipe(TrainerRecipe):
-    """What trainings on datasets of the `datasets` library add: where the samples are."""
+class ImageArguments:
+    """What becomes of the images of a training."""
+
+    _argument_group_name = "data"
+
+    max_train_samples: Annotated[int | None, positive] = argument(None, "Number of training images, drawn at random.")
+    max_eval_samples: Annotated[int | None, positive] = argument(None, "Number of validation images, drawn at random.")
+    check_images: Annotated[int, nonnegative, MAY_CHANGE] = argument(
+        1000, "Number of images of each split that are decoded before training, to find unreadable ones."
+    )
+    image_mean: Annotated[list[float], all_finite] = argument(
+        [], "Mean of each channel, in [0, 1] (the model's, or ImageNet's)."
+    )
+    image_std: Annotated[list[float], all_positive] = argument(
+        [], "Standard deviation of each channel (the model's, or ImageNet's)."
+    )
+    flip_probability: Annotated[float, fraction] = argument(0.5, "Probability of a horizontal flip.")
+
+    def __post_init__(self):
+        check_fields(self)
+
+
+@dataclass
+class DataArguments(ImageArguments):
+    """Where images and labels come from: a dataset of the `datasets` library, or folders."""
 
     dataset_name: str | None = argument(
-        None, "Read a dataset of the Hub, a folder of images or Parquet, or a saved dataset."
+        None, "Dataset of the Hub, folder of images or Parquet files, or dataset saved with `save_to_disk`."
     )
-    dataset_config: str | None = argument(None, "Take this configuration of the Hub dataset.")
-    dataset_revision: str | None = argument(None, "Take this commit of the Hub dataset.")
-    train_split: str = argument("train", "Learn from this split.")
-    eval_split: str | None = argument(None, "Evaluate with this split; 'validation' or 'test' if not given.")
-    eval_fraction: float | None = argument(None, "Hold out this share of the training split to evaluate with.")
-    label_names: list[str] = argument([], "Name the classes, in the order of their numbers.")
-    compile: bool = argument(False, "Compile the network with torch.compile.")
+    dataset_config_name: str | None = argument(None, "Configuration of the Hub dataset.")
+    dataset_revision: str | None = argument(None, "Commit, branch or tag of the Hub dataset.")
+    train_dir: str | None = argument(None, "Folder of training images, instead of --dataset_name.")
+    validation_dir: str | None = argument(None, "Folder of validation images, beside --train_dir.")
+    train_split_name: str = argument("train", "Split to train on.")
+    eval_split_name: str | None = argument(None, "Split to evaluate on ('validation', 'val' or 'test').")
+    train_val_split: Annotated[float | None, proper_fraction] = argument(
+        None, "Fraction of the training split that is held out for validation."
+    )
+    class_names: list[str] = argument([], "Names of the classes, in the order of their numbers.")
 
-    FRACTIONS: ClassVar[tuple[str, ...]] = ("eval_fraction",)
+    def __post_init__(self):
+        super().__post_init__()
+        if bool(self.dataset_name) == bool(self.train_dir or self.validation_dir):
+            raise ValueError("There is no data: give either --dataset_name, or --train_dir.")
+        if self.eval_split_name and self.train_val_split:
+            raise ValueError("Give --eval_split_name or --train_val_split, not both.")
+        if self.validation_dir and self.train_val_split:
+            raise ValueError("Give --validation_dir or --train_val_split, not both.")
 
-    def _check_choices(self):
-        if not self.dataset_name:
-            raise ValueError("There is nothing to learn from: give --dataset_name.")
-        super()._check_choices()
-        if self.eval_split and self.eval_fraction:
-            raise ValueError("Give --eval_split or --eval_fraction, not both.")
+
+# Fields of transformers' `TrainingArguments` on which the numbers of a training depend; a resumption must share them.
+NUMBERS = {"per_device_train_batch_size", "num_train_epochs", "max_steps", "learning_rate", "weight_decay"}
+NUMBERS |= {"adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs"}
+NUMBERS |= {"warmup_steps", "bf16", "fp16", "optim", "optim_args", "label_smoothing_factor", "seed", "data_seed"}
+
+# Fields of `TrainingArguments` that would break a promise, or mean nothing for images: why they are refused.
+REFUSED = {
+    "do_predict": "there is no test set: evaluate with --do_train false --eval_split_name test",
+    "remove_unused_columns": "it would remove the images",
+    "dataloader_drop_last": "training takes whole batches already, and evaluations need all images",
+    "logging_nan_inf_filter": "it would hide a loss that is not finite",
+    "prediction_loss_only": "evaluations need the predictions",
+    "neftune_noise_alpha": "it is noise for word embeddings",
+    "use_liger_kernel": "its kernels are those of language models",
+    "train_sampling_strategy": "the order of the images depends on the seed alone",
+    "ignore_data_skip": "a resumption would train on other images",
+    "restore_callback_states_from_checkpoint": "early stopping would count anew",
+    "save_only_model": "a resumption needs the optimizer",
+}
+
+
+@dataclass
+class HiViTTrainingArguments(TrainingArguments):
+    """
+    `TrainingArguments` with what the published recipes need: layer-wise learning rate decay, a moving average of the
+    weights, learning rates for 256 images, and a number of images per optimizer step that holds on any number of
+    devices.
+
+    Raises:
+        ValueError: for values that do not fit, and for arguments that would break a promise (`REFUSED`).
+    """
+
+    _argument_group_name = "training"
+
+    do_train: Annotated[bool, MAY_CHANGE] = argument(True, "Train; if not, only evaluate --model_name_or_path.")
+    do_eval: Annotated[bool, MAY_CHANGE] = argument(True, "Evaluate after training.")
+    per_device_train_batch_size: Annotated[int, positive] = argument(32, "Training batch size per device.")
+    per_device_eval_batch_size: Annotated[int, positive, MAY_CHANGE] = argument(64, "Evaluation batch size per device.")
+    effective_batch_size: Annotated[int | None, positive] = argument(
+        None, "Number of images per optimizer step over all devices; --gradient_accumulation_steps follows from it."
+    )
+    num_train_epochs: Annotated[float, positive] = argument(20, "Number of training epochs.")
+    stop_after_steps: Annotated[int | None, positive, MAY_CHANGE] = argument(
+        None, "Save and stop after this optimizer step; the schedule remains that of the whole training."
+    )
+    learning_rate: Annotated[float | None, positive] = argument(
+        None, "Peak learning rate (--base_learning_rate times the images per step / 256)."
+    )
+    base_learning_rate: Annotated[float | None, positive] = argument(
+        5e-4, "Peak learning rate for 256 images per step."
+    )
+    weight_decay: Annotated[float, nonnegative] = argument(
+        0.05, "Weight decay of matrices; vectors, position embeddings and relative position biases have none."
+    )
+    adam_beta1: Annotated[float, decay_rate] = argument(0.9, "First beta of AdamW.")
+    adam_beta2: Annotated[float, decay_rate] = argument(0.999, "Second beta of AdamW.")
+    layer_decay: Annotated[float, within(0, 1, low_included=False)] = argument(
+        1.0, "Factor of the learning rate from one layer to the one below."
+    )
+    max_grad_norm: Annotated[float, nonnegative] = argument(0.0, "Maximum norm of the gradient; 0 for no clipping.")
+    ema_decay: Annotated[float | None, proper_fraction] = argument(
+        None, "Decay of a moving average of the weights, which is then evaluated and saved."
+    )
+    early_stopping_patience: Annotated[int | None, positive] = argument(
+        None, "Number of evaluations without improvement before training stops."
+    )
+    optim: str = argument("adamw_torch", "Optimizer, any of transformers'.")
+    bf16: bool = argument(False, "Mixed precision in bfloat16.")
+
+    eval_strategy: str = argument("epoch", "When to evaluate: no, steps or epoch.")
+    save_strategy: str = argument("epoch", "When to save: no, steps, epoch or best.")
+    save_total_limit: Annotated[int | None, positive, MAY_CHANGE] = argument(2, "Number of checkpoints to keep.")
+    logging_steps: Annotated[float, positive] = argument(20, "Number of steps between two lines of the log.")
+    logging_first_step: bool = argument(True, "Log the first step.")
+    logging_nan_inf_filter: bool = argument(False, "Refused: it would hide a loss that is not finite.")
+    report_to: list[str] | None = argument(["tensorboard"], "Trackers: tensorboard, wandb, none, ...")
+    dataloader_num_workers: Annotated[int, nonnegative] = argument(4, "Number of data loading workers per process.")
+    remove_unused_columns: bool = argument(False, "Refused: it would remove the images.")
+    restore_callback_states_from_checkpoint: bool = argument(True, "Restore the state of early stopping.")
+    label_names: list[str] | None = argument(["labels"], "Keys of a batch that hold labels.")
+    hub_strategy: str = argument("end", "When to upload: end, every_save, checkpoint or all_checkpoints.")
+    show_layer_table: Annotated[bool, MAY_CHANGE] = argument(
+        False, "Print layer ids, learning rates and weight decay of the parameters, and stop."
+    )
+
+    REFUSED: ClassVar[dict[str, str]] = REFUSED
+    count_stem: ClassVar[bool] = False  # the layer numbering of dense tasks, see `optim.layer_id`
+
+    def __post_init__(self):
+        if not self.output_dir and not self.show_layer_table:
+            raise ValueError("There is nowhere to write: give --output_dir.")
+        for item in fields(self):
+            if item.name in self.REFUSED and getattr(self, item.name) != item.default:
+                raise ValueError(f"--{item.name} is refused: {self.REFUSED[item.name]}.")
+        check_fields(self)
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # without it, transformers refuses bfloat16 there
+        if self.eval_steps is not None and self.eval_strategy != "steps":
+            raise ValueError(
+                f"eval_steps has no effect with eval_strategy {self.eval_strategy}: give --eval_strategy steps."
+            )
+        if self.early_stopping_patience is not None:
+            self.load_best_model_at_end = True
+        if self.data_seed is None:
+            self.data_seed = self.seed
+        super().__post_init__()
+        if (self.hub_model_id or self.hub_private_repo) and not self.push_to_hub:
+            raise ValueError("--hub_model_id and --hub_private_repo are for --push_to_hub: give it too.")
+        if not self.do_train and (self.resume_from_checkpoint or self.push_to_hub):
+            raise ValueError("--do_train false trains no model: leave out --resume_from_checkpoint and --push_to_hub.")
+        self._set_batch_and_learning_rate()
+
+    def _set_batch_and_learning_rate(self):
+        together = self.per_device_train_batch_size * self.world_size
+        if self.effective_batch_size is None:
+            self.effective_batch_size = together * self.gradient_accumulation_steps
+        steps = self.accumulation_steps(self.per_device_train_batch_size)
+        if self.gradient_accumulation_steps not in (1, steps):
+            raise ValueError(
+                f"effective_batch_size {self.effective_batch_size} takes {steps} batches of {together} images, but "
+                f"gradient_accumulation_steps is {self.gradient_accumulation_steps}: leave one of them out."
+            )
+        self.gradient_accumulation_steps = steps
+        if self.learning_rate is None:
+            self.learning_rate = self.base_learning_rate * self.effective_batch_size / 256
+
+    def accumulation_steps(self, batch_size: int) -> int:
+        """Forward passes per optimizer step. Raises ValueError if they do not come out even."""
+        together = batch_size * self.world_size
+        if self.effective_batch_size % together:
+            raise ValueError(
+                f"effective_batch_size {self.effective_batch_size} is no multiple of {batch_size} images on "
+                f"{self.world_size} processes: choose per_device_train_batch_size so that it is."
+            )
+        return self.effective_batch_size // together
+
+
+def identity(*arguments: Any) -> dict:
+    """
+    The values that a resumption must share with its run, by name.
+
+    Args:
+        arguments: dataclasses of arguments.
+    """
+    found = {}
+    base = {item.name for item in fields(TrainingArguments)}
+    for part in arguments:
+        annotated, values = annotations_of(part), asdict(part)
+        for name, value in values.items():
+            own = name not in base or not isinstance(part, TrainingArguments)
+            if (own or name in NUMBERS) and MAY_CHANGE not in annotated[name]:
+                found[name] = str(value) if hasattr(value, "value") else value
+    return found

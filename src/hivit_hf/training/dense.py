@@ -4,7 +4,7 @@
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..classification.run import ClassifierTrainer
+from ..classification.run_old import ClassifierTrainer
 
 
 class DenseTrainer(ClassifierTrainer):

@@ -1,317 +1,232 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""What all tasks share of a training with `transformers.Trainer`."""
+"""`HiViTTrainer`, what all tasks share: layer-wise learning rates, moving average, schedule, whole batches."""
 
 import math
-import os
-import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from tempfile import TemporaryDirectory
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
-import datasets
 import torch
-from accelerate import PartialState
-from torch.utils.data import Dataset
-from tqdm.auto import tqdm
+from safetensors.torch import load_file, save_file
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
 from transformers import (
-    EvalPrediction,
-    PrinterCallback,
+    EarlyStoppingCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
-from transformers.utils import logging
+from transformers.trainer_utils import TrainOutput
 
-from ..data.datasets import LabeledImages
-from ..modeling_hivit import HiViTForImageClassification
-from .arguments import Recipe, one_sentence, parse_recipe
-from .optim import cosine_learning_rate, parameter_groups
+from ..configuration_hivit import HiViTConfig
+from ..modeling_hivit import HiViTPreTrainedModel
+from .arguments import HiViTTrainingArguments
+from .optim import layer_table, layerwise_parameter_groups
 
 
 AVERAGE = "average.safetensors"  # beside the weights of a checkpoint, if a moving average is kept
-FIGURES = ("eval_results.json", "all_results.json", "trainer_state.json")  # as `Trainer` names them
 
 
-class _Following(TrainerCallback):
-    """Tells the images which epoch it is, and the moving average that a step was taken."""
+def hivit_config(model: torch.nn.Module) -> HiViTConfig:
+    """The configuration of the HiViT that a model is or has inside."""
+    return next(part.config for part in model.modules() if isinstance(part, HiViTPreTrainedModel))
 
-    def __init__(self, images: LabeledImages):
-        self.images, self.trainer = images, None
+
+class HiViTTrainer(Trainer):
+    """
+    `Trainer` with what all published recipes share: AdamW (or any `--optim`) with layer-wise learning rate decay, the
+    recipe's schedule, whole training batches, a moving average of the weights, a stop at a loss that is not finite.
+
+    Args:
+        args: what the recipe says.
+        keywords: of `Trainer`. The training data set has an attribute `epoch`, which its augmentations depend on.
+
+    Raises:
+        ValueError: if one process has several GPUs, among which `Trainer` would split its batches.
+    """
+
+    args: HiViTTrainingArguments
+
+    def __init__(self, args: HiViTTrainingArguments, **keywords):
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"One process has {args.n_gpu} GPUs: start with torchrun --nproc_per_node {args.n_gpu}, or set "
+                "CUDA_VISIBLE_DEVICES=0."
+            )
+        self.average: AveragedModel | None = None
+        super().__init__(args=args, **keywords)
+        self.loss_is_scaled_for_ga = False  # the losses are means
+        self.hivit_config = hivit_config(self.model)
+        self.add_callback(RecipeCallback(self))
+        if args.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+
+    # -- data, optimizer, schedule
+
+    def get_train_dataloader(self) -> DataLoader:
+        """
+        Whole batches only, as in the original; the last step of an epoch may accumulate fewer of them. `Trainer` has
+        one switch for this and evaluations, which need all images.
+
+        With `--auto_find_batch_size`, the images per optimizer step remain: smaller batches, more of them.
+        """
+        if self.args.auto_find_batch_size:
+            own = self.args.effective_batch_size // self.args.world_size
+            self._train_batch_size = max(d for d in range(1, own + 1) if own % d == 0 and d <= self._train_batch_size)
+            self.args.gradient_accumulation_steps = self.args.accumulation_steps(self._train_batch_size)
+        self.args.dataloader_drop_last = True
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.args.dataloader_drop_last = False
+
+    def parameter_groups(self) -> list[dict]:
+        """The trainable parameters by layer, with learning rates and weight decay."""
+        args = self.args
+        return layerwise_parameter_groups(
+            self.model, self.hivit_config, args.weight_decay, args.learning_rate, args.layer_decay, args.count_stem
+        )
+
+    def layer_table(self) -> str:
+        """Layer ids, learning rates and weight decay of the parameters, as a table."""
+        return layer_table(self.parameter_groups())
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """The optimizer of `--optim` over `parameter_groups`. Raises ValueError for one that groups by itself."""
+        if self.optimizer is None:
+            optimizer_class, keywords = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            if not isinstance(optimizer_class, type) or {"params", "model", "optimizer_dict"} & keywords.keys():
+                raise ValueError(
+                    f"--optim {self.args.optim} groups the parameters by itself, without layer_decay: take another one."
+                )
+            groups = [
+                {key: group[key] for key in ("params", "lr", "weight_decay")} for group in self.parameter_groups()
+            ]
+            self.optimizer = optimizer_class(groups, **keywords)
+        return self.optimizer
+
+    def learning_rate_factor(self, num_training_steps: int) -> Callable[[int], float] | None:
+        """The recipe's schedule, from steps to factors of the peak; None for the one of `--lr_scheduler_type`."""
+        return None
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        factor = self.learning_rate_factor(num_training_steps)
+        if self.lr_scheduler is not None or factor is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps per epoch."""
+        return -(-len(self.get_train_dataloader()) // self.args.gradient_accumulation_steps)
+
+    # -- training, with the moving average, which is what is evaluated and kept; the weights themselves are trained on
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial=None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """
+        As in `Trainer`; afterwards the model has the averaged weights, if there are any.
+
+        Raises:
+            ValueError: for fewer images than an optimizer step takes.
+            FloatingPointError: if the loss is not finite.
+        """
+        if len(self.train_dataset) < self.args.effective_batch_size:
+            raise ValueError(
+                f"{len(self.train_dataset)} training images are fewer than effective_batch_size "
+                f"{self.args.effective_batch_size}: lower it, and the learning rate is lowered with it."
+            )
+        if self.args.ema_decay is not None:
+            self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(self.args.ema_decay))
+            if resume_from_checkpoint:
+                self.average.load_state_dict(load_file(Path(resume_from_checkpoint) / AVERAGE))
+            self.average.to(self.args.device)
+        output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        if self.average is not None:
+            self.model.load_state_dict(self.average.module.state_dict())
+            self.average = None
+        vars(self.model.config).pop("use_cache", None)  # Trainer sets it, and it would be saved; HiViT has no cache
+        return output
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Inside, the model has the averaged weights."""
+        pairs = list(zip(self.model.parameters(), self.average.module.parameters())) if self.average else []
+        for weights, averaged in pairs:
+            weights.data, averaged.data = averaged.data, weights.data
+        try:
+            yield
+        finally:
+            for weights, averaged in pairs:
+                weights.data, averaged.data = averaged.data, weights.data
+
+    def evaluate(self, eval_dataset=None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"):
+        with self.averaged_weights():
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
+        super()._save(output_dir, state_dict)
+        if self.average is not None and self.args.should_save:
+            weights = {name: tensor.contiguous() for name, tensor in self.average.state_dict().items()}
+            save_file(weights, Path(output_dir or self.args.output_dir) / AVERAGE)
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        if self.average is not None:
+            self.average.load_state_dict(load_file(Path(self.state.best_model_checkpoint) / AVERAGE))
+
+    # -- results
+
+    def save_evaluation(self, metrics: dict[str, float]):
+        """Prints metrics and writes them to the output folder."""
+        self.log_metrics("eval", metrics)
+        self.save_metrics("eval", metrics)
+
+    def save_and_push(self, task: str, dataset_name: str | None = None):
+        """
+        Writes the model, its processor and the log to the output folder, and uploads it with `--push_to_hub`.
+
+        Args:
+            task: of the model card, such as "image-classification".
+            dataset_name: of the Hub, for the model card; a local one is left out.
+        """
+        self.save_state()
+        self.save_model(_internal_call=True)  # which does not push
+        if self.args.push_to_hub:
+            local = dataset_name is None or Path(dataset_name).exists()  # no path of this machine
+            self.push_to_hub(dataset=None if local else dataset_name, tags=[task, "hivit"])
+
+    def end(self):
+        """Waits for all processes: one that leaves early may take the others with it."""
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+
+
+class RecipeCallback(TrainerCallback):
+    """Epochs of augmentations, updates of the moving average, `--stop_after_steps`, losses that are not finite."""
+
+    def __init__(self, trainer: HiViTTrainer):
+        self.trainer = trainer
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        self.images.epoch = int(state.epoch or 0)
+        self.trainer.train_dataset.epoch = int(state.epoch or 0)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         if self.trainer.average is not None:
             self.trainer.average.update_parameters(self.trainer.model)
-
-
-def training_arguments(recipe: Recipe, best: str, greater_is_better: bool, **length: float) -> TrainingArguments:
-    """
-    What `Trainer` wants to know, from a recipe.
-
-    Args:
-        recipe: of a fine-tuning of any kind.
-        best: the metric that the best model is chosen by, if training stops early.
-        greater_is_better: whether it grows.
-        length: `num_train_epochs` or `max_steps`.
-    """
-    strategy = "epoch" if recipe.evaluate_every_steps is None else "steps"
-    early = recipe.early_stopping_patience is not None
-    return TrainingArguments(
-        output_dir=recipe.output_dir,
-        per_device_train_batch_size=recipe.batch_size,
-        per_device_eval_batch_size=recipe.eval_batch_size,
-        max_grad_norm=recipe.clip_norm or 0.0,
-        eval_strategy=strategy,
-        save_strategy=strategy,
-        eval_steps=recipe.evaluate_every_steps,
-        save_steps=recipe.evaluate_every_steps or 500,
-        save_total_limit=recipe.keep_last,
-        load_best_model_at_end=early,
-        metric_for_best_model=best,
-        greater_is_better=greater_is_better,
-        logging_steps=recipe.log_every_steps,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,  # it would hide a loss that is not finite
-        report_to=recipe.tracker,
-        bf16=recipe.mixed_precision == "bf16",
-        fp16=recipe.mixed_precision == "fp16",
-        torch_compile=recipe.compile,
-        dataloader_num_workers=recipe.num_workers,
-        dataloader_pin_memory=torch.accelerator.is_available(),
-        use_cpu=not torch.accelerator.is_available(),  # without it, no bfloat16 there
-        remove_unused_columns=False,
-        label_names=["labels"],
-        restore_callback_states_from_checkpoint=True,
-        push_to_hub=recipe.push_to_hub,
-        hub_model_id=recipe.hub_model_id,
-        hub_private_repo=recipe.hub_private_repo or None,
-        hub_strategy="end",
-        seed=recipe.seed,
-        data_seed=recipe.seed,
-        **length,
-    )
-
-
-def run_recipe(recipe_class: type[Recipe], run_class: type, description: str, argv: list[str] | None = None) -> int:
-    """
-    What an example does: parses its command line into a recipe, makes the run, and trains.
-
-    Args:
-        recipe_class: of the recipe.
-        run_class: `FinetuneRun`, or one like it.
-        description: for `--help`.
-        argv: the command line, that of the process if not given.
-
-    Returns:
-        The exit code: 0, or 2 after a sentence about what does not fit.
-    """
-    recipe = parse_recipe(recipe_class, description, argv)
-    datasets.disable_progress_bars()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    state = PartialState(cpu=not torch.accelerator.is_available())  # else each process on CPUs would train alone
-    try:
-        run = run_class(recipe, say=state.print)
-        if recipe.show_layer_table:
-            state.print(run.layer_table())
-            return 0
-        state.print(f"processes: {state.num_processes}, parameters: {run.model.num_parameters():,}")
-        run.train()
-    except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
-        print(f"error: {one_sentence(error)}", file=sys.stderr, flush=True)
-        if state.num_processes > 1:
-            os._exit(2)  # the others may wait for this process in a collective; the launcher stops them
-        return 2
-    return 0
-
-
-class _FiniteLoss(TrainerCallback):
-    """Stops a run whose loss is not finite."""
+        if args.stop_after_steps is not None and state.global_step >= args.stop_after_steps:
+            control.should_training_stop = control.should_save = True
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict, **kwargs):
         if not math.isfinite(logs.get("loss", 0.0)):
-            raise FloatingPointError(_not_finite(logs["loss"], state.global_step))
-
-
-def _not_finite(loss: float, step: int) -> str:
-    hints = "Lower the learning rate, lengthen the warm-up, or check the images for NaN."
-    return f"The loss is {loss} in step {step}. {hints}"
-
-
-@dataclass
-class FinetuneSettings:
-    """
-    One fine-tuning run.
-
-    Args:
-        total_steps: optimizer steps.
-        warmup_steps: steps until the highest learning rate is reached.
-        batch_size: images per device and step.
-        learning_rate: the highest one, for the batch size at hand; nothing is scaled.
-        weight_decay: of the matrices; vectors are not decayed.
-        eval_every_steps: steps between two evaluations. There always is one after the last step.
-        eval_batch_size: images per device in an evaluation.
-        seed: of the order of the images, and of all other randomness while training.
-    """
-
-    total_steps: int
-    warmup_steps: int
-    batch_size: int
-    learning_rate: float
-    weight_decay: float
-    eval_every_steps: int
-    eval_batch_size: int
-    seed: int
-
-    def check(self):
-        """Raises ValueError for numbers that nothing can be learned with."""
-        for name in ["total_steps", "batch_size", "eval_every_steps", "eval_batch_size"]:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
-            raise ValueError(f"learning_rate must be a positive number, got {self.learning_rate}. Try 1e-3.")
-        if not 0 <= self.warmup_steps < self.total_steps:
-            raise ValueError(
-                f"warmup_steps must be at least 0 and less than total_steps {self.total_steps}, "
-                f"got {self.warmup_steps}."
+            raise FloatingPointError(
+                f"The loss is {logs['loss']} in step {state.global_step}. Lower the learning rate, lengthen the "
+                "warmup, or check the images for NaN."
             )
-
-
-@dataclass
-class FinetuneResult:
-    """What a run gave: a record per evaluation (`step` and the metrics), the last one's metrics, and the time."""
-
-    history: list[dict]
-    metrics: dict[str, float]
-    seconds: float
-
-
-def finetune(
-    model: HiViTForImageClassification,
-    train_dataset: Dataset,
-    eval_dataset: Dataset,
-    settings: FinetuneSettings,
-    compute_metrics: Callable[[EvalPrediction], dict[str, float]],
-    data_collator: Callable | None = None,
-    description: str = "fine-tuning",
-    show_progress: bool = True,
-) -> FinetuneResult:
-    """
-    Trains a classifier in place with AdamW (betas 0.9 and 0.999), warm-up and cosine, and evaluates it on the way.
-
-    Args:
-        model: trained in place.
-        train_dataset: items with `pixel_values` and `labels`.
-        eval_dataset: the same, for the evaluations. Nothing is chosen by them: the model is that of the last step.
-        settings: the numbers of the run.
-        compute_metrics: from logits and labels to named numbers, as in `Trainer`.
-        data_collator: makes a batch of items; `Trainer`'s default if not given.
-        description: what the progress bar says.
-        show_progress: whether there is one; turn it off where several runs share a terminal.
-
-    Raises:
-        ValueError: for impossible settings and empty datasets, before the first step.
-        FloatingPointError: if the training loss is not finite.
-    """
-    settings.check()
-    for name, dataset in [("train_dataset", train_dataset), ("eval_dataset", eval_dataset)]:
-        if len(dataset) == 0:
-            raise ValueError(f"{name} is empty: give at least one image with its label.")
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, settings.weight_decay), lr=settings.learning_rate, betas=(0.9, 0.999)
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: cosine_learning_rate(step, settings.total_steps, settings.warmup_steps, base=1.0)
-    )
-    progress = _Progress(description, settings.batch_size, show_progress)
-    start = time.perf_counter()
-    with TemporaryDirectory() as folder:  # Trainer wants one, though nothing is saved
-        trainer = Trainer(
-            model=model,
-            args=_training_arguments(settings, folder),
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            data_collator=data_collator,
-            compute_metrics=compute_metrics,
-            optimizers=(optimizer, schedule),
-            callbacks=[progress],
-        )
-        trainer.remove_callback(PrinterCallback)
-        try:
-            trainer.train()
-        finally:
-            progress.close()
-    seconds = time.perf_counter() - start
-    model.eval()
-    vars(model.config).pop("use_cache", None)  # Trainer sets it, and it would be saved; HiViT has no cache
-    history = [_evaluation(record) for record in trainer.state.log_history if "eval_loss" in record]
-    return FinetuneResult(history, {key: value for key, value in history[-1].items() if key != "step"}, seconds)
-
-
-def _training_arguments(settings: FinetuneSettings, folder: str) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=folder,
-        max_steps=settings.total_steps,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.eval_batch_size,
-        eval_strategy="steps",
-        eval_steps=settings.eval_every_steps,
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # it would hide what _Progress shall find
-        max_grad_norm=0.0,
-        save_strategy="no",
-        dataloader_pin_memory=torch.accelerator.is_available(),
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_num_workers=0,
-        remove_unused_columns=False,
-        seed=settings.seed,
-        data_seed=settings.seed,
-    )
-
-
-def _evaluation(record: dict) -> dict:
-    """A record of Trainer's log without the prefix, and without the timings, which differ from run to run."""
-    names = {key: key.removeprefix("eval_") for key in record if key.startswith("eval_")}
-    timings = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
-    return {"step": record["step"]} | {names[key]: record[key] for key in names if key not in timings}
-
-
-class _Progress(TrainerCallback):
-    """One progress bar instead of Trainer's printed logs; also stops a run whose loss is not finite."""
-
-    def __init__(self, description: str, batch_size: int, show: bool):
-        self.description, self.batch_size, self.show = description, batch_size, show
-        self.bar = None
-        self.training_seconds = 0.0  # without evaluations
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        hidden = not (self.show and state.is_world_process_zero)
-        self.bar = tqdm(total=state.max_steps, desc=self.description, unit="step", disable=hidden)
-
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        self.step_start = time.perf_counter()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        self.training_seconds += time.perf_counter() - self.step_start
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict, **kwargs):
-        if "loss" not in logs:  # an evaluation, or the summary at the end
-            return
-        if not math.isfinite(logs["loss"]):
-            raise FloatingPointError(_not_finite(logs["loss"], state.global_step))
-        speed = state.global_step * self.batch_size * args.world_size / self.training_seconds
-        self.bar.set_postfix(
-            {"loss": f"{logs['loss']:.4f}", "lr": f"{logs['learning_rate']:.2e}", "img/s": f"{speed:.0f}"},
-            refresh=False,
-        )
-        self.bar.update()
-
-    def close(self):
-        if self.bar is not None:
-            self.bar.close()

@@ -4,7 +4,7 @@
 from dataclasses import dataclass
 
 from ..configuration_hivit import PROBLEM_TYPES
-from ..training.arguments import RUNTIME, DatasetRecipe, argument
+from ..training.recipe_old import RUNTIME, DatasetRecipe, argument
 
 
 @dataclass

@@ -29,8 +29,8 @@ from ..data.transforms import Evaluating, training_transform
 from ..image_processing import evaluation_processor
 from ..training.initialization import Start
 from ..training.optim import cosine_learning_rate, layer_table, layerwise_parameter_groups
-from ..training.trainer import AVERAGE, FIGURES, _FiniteLoss, _Following, training_arguments
-from .arguments import FinetuneRecipe
+from ..training.trainer_old import AVERAGE, FIGURES, _FiniteLoss, _Following, training_arguments
+from .arguments_old import FinetuneRecipe
 from .initialization import add_lora, load_classifier, random_classifier
 from .metrics import metrics_of
 

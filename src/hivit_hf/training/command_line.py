@@ -1,0 +1,263 @@
+# Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
+"""
+Command lines: dataclasses as flags through `HfArgumentParser`, recipe files, checks of single fields, exit codes.
+
+A field is declared with its help text, and its checks are annotations beside it:
+
+    layer_decay: Annotated[float, within(0, 1, low_included=False)] = argument(1.0, "Factor ...")
+
+`HfArgumentParser` hands all metadata of a field to argparse, which leaves `huggingface_hub.dataclasses.validated_field`
+out: its validators are metadata.
+"""
+
+import argparse
+import difflib
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import field, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import datasets
+import yaml
+from accelerate import PartialState
+from transformers import HfArgumentParser
+from transformers.utils import logging
+
+
+ABOUT = ("title", "source", "cost", "expected_result")  # keys of a recipe file that are no flags
+
+
+def argument(default: Any, help_text: str) -> Any:
+    """A field of a dataclass of arguments, with the help text of its flag."""
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: default.copy(), metadata={"help": help_text})
+    return field(default=default, metadata={"help": help_text})
+
+
+# -- checks of one value, for annotations; None is not checked ------------------------------------------------------
+
+
+def positive(value: float):
+    """Larger than zero and finite."""
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"must be a positive number, got {value}")
+
+
+def nonnegative(value: float):
+    """Zero or larger, and finite."""
+    if not (value >= 0 and math.isfinite(value)):
+        raise ValueError(f"must not be negative, got {value}")
+
+
+def within(low: float, high: float, low_included: bool = True, high_included: bool = True) -> Callable[[float], None]:
+    """Between two bounds."""
+
+    def check(value: float):
+        if not ((low <= value if low_included else low < value) and (value <= high if high_included else value < high)):
+            interval = f"{'[' if low_included else '('}{low}, {high}{']' if high_included else ')'}"
+            raise ValueError(f"must be in {interval}, got {value}")
+
+    return check
+
+
+fraction = within(0, 1)
+proper_fraction = within(0, 1, low_included=False, high_included=False)
+decay_rate = within(0, 1, high_included=False)
+
+
+def one_of(*choices: str) -> Callable[[str], None]:
+    """One of some words."""
+
+    def check(value: str):
+        if value not in choices:
+            raise ValueError(f"must be one of {', '.join(choices)}, got {value!r}")
+
+    return check
+
+
+def ascending_pair(example: str, low: float = 0.0, high: float = math.inf) -> Callable[[Sequence[float]], None]:
+    """Two numbers above `low` and up to `high`, the smaller one first."""
+
+    def check(values: Sequence[float]):
+        if len(values) != 2 or not low < values[0] <= values[1] <= high:
+            raise ValueError(f"must be two numbers such as {example}, got {list(values)}")
+
+    return check
+
+
+def all_positive(values: Sequence[float]):
+    """Positive, finite numbers."""
+    if not all(value > 0 and math.isfinite(value) for value in values):
+        raise ValueError(f"must be positive numbers, got {list(values)}")
+
+
+def all_finite(values: Sequence[float]):
+    """Finite numbers."""
+    if not all(math.isfinite(value) for value in values):
+        raise ValueError(f"must be finite numbers, got {list(values)}")
+
+
+def json_object(text: str):
+    """A JSON object."""
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"must be a JSON object such as '{{\"name\": 8}}', got {text}")
+
+
+class ResumptionChange:
+    """Marks a field that may differ between a run and its resumption."""
+
+
+MAY_CHANGE = ResumptionChange()
+
+
+def annotations_of(arguments: Any) -> dict[str, tuple]:
+    """What is annotated beside the type of each field: checks and marks."""
+    hints = get_type_hints(type(arguments), include_extras=True)
+    return {item.name: getattr(hints[item.name], "__metadata__", ()) for item in fields(arguments)}
+
+
+def check_fields(arguments: Any):
+    """Runs the checks beside the fields of a dataclass. Raises ValueError, which names the field."""
+    for name, annotated in annotations_of(arguments).items():
+        value = getattr(arguments, name)
+        for check in annotated:
+            if callable(check) and value is not None:
+                try:
+                    check(value)
+                except ValueError as error:
+                    raise ValueError(f"{name} {error}.") from error
+
+
+# -- parsing --------------------------------------------------------------------------------------------------------
+
+
+class ArgumentParser(HfArgumentParser):
+    """`HfArgumentParser` whose errors are a sentence: there are too many flags to list them each time."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\nAll flags: {self.prog} --help\n")
+
+    def nearest(self, name: str) -> str:
+        """A hint for a flag that does not exist."""
+        near = difflib.get_close_matches(name, [action.dest for action in self._actions], 3, 0.5)
+        return f" Did you mean {', '.join(near)}?" if near else " See --help."
+
+    def flags_of(self, path: str | Path) -> list[str]:
+        """
+        A recipe file, YAML or JSON, as flags.
+
+        Raises:
+            ValueError: if it cannot be read, or has a key that is no flag.
+        """
+        names = {action.dest: action for action in self._actions if action.option_strings}
+        flags = []
+        for name, value in read_recipe(path).items():
+            if name in ABOUT or value is None:
+                continue
+            if name not in names or name in ("help", "config"):
+                raise ValueError(f"The recipe {path} has the key {name}, which is no flag.{self.nearest(name)}")
+            if isinstance(value, (list, tuple)) and not value:
+                self.set_defaults(**{name: []})
+            elif isinstance(value, (list, tuple)):
+                flags += [f"--{name}", *map(_as_text, value)]
+            else:
+                flags.append(f"--{name}={_as_text(value)}")
+        return flags
+
+
+def _as_text(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, (dict, bool)) else str(value)
+
+
+def read_recipe(path: str | Path) -> dict:
+    """
+    The keys and values of a recipe file, YAML or JSON.
+
+    Raises:
+        ValueError: if it cannot be read or holds no keys.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"The recipe {path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"The recipe {path} must hold keys and values, got a {type(values).__name__}.")
+    return values
+
+
+def parse_arguments(classes: Sequence[type], description: str | None, argv: Sequence[str] | None = None) -> tuple:
+    """
+    The dataclasses that a command line asks for: the numbers of a recipe file (`--config`), changed by flags. Exits
+    with code 2 and a sentence where they do not fit.
+
+    Args:
+        classes: dataclasses, whose `__post_init__` raises ValueError for what does not fit.
+        description: for `--help`.
+        argv: the command line, that of the process if not given.
+
+    Returns:
+        An instance of each class.
+    """
+    parser = ArgumentParser(
+        classes, description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", help="Recipe file, YAML or JSON, whose keys are these flags; flags win.")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config.add_argument("--config")
+    known, flags = config.parse_known_args(argv)
+    try:
+        recipe = [] if known.config is None else parser.flags_of(known.config)
+        *instances, _, unknown = parser.parse_args_into_dataclasses(
+            [*recipe, *flags], return_remaining_strings=True, look_for_args_file=False
+        )
+        if unknown:
+            raise ValueError(f"There is no flag {unknown[0]}.{parser.nearest(unknown[0].lstrip('-').split('=')[0])}")
+    except (ValueError, TypeError) as error:
+        parser.error(one_sentence(error))
+    return tuple(instances)
+
+
+# -- running --------------------------------------------------------------------------------------------------------
+
+
+def one_sentence(error: Exception) -> str:
+    """What happened, without the stack that the error of a data loading worker brings along as text."""
+    name, module = type(error).__name__, type(error).__module__
+    last = (str(error).strip() or name).splitlines()[-1]
+    return last.removeprefix(f"{module}.{name}: ").removeprefix(f"{name}: ")
+
+
+def run_script(run: Callable[..., object], *arguments: Any) -> int:
+    """
+    Calls the story of a script; what its user can mend becomes a sentence.
+
+    Args:
+        run: the function.
+        arguments: its arguments.
+
+    Returns:
+        The exit code: 0, or 2 after a sentence about what does not fit.
+    """
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        run(*arguments)
+    except (ValueError, RuntimeError, FloatingPointError, OSError, ImportError) as error:
+        state = PartialState()
+        where = f" in process {state.process_index}" if state.num_processes > 1 else ""
+        print(f"error{where}: {one_sentence(error)}", file=sys.stderr, flush=True)
+        if state.num_processes > 1:
+            os._exit(2)  # the others may wait for this process in a collective; the launcher stops them
+        return 2
+    return 0
