@@ -20,7 +20,7 @@ from hivit_hf.classification.figures import calibration_figure, confusion_matrix
 from hivit_hf.classification.metrics import calibration
 from hivit_hf.classification.robustness import SEVERITIES, robustness
 from hivit_hf.classification.soup import soup
-from hivit_hf.data.datasets import LabeledImages, check_images, choose_split, image_column, open_splits
+from hivit_hf.data.datasets import ImageDataset, check_images, choose_split, image_column, open_splits
 from hivit_hf.training.figures import figure_to_png
 from hivit_hf.training.recipe_old import check_numbers, one_sentence, settings
 
@@ -84,7 +84,7 @@ def judge(arguments: argparse.Namespace) -> dict:
     images = choose_split(splits, arguments.split, "split")
     images = images.select(range(min(len(images), arguments.max_samples or len(images))))
     column = image_column(images, arguments.image_column)
-    check_images(LabeledImages(images, column, transform=None, name=arguments.split), arguments.check_images)
+    check_images(ImageDataset(images, column, transform=None, name=arguments.split), arguments.check_images)
     model, processor, made = classifier(arguments, splits, column)
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     labels = (arguments.label_column, arguments.label_names)

@@ -12,7 +12,7 @@ from pathlib import Path
 import datasets
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
-from hivit_hf.data.datasets import LabeledImages, check_images, choose_split, image_column, open_splits
+from hivit_hf.data.datasets import ImageDataset, check_images, choose_split, image_column, open_splits
 from hivit_hf.probing.features import FEATURES, extract, load_encoder
 from hivit_hf.training.recipe_old import check_numbers, one_sentence
 
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"The dataset has a column {name!r} already: rename it, or leave out --features {name}.")
         if arguments.output.is_dir():
             raise ValueError(f"{arguments.output} is a folder: give the name of a file to --output.")
-        check_images(LabeledImages(images, column, transform=None, name=arguments.split), arguments.check_images)
+        check_images(ImageDataset(images, column, transform=None, name=arguments.split), arguments.check_images)
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         encoder = load_encoder(arguments.model_name_or_path, arguments.image_size)
         found = extract(encoder, images, column, arguments.batch_size, arguments.num_workers, arguments.split)

@@ -15,7 +15,7 @@ import datasets
 from tqdm.auto import tqdm
 
 from hivit_hf.classification.metrics import top_k_accuracy
-from hivit_hf.data.datasets import LabeledImages, check_images, image_column, open_splits
+from hivit_hf.data.datasets import ImageDataset, check_images, image_column, open_splits
 from hivit_hf.data.datasets import train_and_eval as choose
 from hivit_hf.data.labels import SINGLE, check_same_labels, find_labels
 from hivit_hf.probing.features import FEATURES, cached_features, load_encoder
@@ -68,7 +68,7 @@ def probe(arguments: argparse.Namespace) -> dict:
     known, wanted = labels.targets(train, "train"), labels.targets(other, "eval")
     check_same_labels(train, other, labels, (known, wanted))
     for split, name in ((train, "train"), (other, "eval")):
-        check_images(LabeledImages(split, column, transform=None, name=name), arguments.check_images)
+        check_images(ImageDataset(split, column, transform=None, name=name), arguments.check_images)
     encoder = load_encoder(arguments.model_name_or_path, arguments.image_size, arguments.random_weights)
     kept = (arguments.output_dir / "features", arguments.batch_size, arguments.num_workers)
     (seen, before), (unseen, _) = (

@@ -25,7 +25,7 @@ from hivit_hf import HiViTConfig, HiViTForImageClassification, HiViTForMaskedIma
 from hivit_hf.classification.arguments_old import FinetuneRecipe
 from hivit_hf.classification.initialization import load_classifier, random_classifier
 from hivit_hf.classification.run_old import FinetuneRun
-from hivit_hf.data.datasets import Batches
+from hivit_hf.data.transforms import ClassificationCollator
 from hivit_hf.training import trainer_old as finetune
 from hivit_hf.training.initialization import resize_for
 from hivit_hf.training.optim import cosine_learning_rate, layer_id, layer_table, layerwise_parameter_groups
@@ -181,7 +181,7 @@ def test_warm_up_from_another_rate_than_zero():
 
 def mixed_batches(mixup, cutmix, count=400, **keywords):
     """Share of the own image in mixed images and in targets, of batches of one black and one white image."""
-    batches = Batches(2, mixup, cutmix, **keywords)
+    batches = ClassificationCollator(2, mixup, cutmix, **keywords)
     images = torch.stack([torch.zeros(1, 32, 32), torch.ones(1, 32, 32)])
     shares, targets, cut = [], [], []
     for seed in range(count):
@@ -215,13 +215,14 @@ def test_both_kinds_take_turns_and_smoothing_adds_up():
     assert mixed_batches(0.8, 1.0, switch_probability=0.9)[2].mean() > 0.8
     _, targets, _ = mixed_batches(0.8, 0.0, probability=0.5)
     assert 0.4 < (targets == 1).mean() < 0.6
-    smoothed = Batches(4, label_smoothing=0.2)([{"pixel_values": torch.zeros(1), "labels": torch.tensor(1), "seed": 0}])
+    items = [{"pixel_values": torch.zeros(1), "labels": torch.tensor(1), "seed": 0}]
+    smoothed = ClassificationCollator(4, label_smoothing=0.2)(items)
     assert_close(smoothed["labels"], torch.tensor([[0.05, 0.85, 0.05, 0.05]]))
 
 
 def test_evaluations_are_neither_mixed_nor_smoothed():
     items = [{"pixel_values": torch.ones(1, 4, 4) * i, "labels": torch.tensor(i)} for i in range(3)]
-    batch = Batches(4, mixup=0.8, label_smoothing=0.1)(items)
+    batch = ClassificationCollator(4, mixup=0.8, label_smoothing=0.1)(items)
     assert batch["labels"].tolist() == [0, 1, 2] and batch["pixel_values"].mean(dim=(1, 2, 3)).tolist() == [0, 1, 2]
 
 

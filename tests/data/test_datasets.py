@@ -12,11 +12,11 @@ from PIL import Image as PILImage
 import finetune_classification
 from hivit_hf import HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling
 from hivit_hf.data import datasets as labeled
-from hivit_hf.data.datasets import Batches, LabeledImages, image_column, open_splits, train_and_eval
+from hivit_hf.data.datasets import ImageDataset, image_column, open_splits, train_and_eval
 from hivit_hf.data.decoding import UnreadableImageError
 from hivit_hf.data.labels import find_labels
 from hivit_hf.data.seeding import seeded
-from hivit_hf.data.transforms import training_transform
+from hivit_hf.data.transforms import ClassificationCollator, training_transform
 
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
@@ -69,11 +69,11 @@ def good(tmp_path) -> str:
     ("flags", "message"),
     [
         (["--label_column", "kind"], "train has no column 'kind'; its columns are image, label"),
-        (["--image_column", "photo"], "There is no column 'photo'; the columns are image, label"),
+        (["--image_column", "photo"], "train has no column 'photo'; its columns are image, label"),
         (["--image_column", "label"], "'label' holds ClassLabel(names=['cat', 'dog']), not images. Name another"),
         (["--train_split", "training"], "There is no split 'training': the dataset has train, test"),
         (["--eval_split", "val"], "There is no split 'val'"),
-        (["--eval_fraction", "0.01"], "eval_fraction 0.01 of 40 images leaves one side empty"),
+        (["--eval_fraction", "0.01"], "train_val_split 0.01 of 40 images leaves one side empty"),
         (["--eval_fraction", "1.5"], "eval_fraction must be in (0, 1), got 1.5"),
         (["--eval_fraction", "0.5", "--eval_split", "test"], "not both"),
         (["--mixup", "0.8", "--batch_size", "1"], "mix images in pairs, so batch_size must be even, got 1: use 2"),
@@ -84,7 +84,7 @@ def good(tmp_path) -> str:
         (["--problem_type", REGRESSION, "--label_smoothing", "0.1"], "label_smoothing is for one label"),
         (["--problem_type", "several"], "problem_type must be one of single_label_classification"),
         (["--label_column", "a", "b"], "One label per image is one column, got a, b"),
-        (["--label_names", "a", "b"], "'label' has names of its own (cat, dog): leave out --label_names"),
+        (["--label_names", "a", "b"], "'label' has names of its own (cat, dog): leave out --class_names"),
         (["--auto_augment", "rnd-m9"], "auto_augment 'rnd-m9' is no policy: try rand-m9-mstd0.5-inc1"),
         (
             ["--batch_size", "64", "--effective_batch_size", "64"],
@@ -126,19 +126,19 @@ def test_flags_that_cannot_be(flags, message, good, tmp_path, capsys):
     assert message in finetune(capsys, tmp_path, good, *flags)
 
 
-def test_starts_that_cannot_be(good, tmp_path, capsys):
+def test_initializations_that_cannot_be(good, tmp_path, capsys):
     numbers = {"image_size": 32, "patch_size": 8, "hidden_size": 64, "depths": [1, 1, 1], "num_attention_heads": 2}
     HiViTForMaskedImageModeling(
         HiViTConfig(**numbers, decoder_hidden_size=16, decoder_num_attention_heads=2)
     ).save_pretrained(tmp_path / "small")
     base = SMOKE.parent / "finetune_base_100ep.yaml"
     (tmp_path / "empty").mkdir()
-    for start, message in [
+    for weights, message in [
         (tmp_path / "small", "The recipe is for base, whose hidden_size is 512, but that of"),
         (tmp_path / "empty", "There is no model at"),
         (tmp_path / "none", "There is no folder"),
     ]:
-        arguments = ("--recipe", base, "--model_name_or_path", start, "--num_workers", "0")
+        arguments = ("--recipe", base, "--model_name_or_path", weights, "--num_workers", "0")
         assert message in finetune(capsys, tmp_path, good, *arguments)
 
 
@@ -150,14 +150,14 @@ def test_starts_that_cannot_be(good, tmp_path, capsys):
         (
             lambda: table([0, 1] * 10),
             lambda: table([0, 1], ClassLabel(names=["dog", "cat"])),
-            "The splits have different lists of labels: cat, dog to learn from, dog, cat to evaluate with",
+            "The splits have different lists of labels: cat, dog for training, dog, cat for evaluation",
         ),
         (
             lambda: table(["cat", "dog"] * 10, Value("string")),
             lambda: table(["bird", "dog"], Value("string")),
             "eval has labels that are not among the 2 classes: bird",
         ),
-        (lambda: table([0, 0] * 10), lambda: table([0, 1]), "labels that none to learn from has: dog"),
+        (lambda: table([0, 0] * 10), lambda: table([0, 1]), "labels that no training image has: dog"),
         (
             lambda: table([0, 1] * 10, Value("int64")),
             lambda: table([0, 7], Value("int64")),
@@ -183,9 +183,9 @@ def test_more_labels_than_names(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("labels", "columns", "message"),
     [
-        ([[0], None], [], "Row 1 of train has no list of labels; an empty list is a image without any"),
+        ([[0], None], [], "Row 1 of train has no list of labels; an empty list is an image without any"),
         ([[0], [5]], [], "train has the label 5, but there are 2 classes"),
-        ([[0, 1], [1, 1]], [], "Row 1 of train names a label twice, 1, 1: a list holds each label of a image once"),
+        ([[0, 1], [1, 1]], [], "Row 1 of train names a label twice, 1, 1: a list holds each label of an image once"),
         ([[0], [1]], ["a", "b"], "Row 1 of train must have a 0 or 1 for each class, got [0, 3]"),
     ],
 )
@@ -238,7 +238,7 @@ def test_folders_parquet_and_saved_datasets_are_read_alike(tmp_path):
         assert labels.names == ("cat", "dog") and image_column(train) == "image"
         assert sorted(labels.targets(train, "train").tolist()) == [0] * 6 + [1] * 6
         assert len(evaluation) == 12
-        data = LabeledImages(train, "image", np.asarray)
+        data = ImageDataset(train, "image", np.asarray)
         shapes = {data[i]["pixel_values"].shape for i in range(12)}
         assert shapes == {(20, 24, 3)}
     for name, message in [
@@ -257,6 +257,25 @@ def test_folders_parquet_and_saved_datasets_are_read_alike(tmp_path):
         train_and_eval(DatasetDict(train=rows), "train", None, None, 0)
     with pytest.raises(ValueError, match="The split 'test' is empty"):
         train_and_eval(DatasetDict(train=rows, test=table([])), "train", None, None, 0)
+
+
+def test_folders_of_training_and_validation_images(tmp_path):
+    for number, (folder, name) in enumerate([("train", "cat"), ("train", "dog"), ("mine", "dog")]):
+        (tmp_path / folder / name).mkdir(parents=True)
+        PILImage.fromarray(images(3)[number]).save(tmp_path / folder / name / f"{number}.png")
+    folders = {"train_dir": str(tmp_path / "train"), "validation_dir": str(tmp_path / "mine")}
+    splits = open_splits(**folders)
+    assert splits["train"]["label"][:] == [0, 1] and splits["validation"]["label"][:] == [1]
+    assert splits["validation"].features["label"].names == ["cat", "dog"]
+    assert set(open_splits(train_dir=folders["train_dir"])) == {"train"}
+    for wrong in ({}, {"dataset_name": "x", **folders}):
+        with pytest.raises(ValueError, match="by --dataset_name, or by --train_dir and --validation_dir"):
+            open_splits(**wrong)
+    with pytest.raises(ValueError, match=r"There is no folder .*none"):
+        open_splits(train_dir=str(tmp_path / "none"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty is no folder of images: give other datasets by --dataset_name"):
+        open_splits(train_dir=folders["train_dir"], validation_dir=str(tmp_path / "empty"))
 
 
 def test_a_dataset_of_the_hub_is_asked_for_by_configuration_and_revision(tmp_path, monkeypatch, capsys):
@@ -292,7 +311,7 @@ def test_labels_become_targets():
 
 def test_augmentation_depends_on_seed_epoch_and_row_alone():
     transform = training_transform(16, [0.5] * 3, [0.5] * 3, [0.2, 1], 0.5, "rand-m9-mstd0.5-inc1", 0.0, 0.5)
-    data = LabeledImages(table([0, 1]), "image", transform, torch.tensor([0, 1]), seed=1)
+    data = ImageDataset(table([0, 1]), "image", transform, torch.tensor([0, 1]), seed=1)
     first = data[0]["pixel_values"]
     torch.rand(3), np.random.rand(3)
     before = torch.get_rng_state(), np.random.get_state()[1].tolist()
@@ -315,7 +334,7 @@ def test_gray_palette_and_turned_images(tmp_path):
     image.convert("P").save(tmp_path / "palette.png")
     image.convert("L").save(tmp_path / "gray.png")
     files = sorted(str(path) for path in tmp_path.iterdir())
-    data = LabeledImages(Dataset.from_dict({"image": files}).cast_column("image", Image()), "image", np.asarray)
+    data = ImageDataset(Dataset.from_dict({"image": files}).cast_column("image", Image()), "image", np.asarray)
     shapes = {os.path.basename(f): data[i]["pixel_values"].shape for i, f in enumerate(files)}
     assert shapes == {"gray.png": (20, 24, 3), "palette.png": (20, 24, 3), "turned.jpg": (24, 20, 3)}
     os.remove(files[0])
@@ -326,7 +345,7 @@ def test_gray_palette_and_turned_images(tmp_path):
 def test_an_odd_batch_cannot_be_mixed():
     items = [{"pixel_values": torch.zeros(1, 2, 2), "labels": torch.tensor(0), "seed": i} for i in range(3)]
     with pytest.raises(ValueError, match="mix images in pairs, got a batch of 3: make it even"):
-        Batches(2, mixup=0.8)(items)
+        ClassificationCollator(2, mixup=0.8)(items)
 
 
 def test_a_head_for_a_classifier_of_other_labels_is_announced(tmp_path, capsys):
@@ -339,7 +358,7 @@ def test_a_head_for_a_classifier_of_other_labels_is_announced(tmp_path, capsys):
     assert "has 7 labels that are not the 2 of this dataset: its head starts fresh" in capsys.readouterr().out
 
 
-def test_a_image_that_is_missing_is_named(tmp_path, capsys):
+def test_a_missing_image_is_named(tmp_path, capsys):
     split = Dataset.from_dict(
         {"image": [*images(39), None], "label": [0, 1] * 20}, features=Features({"image": Image(), "label": CLASSES})
     )
@@ -351,5 +370,5 @@ def test_names_for_columns():
     dataset = table([0, 1], a=[0, 1], b=[1, 0])
     assert find_labels(dataset, MULTI, ["a", "b"], ["Fine", "Bad"]).names == ("Fine", "Bad")
     assert find_labels(dataset, REGRESSION, ["a"], ["Age"]).names == ("Age",)
-    with pytest.raises(ValueError, match=r"--label_names needs 2 names, one for each of a, b, got Fine"):
+    with pytest.raises(ValueError, match=r"--class_names needs 2 names, one for each of a, b, got Fine"):
         find_labels(dataset, MULTI, ["a", "b"], ["Fine"])

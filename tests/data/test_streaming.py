@@ -1,4 +1,4 @@
-"""Streams: exact after any interruption, the same in every process, and what happens with bad images."""
+"""Streaming: exact resumption, samples that depend on the seed alone, decoding, and unreadable images."""
 
 import io
 import itertools
@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
+from datasets import Image as DatasetImage
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from torch.testing import assert_close
@@ -63,7 +65,7 @@ def assert_equal(found, expected):
 
 
 def contents(ids):
-    """What identifies a image in any format: its bytes."""
+    """What identifies an image in any format: its bytes."""
     return [name.split("#")[1] for name in ids]
 
 
@@ -72,7 +74,7 @@ FORMATS = pytest.mark.parametrize("layout", ["parquet", "tar", "images"])
 
 @FORMATS
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_stopped_stream_goes_on_with_the_next_sample(layout, num_workers, images):
+def test_a_stopped_stream_resumes_with_the_next_sample(layout, num_workers, images):
     def loader():
         return make_loader(make_stream(images[layout], rank=1, world_size=2), 4, num_workers, False)
 
@@ -184,7 +186,9 @@ def test_columns_and_folders(images, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"holds neither Parquet files nor tars nor images"):
         open_source(Source(str(tmp_path / "empty")))
-    with pytest.raises(ValueError, match=r"must be a folder of Parquet files, tars or images, or a dataset"):
+    with pytest.raises(ValueError, match=r"0.parquet is a file: give the folder that it is in"):
+        open_source(Source(str(tmp_path / "0.parquet")))
+    with pytest.raises(ValueError, match=r"There is no folder .*nowhere"):
         open_source(Source(str(tmp_path / "nowhere")))
 
 
@@ -219,7 +223,9 @@ def test_readers_of_another_number_finish_the_epoch(seed, images):
 def test_too_few_shards_are_refused(images):
     sources = [open_source(Source(str(images["tar"])))]
     check_shards(sources, 4, 2)
-    with pytest.raises(ValueError, match=r"8 shards, but 4 processes with 3 workers each need 12: use --num_workers 2"):
+    with pytest.raises(
+        ValueError, match=r"8 shards, but 4 processes with 3 workers each need 12: use --dataloader_num_workers 2"
+    ):
         check_shards(sources, 4, 3)
     with pytest.raises(ValueError, match=r"8 shards, but 16 processes .* use 8 processes or fewer, or write the data"):
         check_shards(sources, 16, 0)
@@ -367,7 +373,7 @@ def test_the_commit_of_a_hub_dataset_is_pinned(images, monkeypatch, caplog):
     assert "me/gone: its commit cannot be found out" in caplog.text
 
 
-def test_images_to_look_at_come_from_all_over_a_folder(images, tmp_path):
+def test_validation_images_come_from_all_over_a_folder(images, tmp_path):
     """Folders are sorted by class: the first images would all be of one."""
     tones = {"a": 0, "b": 120, "c": 240}
     for name, tone in tones.items():
@@ -406,17 +412,28 @@ def test_empty_shards_are_passed_over(images, tmp_path, monkeypatch):
         read(make_loader(make_stream(tmp_path), 8, 0, False), 1)
 
 
-def test_a_share_of_bad_images_that_is_allowed_never_stops_a_reader(tmp_path):
-    """Chance gives one reader of many more of them than its share."""
+def test_an_allowed_fraction_of_bad_images_never_stops_a_reader(tmp_path):
+    """Chance gives one reader of many more of them than the others."""
     bad = make_stream([], max_bad_fraction=0.01)
     for seed in range(50):
         chance, bad.num_bad = random.Random(seed), 0
         for bad.draws in range(1, 4001):
             if chance.random() < 0.005:
-                bad._count_bad("a image")
-    bad.num_bad = 40 + 4 * 7  # of 4000, and more than four deviations above what is allowed
+                bad._count_bad("an image")
+    bad.num_bad = 40 + 4 * 7  # of 4000, and more than four standard deviations above what is allowed
     with pytest.raises(ValueError, match=r"69 of 4000 images cannot be read, more than max_bad_fraction 0.01"):
-        bad._count_bad("a image")
+        bad._count_bad("an image")
+
+
+def test_saved_datasets_are_streamed(images, tmp_path):
+    rows = {"image": [{"bytes": None, "path": str(path)} for path in sorted(images["images"].iterdir())[:20]]}
+    DatasetDict(train=Dataset.from_dict(rows).cast_column("image", DatasetImage())).save_to_disk(tmp_path / "saved")
+    for folder in (tmp_path / "saved", tmp_path / "saved" / "train"):
+        opened = open_source(Source(str(folder)))
+        samples = [sample["sample_id"] for sample in itertools.islice(make_stream(folder), 20)]
+        assert len(set(contents(samples))) == 20 and opened.revision.startswith("files ")
+    with pytest.raises(ValueError, match=r"saved has no sub-folder 'test'"):
+        open_source(Source(str(tmp_path / "saved"), split="test"))
 
 
 def test_sub_folders_are_splits(tmp_path):

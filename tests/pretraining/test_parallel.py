@@ -16,8 +16,8 @@ from torch.testing import assert_close
 
 import kill_test
 from hivit_hf import HiViTForMaskedImageModeling
-from hivit_hf.pretraining.checkpoint import check_resumption
 from hivit_hf.pretraining.arguments import PretrainRecipe
+from hivit_hf.pretraining.checkpoint import check_resumption
 from hivit_hf.pretraining.zero import configure_deepspeed
 
 

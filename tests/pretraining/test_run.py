@@ -28,8 +28,8 @@ from torch.testing import assert_close
 import kill_test
 from hivit_hf import HiViTForMaskedImageModeling
 from hivit_hf.pretraining import run as run_module
-from hivit_hf.pretraining.checkpoint import read_manifest
 from hivit_hf.pretraining.arguments import PretrainRecipe
+from hivit_hf.pretraining.checkpoint import read_manifest
 from hivit_hf.pretraining.run import PretrainRun
 from hivit_hf.pretraining.step import MaskedTraining, StepResult
 from hivit_hf.probing.neighbors import nearest_neighbor_accuracy
@@ -572,7 +572,10 @@ def test_every_recipe_takes_two_steps(path, data, tmp_path):
         ({"architecture": "huge"}, "no HiViT architecture named 'huge'"),
         ({"mask_ratio": 0.99}, "leaves none"),
         ({"effective_batch_size": 12}, "effective_batch_size 12 is no multiple of 8 images on 1 processes"),
-        ({"num_workers": 40}, "16 shards, but 1 processes with 40 workers each need 40: use --num_workers 16"),
+        (
+            {"num_workers": 40},
+            "16 shards, but 1 processes with 40 workers each need 40: use --dataloader_num_workers 16",
+        ),
         ({"image_column": "photo"}, "no column 'photo'"),
     ],
     ids=str,

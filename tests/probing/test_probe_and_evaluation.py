@@ -280,7 +280,7 @@ def test_bare_numbers_are_named_as_in_finetuning(data, tmp_path, capsys):
     )
     said = refusal(evaluate_classification.main, capsys, *arguments)
     assert "the label '0', which the model does not know; its labels are digit 9, digit 8, digit 7, digit 6" in said
-    assert "name them with --label_names" in said
+    assert "name them with --class_names" in said
     assert "there are 2 classes, 0 to 1" in refusal(
         evaluate_classification.main, capsys, *arguments, "--label_names", *names[:2]
     )

@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..data.datasets import Batches, LabeledImages
+from ..data.datasets import ImageDataset
 from ..data.labels import SINGLE, find_labels
-from ..data.transforms import Evaluating
+from ..data.transforms import ClassificationCollator, EvaluationTransform
 from ..image_processing import load_processor
 from ..training.initialization import read_config, silent_transformers
 from .metrics import top_k_accuracy
@@ -67,7 +67,7 @@ def targets_for(
         some = ", ".join(sorted(known, key=known.get)[:5])
         raise ValueError(
             f"{split} has the label {unknown[0]!r}, which the model does not know; its labels are {some}. Evaluate "
-            "with the dataset that it was trained for; if its labels are bare numbers, name them with --label_names as "
+            "with the dataset that it was trained for; if its labels are bare numbers, name them with --class_names as "
             "in the training."
         )
     table = torch.tensor([known.get(name, -1) for name in labels.names])
@@ -153,9 +153,9 @@ def accuracy_of(
 ) -> float:
     """Top-1 of a classifier, without a pipeline."""
     channels = model.config.num_channels
-    images = LabeledImages(dataset, column, Evaluating(processor), targets, channels, name="eval")
+    images = ImageDataset(dataset, column, EvaluationTransform(processor), targets, channels, name="eval")
     hits = 0
-    for batch in DataLoader(images, batch_size=batch_size, collate_fn=Batches(0)):
+    for batch in DataLoader(images, batch_size=batch_size, collate_fn=ClassificationCollator()):
         predicted = model(pixel_values=batch["pixel_values"].to(model.device)).logits.argmax(dim=1)
         hits += (predicted.cpu() == batch["labels"]).sum().item()
     return hits / len(images)

@@ -12,9 +12,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..data.datasets import Batches, LabeledImages
+from ..data.datasets import ImageDataset
 from ..data.seeding import seeded
-from ..data.transforms import normalize
+from ..data.transforms import ClassificationCollator, normalize
 from ..image_processing import pixel_statistics
 from ..modeling_hivit import HiViTForImageClassification, cut_into_units
 
@@ -114,7 +114,7 @@ def robustness(
     inner = next(module for module in model.modules() if isinstance(module, HiViTForImageClassification))
     config = inner.config
     mean, std = map(tuple, pixel_statistics(processor, config.num_channels))
-    images = LabeledImages(dataset, column, Crops(processor), targets, config.num_channels, name="eval")
+    images = ImageDataset(dataset, column, Crops(processor), targets, config.num_channels, name="eval")
     hits: dict[str, dict[str, float]] = {}
 
     def count(kind: str, strength, pixels: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor | None = None):
@@ -124,7 +124,7 @@ def robustness(
         row = hits.setdefault(kind, {})
         row[str(strength)] = row.get(str(strength), 0) + (predicted == labels).sum().item()
 
-    loader = DataLoader(images, batch_size=batch_size, collate_fn=Batches(0))
+    loader = DataLoader(images, batch_size=batch_size, collate_fn=ClassificationCollator())
     with seeded(seed):
         for batch in tqdm(loader, desc="robustness", unit="batch", delay=2):
             pixels, labels = batch["pixel_values"], batch["labels"]

@@ -16,16 +16,15 @@ from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..data.datasets import (
-    Batches,
-    LabeledImages,
+    ImageDataset,
     check_images,
     image_column,
     open_splits,
     sample_rows,
     train_and_eval,
 )
-from ..data.labels import SINGLE, Labels, check_same_labels, find_labels
-from ..data.transforms import Evaluating, training_transform
+from ..data.labels import SINGLE, LabelEncoding, check_same_labels, find_labels
+from ..data.transforms import ClassificationCollator, EvaluationTransform, training_transform
 from ..image_processing import evaluation_processor
 from ..training.initialization import Start
 from ..training.optim import cosine_learning_rate, layer_table, layerwise_parameter_groups
@@ -228,9 +227,9 @@ class FinetuneRun:
         train, evaluation = train.select(rows[0]), evaluation.select(rows[1])
         targets = [target[torch.tensor(row)] for target, row in zip(targets, rows)]
         channels = config.num_channels
-        self.train_images = LabeledImages(train, column, transform, targets[0], channels, recipe.seed, "train")
-        self.eval_images = LabeledImages(
-            evaluation, column, Evaluating(self.processor), targets[1], channels, name="eval"
+        self.train_images = ImageDataset(train, column, transform, targets[0], channels, recipe.seed, "train")
+        self.eval_images = ImageDataset(
+            evaluation, column, EvaluationTransform(self.processor), targets[1], channels, name="eval"
         )
 
     def layer_table(self) -> str:
@@ -330,7 +329,7 @@ class FinetuneRun:
     def _trainer(self, args: TrainingArguments) -> ClassifierTrainer:
         recipe = self.recipe
         compute_metrics, _, _ = metrics_of(recipe.problem_type, self.labels.names)
-        batches = Batches(
+        batches = ClassificationCollator(
             len(self.labels.names),
             recipe.mixup,
             recipe.cutmix,
@@ -410,7 +409,7 @@ class FinetuneRun:
             trainer.push_to_hub(dataset=None if local else dataset_name, tags=[task, "hivit"])
 
 
-def _start(recipe: FinetuneRecipe, labels: Labels) -> Start:
+def _start(recipe: FinetuneRecipe, labels: LabelEncoding) -> Start:
     """The classifier that a recipe begins with, the same for the same seed."""
     set_seed(recipe.seed)
     changes = recipe.model_changes()

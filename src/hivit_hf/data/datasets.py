@@ -1,14 +1,14 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""Datasets of the `datasets` library: opening, splits, image columns, and items and batches for `Trainer`."""
+"""Datasets: what a name or folder is, opening, splits, image columns, and items for `Trainer`."""
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, Image, Value, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Image, IterableDataset, Value, load_dataset, load_from_disk
 from datasets.exceptions import DatasetNotFoundError
-from timm.data import Mixup
 from tqdm.auto import tqdm
 
 from .decoding import (
@@ -23,25 +23,69 @@ from .decoding import (
 from .seeding import seed_of, seeded
 
 
-def open_splits(name: str, config: str | None = None, revision: str | None = None) -> DatasetDict:
+KINDS = {"parquet": {".parquet"}, "webdataset": {".tar"}, "imagefolder": IMAGE_SUFFIXES}  # the first one found counts
+
+
+def find_dataset(name: str) -> tuple[str, list[str]]:
     """
-    All splits of a dataset of the Hub, of a saved dataset, or of a folder of images (a folder per class) or Parquet.
+    What the name of a dataset stands for. The one place that decides it, for datasets in memory and for streams.
+
+    Returns:
+        `"hub"`, `"saved"` (by `save_to_disk`), a key of `KINDS` for a folder with such files, or `"other"` for a folder
+        without; and the sorted paths of these files.
+
+    Raises:
+        ValueError: for a file, and for a path where nothing is.
+    """
+    folder = Path(name)
+    if folder.is_file():
+        raise ValueError(f"{name} is a file: give the folder that it is in.")
+    if not folder.is_dir():
+        if name.startswith((".", "/", "~")):
+            raise ValueError(f"There is no folder {name}. Check the path.")
+        return "hub", []
+    if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+        return "saved", []
+    files = {kind: [] for kind in KINDS}
+    for path in folder.rglob("*"):
+        for kind, suffixes in KINDS.items():
+            if path.suffix.lower() in suffixes:
+                files[kind].append(str(path))
+    return next(((kind, sorted(paths)) for kind, paths in files.items() if paths), ("other", []))
+
+
+def open_splits(
+    dataset_name: str | None = None,
+    config_name: str | None = None,
+    revision: str | None = None,
+    train_dir: str | None = None,
+    validation_dir: str | None = None,
+) -> DatasetDict:
+    """
+    All splits of a dataset of the Hub, of a saved dataset, of a folder (of images in a folder per class, of Parquet
+    files, or of tars), or of the two folders of images `train_dir` and `validation_dir`.
 
     Raises:
         ValueError: if there is no such dataset, or it cannot be read.
     """
-    folder = Path(name)
-    if not folder.exists() and name.startswith((".", "/", "~")):
-        raise ValueError(f"There is no folder {name}. Check the path.")
-    if folder.is_file():
-        raise ValueError(f"{name} is a file: give the folder that it is in.")
+    folders = {split: folder for split, folder in (("train", train_dir), ("validation", validation_dir)) if folder}
+    if bool(dataset_name) == bool(folders):
+        raise ValueError("Give the images by --dataset_name, or by --train_dir and --validation_dir.")
+    name = dataset_name or " and ".join(folders.values())
+    for folder in folders.values():
+        if find_dataset(os.path.abspath(folder))[0] != "imagefolder":
+            raise ValueError(f"{folder} is no folder of images: give other datasets by --dataset_name.")
+    kind = "imagefolder" if folders else find_dataset(dataset_name)[0]
     try:
-        if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+        if folders:
+            data_files = {split: os.path.join(folder, "**") for split, folder in folders.items()}
+            loaded = load_dataset(kind, data_files=data_files)
+        elif kind == "saved":
             loaded = load_from_disk(name)
-        elif folder.is_dir() and not any(folder.rglob("*.parquet")) and _has_images(folder):
-            loaded = load_dataset("imagefolder", data_dir=str(folder))
+        elif kind == "imagefolder":
+            loaded = load_dataset(kind, data_dir=name)
         else:
-            loaded = load_dataset(name, config, revision=revision)
+            loaded = load_dataset(name, config_name, revision=revision)
     except DatasetNotFoundError as error:
         raise ValueError(f"There is no dataset {name}, here or on the Hub: check the name.") from error
     except Exception as error:  # the many readers raise many things
@@ -52,11 +96,7 @@ def open_splits(name: str, config: str | None = None, revision: str | None = Non
     return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
 
 
-def _has_images(folder: Path) -> bool:
-    return any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.rglob("*"))
-
-
-def choose_split(splits: DatasetDict, name: str, flag: str) -> Dataset:
+def choose_split(splits: Mapping[str, Dataset], name: str, flag: str) -> Dataset:
     """A split by its name. ValueError names those that exist, if there is none of it or it is empty."""
     if name not in splits:
         raise ValueError(f"There is no split {name!r}: the dataset has {', '.join(splits)}. Choose with --{flag}.")
@@ -66,21 +106,21 @@ def choose_split(splits: DatasetDict, name: str, flag: str) -> Dataset:
 
 
 def train_and_eval(
-    splits: DatasetDict, train_split: str, eval_split: str | None, eval_fraction: float | None, seed: int
+    splits: DatasetDict, train_split_name: str, eval_split_name: str | None, train_val_split: float | None, seed: int
 ) -> tuple[Dataset, Dataset]:
     """
-    What is learned from and what is evaluated with: two splits, or one of which a share is held out.
+    The training and the validation images: two splits, or one of which the fraction `train_val_split` is split off.
 
     Raises:
         ValueError: if a split does not exist, or nothing is left of one.
     """
-    train = choose_split(splits, train_split, "train_split")
-    if eval_fraction is not None:
-        if not 1 <= round(len(train) * eval_fraction) < len(train):
-            raise ValueError(f"eval_fraction {eval_fraction} of {len(train)} images leaves one side empty.")
-        parts = train.train_test_split(test_size=eval_fraction, seed=seed)
-        return parts["train"], parts["test"]
-    return train, evaluation_split(splits, eval_split)
+    train = choose_split(splits, train_split_name, "train_split_name")
+    if train_val_split is None:
+        return train, evaluation_split(splits, eval_split_name)
+    if not 1 <= round(len(train) * train_val_split) < len(train):
+        raise ValueError(f"train_val_split {train_val_split} of {len(train)} images leaves one side empty.")
+    parts = train.train_test_split(test_size=train_val_split, seed=seed)
+    return parts["train"], parts["test"]
 
 
 def evaluation_split(splits: DatasetDict, given: str | None = None) -> Dataset:
@@ -88,37 +128,47 @@ def evaluation_split(splits: DatasetDict, given: str | None = None) -> Dataset:
     found = given or next((name for name in ("validation", "val", "test") if name in splits), None)
     if found is None:
         raise ValueError(
-            f"There is nothing to evaluate with: the dataset has {', '.join(splits)}. Give --eval_split, or hold out a "
-            "share with --eval_fraction 0.1."
+            f"There is nothing to evaluate with: the dataset has {', '.join(splits)}. Give --eval_split_name, or split "
+            "a fraction off the training images with --train_val_split 0.1."
         )
-    return choose_split(splits, found, "eval_split")
+    return choose_split(splits, found, "eval_split_name")
 
 
-def image_column(dataset: Dataset, given: str | None = None) -> str:
-    """The column with the images. ValueError if it does not exist or cannot be told."""
-    images = [name for name, feature in dataset.features.items() if isinstance(feature, Image)]
-    column = given or (images[0] if len(images) == 1 else "image" if "image" in dataset.features else None)
-    if column not in dataset.features:
-        what = f"There is no column {given!r}" if given else "There is no single column of images"
-        raise ValueError(f"{what}; the columns are {', '.join(dataset.features)}. Name one with --image_column.")
-    feature = dataset.features[column]
+def check_column(dataset: Dataset | IterableDataset, column: str, name: str, flag: str):
+    """ValueError if a dataset, called `name`, has no such column; it names those that exist, and the flag."""
+    if column not in (dataset.features or {}):
+        found = ", ".join(dataset.features or {}) or "none"
+        raise ValueError(f"{name} has no column {column!r}; its columns are {found}. Name another one with --{flag}.")
+
+
+def image_column(dataset: Dataset | IterableDataset, given: str | None = None, name: str = "train") -> str:
+    """The column with the images. ValueError if it does not exist, holds none, or there is more than one such."""
+    features, flag = dataset.features or {}, "image_column_name"
+    images = [column for column, feature in features.items() if isinstance(feature, Image)]
+    column = given or (images[0] if len(images) == 1 else "image" if "image" in features else None)
+    if column is None:
+        found = ", ".join(features) or "none"
+        raise ValueError(f"{name} has no single column of images; its columns are {found}. Name one with --{flag}.")
+    check_column(dataset, column, name, flag)
+    feature = features[column]
     is_bytes = isinstance(feature, Value) and "binary" in feature.dtype
     if not (isinstance(feature, (Image, dict)) or is_bytes):
-        raise ValueError(f"{column!r} holds {feature}, not images. Name another column with --image_column.")
+        raise ValueError(f"{column!r} holds {feature}, not images. Name another column with --{flag}.")
     return column
 
 
-class LabeledImages(torch.utils.data.Dataset):
+class ImageDataset(torch.utils.data.Dataset):
     """
-    Images of a dataset with their targets, as items for `Trainer`.
+    Images of a dataset with their targets, as items for `Trainer`: `pixel_values` (channels, H, W), `labels` where
+    there are targets, and `seed` where the transform is random.
 
-    What becomes of a image depends on the seed, the epoch and its row alone, not on processes, workers, resumptions.
+    An item depends on the seed, the epoch and its row alone, not on processes, workers or resumption.
 
     Args:
         dataset: one split.
-        column: where its images are.
+        column: of its images.
         transform: from an upright PIL image to pixels (channels, H, W).
-        targets: one per row; None for images without.
+        targets: (rows, ...), one per image; None for images without.
         num_channels: 1, 3 or 4.
         seed: of the randomness of `transform`; None if it has none.
         name: of the split, for messages.
@@ -148,7 +198,7 @@ class LabeledImages(torch.utils.data.Dataset):
         return self.image_and_orientation(row)[0]
 
     def image_and_orientation(self, row: int) -> tuple:
-        """As `image`, and how its file lies (EXIF, 1 is upright). Raises as it does."""
+        """As `image`, and the EXIF orientation of its file (1 is upright). Raises as it does."""
         try:
             data, path = image_of(self.dataset[row], self.column)
             image = open_image(data, MAX_PIXELS)
@@ -162,7 +212,7 @@ class LabeledImages(torch.utils.data.Dataset):
             ) from error
 
     def check(self, row: int):
-        """Raises ValueError, which names the row, if it cannot be learned from."""
+        """Raises ValueError, which names the row, if it cannot be trained on."""
         self.image(row)
 
     def __getitem__(self, row: int) -> dict:
@@ -175,7 +225,7 @@ class LabeledImages(torch.utils.data.Dataset):
             return item | {"pixel_values": self.transform(image), "seed": seed}
 
 
-def check_images(images: LabeledImages, limit: int):
+def check_images(images: ImageDataset, limit: int):
     """
     Decodes up to `limit` images, spread evenly, so that bad ones are found before training.
 
@@ -192,55 +242,6 @@ def check_images(images: LabeledImages, limit: int):
     if bad:
         more = f" {len(bad) - 1} more of {len(rows)} are bad too." if len(bad) > 1 else ""
         raise ValueError(bad[0] + more)
-
-
-class Batches:
-    """
-    Makes batches of items. While training, the targets of one-label problems may be mixed and smoothed into
-    probabilities (B, classes), whose rows add up to one; the mixing depends on the items' seeds alone.
-
-    Args:
-        num_classes: of the model.
-        mixup, cutmix: alphas, 0 for none; as timm's `Mixup` in batch mode.
-        probability: share of the batches that are mixed.
-        switch_probability: share of the mixed batches that are cut rather than blended.
-        label_smoothing: share of the target that is spread over all classes.
-    """
-
-    def __init__(
-        self,
-        num_classes: int,
-        mixup: float = 0.0,
-        cutmix: float = 0.0,
-        probability: float = 1.0,
-        switch_probability: float = 0.5,
-        label_smoothing: float = 0.0,
-    ):
-        self.num_classes, self.label_smoothing = num_classes, label_smoothing
-        self.mix = None
-        if mixup or cutmix:
-            self.mix = Mixup(
-                mixup, cutmix, None, probability, switch_probability, "batch", True, label_smoothing, num_classes
-            )
-
-    def __call__(self, items: Sequence[dict]) -> dict[str, torch.Tensor]:
-        """Raises ValueError for an odd number of items that shall be mixed: they are mixed in pairs."""
-        batch = {"pixel_values": torch.stack([item["pixel_values"] for item in items])}
-        if "labels" not in items[0]:
-            return batch
-        labels = torch.stack([item["labels"] for item in items])
-        if "seed" in items[0]:
-            if self.mix is not None:
-                if len(items) % 2:
-                    raise ValueError(
-                        f"mixup and cutmix mix images in pairs, got a batch of {len(items)}: make it even."
-                    )
-                with seeded(seed_of(*(item["seed"] for item in items))):
-                    batch["pixel_values"], labels = self.mix(batch["pixel_values"], labels)
-            elif self.label_smoothing:
-                one_hot = torch.nn.functional.one_hot(labels, self.num_classes)
-                labels = one_hot * (1 - self.label_smoothing) + self.label_smoothing / self.num_classes
-        return batch | {"labels": labels}
 
 
 def sample_rows(length: int, limit: int | None, seed: int) -> list[int]:

@@ -13,17 +13,19 @@ from torchvision.transforms import v2
 from ..hub.handler import LevelsError, to_eight_bits
 
 
+MAX_PIXELS = 178_956_970  # PIL's own limit
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # of PIL, by the number of channels
 _EXIF_ORIENTATION, _SWAPPED_SIDES = 0x0112, (5, 6, 7, 8)
 
 
 class UnreadableImageError(ValueError):
-    """Bytes that no image can be made of; the message says why."""
+    """Bytes that cannot be decoded to an image; the message says why."""
 
 
 def open_image(data: bytes, max_pixels: int) -> Image.Image:
     """
-    The first frame of a image, its header read and nothing decoded yet.
+    The first frame of an image, its header read and nothing decoded yet.
 
     Raises:
         UnreadableImageError: if there are no bytes, they are no image, or it has more than `max_pixels`.
@@ -44,16 +46,16 @@ def open_image(data: bytes, max_pixels: int) -> Image.Image:
 
 
 def orientation(image: Image.Image) -> int:
-    """How the EXIF data of a image say that it lies, 1 to 8; 1 is upright. Raises as `decode` does."""
+    """The EXIF orientation of an image, 1 to 8; 1 is upright. Raises as `decode` does."""
     try:
         number = image.getexif().get(_EXIF_ORIENTATION)
-    except Exception as error:  # of some formats it lies behind the pixels, which are decoded then
+    except Exception as error:  # in some formats it is behind the pixels, which are decoded then
         raise UnreadableImageError(f"damaged: {error}") from error
     return number if number in range(1, 9) else 1
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Height and width of a image once it is turned as its EXIF orientation says. Raises as `decode` does."""
+    """Height and width of an image once it is turned as its EXIF orientation says. Raises as `decode` does."""
     turned = orientation(image) in _SWAPPED_SIDES
     return (image.width, image.height) if turned else (image.height, image.width)
 
@@ -64,7 +66,7 @@ def upright(image: Image.Image, num_channels: int) -> Image.Image:
     converted, 16-bit and floating-point ones as `to_eight_bits` does.
 
     Raises:
-        UnreadableImageError: if it is truncated or otherwise damaged, or its numbers are none of a image.
+        UnreadableImageError: if it is truncated or otherwise damaged, or its values are out of range.
     """
     try:
         return to_eight_bits(ImageOps.exif_transpose(image)).convert(MODES[num_channels])
@@ -97,12 +99,8 @@ def decode_jpeg(data: bytes, image: Image.Image, num_channels: int, factor: int)
     return decode(image, num_channels)
 
 
-MAX_PIXELS = 178_956_970  # PIL's own limit
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-
-
 def image_of(example: dict, column: str) -> tuple[bytes, str]:
-    """The bytes of a image, and a name that people find it by."""
+    """The encoded bytes of an image, and its path, or its tar and key, for messages."""
     value = example[column]
     data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
     if data is None and path:

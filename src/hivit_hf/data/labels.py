@@ -1,5 +1,5 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""Labels of datasets as training targets: classes, several classes per image, numbers."""
+"""Labels of datasets as training targets: single-label, multi-label, regression."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,37 +7,38 @@ from dataclasses import dataclass
 import torch
 from datasets import ClassLabel, Dataset, LargeList, List, Value
 
+from .datasets import check_column
+
 
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
-_SHOWN = 5  # of long lists in messages
+_FLAG = "label_column_name"
+_SHOWN = 5  # items of a long list in messages
 
 
 @dataclass(frozen=True)
-class Labels:
+class LabelEncoding:
     """
-    How labels become targets.
+    How the labels of a dataset are encoded as targets.
 
     Args:
         problem_type: as in the configuration of the model.
-        columns: where they are: one column, or one per class or number.
+        columns: of the labels: one, or one per class or number.
         names: of the classes or numbers, in the order of the model's outputs.
-        feature: what the column holds, if there is one: class numbers or names.
     """
 
     problem_type: str
     columns: tuple[str, ...]
     names: tuple[str, ...]
-    feature: object = None
 
     def targets(self, dataset: Dataset, split: str) -> torch.Tensor:
         """
-        The targets of all rows: (rows,) class numbers, or (rows, outputs) zeros and ones or numbers.
+        The targets of all rows: class numbers (rows,), or zeros and ones or numbers (rows, outputs).
 
         Raises:
-            ValueError: if a column is missing, rows have no label, or one that is not known.
+            ValueError: if a column is missing, or rows have no label or an unknown one.
         """
         for column in self.columns:
-            _check_column(dataset, column, split)
+            check_column(dataset, column, split, _FLAG)
         if len(self.columns) > 1:
             values = list(zip(*(list(dataset[column]) for column in self.columns)))
         else:
@@ -49,10 +50,10 @@ class Labels:
         targets = torch.zeros(len(values), len(self.names))
         for row, numbers in enumerate(values):
             if numbers is None:
-                raise ValueError(f"Row {row} of {split} has no list of labels; an empty list is a image without any.")
+                raise ValueError(f"Row {row} of {split} has no list of labels; an empty list is an image without any.")
             if len(set(numbers)) < len(numbers):
                 raise ValueError(
-                    f"Row {row} of {split} names a label twice, {_some(numbers)}: a list holds each label of a image "
+                    f"Row {row} of {split} names a label twice, {_some(numbers)}: a list holds each label of an image "
                     "once. Zeros and ones belong into a column for each label."
                 )
             targets[row, self._numbers(numbers, split)] = 1.0
@@ -79,7 +80,7 @@ class Labels:
         if outside:
             raise ValueError(
                 f"{split} has the label {outside[-1]}, but there are {len(self.names)} classes, 0 to "
-                f"{len(self.names) - 1}: correct the labels, or give a name for each with --label_names."
+                f"{len(self.names) - 1}: correct the labels, or give a name for each with --class_names."
             )
         return [int(value) for value in values]
 
@@ -98,28 +99,28 @@ class Labels:
 
 def find_labels(
     dataset: Dataset, problem_type: str, columns: Sequence[str] = (), names: Sequence[str] = (), split: str = "train"
-) -> Labels:
+) -> LabelEncoding:
     """
-    Where the labels of a dataset are and what they are called.
+    The columns of a dataset's labels, and the names of the classes or numbers.
 
     One label per image is a column of class labels, names or numbers. Several are a column of lists of them, or
     one column of zeros and ones for each. Regression takes one or several columns of numbers, or one of lists.
 
     Args:
-        dataset: the split to learn from.
+        dataset: the training split.
         problem_type: as in the configuration of the model.
         columns: the columns, if they cannot be told.
         names: of the classes, where labels are bare numbers.
         split: its name, for messages.
 
     Raises:
-        ValueError: if there is no such column, or it does not hold what is learned.
+        ValueError: if there is no such column, or it does not hold labels of this problem type.
     """
     columns = tuple(columns) or (_guess_column(dataset, problem_type, split),)
     for column in columns:
-        _check_column(dataset, column, split)
+        check_column(dataset, column, split, _FLAG)
     if len(columns) > 1:
-        return Labels(problem_type, columns, _as_many(names, columns))
+        return LabelEncoding(problem_type, columns, _as_many(names, columns))
     column, feature = columns[0], dataset.features[columns[0]]
     is_list = isinstance(feature, (List, LargeList))
     if problem_type == MULTI and not is_list:
@@ -133,17 +134,17 @@ def find_labels(
         if not isinstance(item, Value) or item.dtype == "string":
             raise ValueError(f"Regression needs numbers, but {column!r} of {split} holds {item}.")
         if not is_list:
-            return Labels(problem_type, columns, _as_many(names, columns))
+            return LabelEncoding(problem_type, columns, _as_many(names, columns))
         width = next((len(row) for row in dataset[column] if row is not None), 0)
-        return Labels(problem_type, columns, _as_many(names, tuple(f"{column}_{i}" for i in range(width))))
-    return Labels(problem_type, columns, _class_names(dataset, column, item, is_list, names), item)
+        return LabelEncoding(problem_type, columns, _as_many(names, tuple(f"{column}_{i}" for i in range(width))))
+    return LabelEncoding(problem_type, columns, _class_names(dataset, column, item, is_list, names))
 
 
 def _as_many(names: Sequence[str], columns: tuple[str, ...]) -> tuple[str, ...]:
     """The names that were given, or those of the columns."""
     if names and len(names) != len(columns):
         raise ValueError(
-            f"--label_names needs {len(columns)} names, one for each of {_some(columns)}, got {_some(names)}."
+            f"--class_names needs {len(columns)} names, one for each of {_some(columns)}, got {_some(names)}."
         )
     return tuple(names or columns)
 
@@ -151,13 +152,13 @@ def _as_many(names: Sequence[str], columns: tuple[str, ...]) -> tuple[str, ...]:
 def _class_names(dataset: Dataset, column: str, item, is_list: bool, names: Sequence[str]) -> tuple[str, ...]:
     if isinstance(item, ClassLabel):
         if names and list(names) != item.names:
-            raise ValueError(f"{column!r} has names of its own ({_some(item.names)}): leave out --label_names.")
+            raise ValueError(f"{column!r} has names of its own ({_some(item.names)}): leave out --class_names.")
         return tuple(item.names)
     if names:
         return tuple(names)
     values = {value for row in dataset[column] for value in ((row or []) if is_list else [row])} - {None, -1}
     if not values:
-        raise ValueError(f"No row has a label in {column!r}: choose another column with --label_column.")
+        raise ValueError(f"No row has a label in {column!r}: choose another column with --label_column_name.")
     if all(isinstance(value, str) for value in values):
         return tuple(sorted(values))
     if not all(isinstance(value, int) for value in values):
@@ -174,25 +175,17 @@ def _guess_column(dataset: Dataset, problem_type: str, split: str) -> str:
         return found[0]
     raise ValueError(
         f"{split} has no column that is surely the label; its columns are {', '.join(dataset.features)}. Name it with "
-        "--label_column."
+        "--label_column_name."
     )
 
 
-def _check_column(dataset: Dataset, column: str, split: str):
-    if column not in dataset.features:
-        raise ValueError(
-            f"{split} has no column {column!r}; its columns are {', '.join(dataset.features)}. Name the labels with "
-            "--label_column."
-        )
-
-
-def check_same_labels(train: Dataset, evaluation: Dataset, labels: Labels, targets: Sequence[torch.Tensor]):
+def check_same_labels(train: Dataset, evaluation: Dataset, labels: LabelEncoding, targets: Sequence[torch.Tensor]):
     """
-    ValueError if the splits do not have the same labels: other lists of names, or classes that are never learned.
+    ValueError if the splits do not have the same labels: other class names, or classes without training images.
 
     Args:
         train, evaluation: the splits.
-        labels: how labels become targets, from `train`.
+        labels: the encoding of `train`.
         targets: of both splits.
     """
     if labels.problem_type == REGRESSION:
@@ -204,14 +197,14 @@ def check_same_labels(train: Dataset, evaluation: Dataset, labels: Labels, targe
         lists.append(feature.names if isinstance(feature, ClassLabel) else None)
     if lists[0] != lists[1]:
         raise ValueError(
-            f"The splits have different lists of labels: {_some(lists[0])} to learn from, {_some(lists[1])} to "
-            "evaluate with. Give both the same, in the same order."
+            f"The splits have different lists of labels: {_some(lists[0])} for training, {_some(lists[1])} for "
+            "evaluation. Give both the same, in the same order."
         )
     if labels.problem_type == SINGLE:
         never = sorted(set(targets[1].unique().tolist()) - set(targets[0].unique().tolist()))
         if never:
             raise ValueError(
-                f"The images to evaluate with have labels that none to learn from has: "
+                f"The evaluation images have labels that no training image has: "
                 f"{_some([labels.names[number] for number in never])}. Correct the splits."
             )
 

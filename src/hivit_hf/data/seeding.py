@@ -1,5 +1,5 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""Seeds that depend on what is drawn alone, and random states that are left as they were."""
+"""Seeding: seeds derived from what they are for, and a context that seeds Python, numpy and torch."""
 
 import random
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ def seed_of(*parts: int | str) -> int:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """All randomness inside, of Python, numpy and torch, depends on the seed; outside nothing has happened."""
+    """Seeds Python, numpy and torch (on the CPU) inside, and restores their random states afterwards."""
     before = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)

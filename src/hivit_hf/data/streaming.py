@@ -1,10 +1,10 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
 """
-Images as streams that can be stopped after any sample and go on with the next one.
+Streaming datasets with exact resumption: a stream can stop after any sample and resumes with the next one.
 
-What a process reads depends on (seed, epoch, rank, worker, and their numbers) alone, and what it makes of a sample on
-(seed, epoch, the sample's bytes) alone. A stream never ends: each source begins its next epoch by itself, so processes
-with unequal shares neither wait for each other nor leave anything out.
+What a rank reads depends on (seed, epoch, rank, worker, and their numbers) alone, and the crop and mask of a sample on
+(seed, epoch, the sample's bytes) alone. A stream never ends: each source begins its next epoch by itself, so ranks with
+data of unequal size neither wait for each other nor leave anything out.
 """
 
 import atexit
@@ -23,21 +23,22 @@ from pathlib import Path
 import fsspec.asyn
 import torch
 import xxhash
-from datasets import Dataset, Image, IterableDataset, load_dataset
+from datasets import Dataset, DatasetDict, Image, IterableDataset, load_dataset, load_from_disk
 from huggingface_hub import HfApi
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from torch.utils.data import get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers.utils import logging
 
-from .decoding import IMAGE_SUFFIXES, UnreadableImageError, image_of
+from .datasets import check_column, choose_split, find_dataset, image_column
+from .decoding import UnreadableImageError, image_of
 from .seeding import seed_of
 
 
 logger = logging.get_logger(__name__)
-FOLDER_SHARDS = 1024  # a folder of images is cut into as many, or into single images
+FOLDER_SHARDS = 1024  # of a folder of images or a saved dataset, which has no shards of its own
 MAX_EMPTY_EPOCHS = 50
-READ_SHARDS = 32  # of how many the images to look at come
+READ_SHARDS = 32  # that validation images come from
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Source:
     Where images come from.
 
     Args:
-        name: a dataset of the Hub, or a local folder: of Parquet files, of tars (WebDataset), or of images.
+        name: a dataset of the Hub, or a folder: a saved dataset, Parquet files, tars (WebDataset), or images.
         config: configuration of a Hub dataset.
         split: split of a Hub dataset, or a sub-folder of a folder that has one of that name.
         revision: commit of a Hub dataset; the newest if not given.
@@ -67,8 +68,8 @@ class Source:
 @dataclass(frozen=True)
 class OpenSource:
     """
-    A source as a `datasets` stream, the column with the images, and what would be another one if the data were: the
-    commit of a Hub dataset, or a hash of the names of local files.
+    A source as a `datasets` stream, its image column, and what changes where the data do: the commit of a Hub dataset,
+    or a hash of the names of local files.
     """
 
     source: Source
@@ -79,31 +80,24 @@ class OpenSource:
 
 def open_source(source: Source) -> OpenSource:
     """
-    Finds out what a source is, and opens it without reading images.
+    Opens a source, whatever it is, without reading images.
 
     Raises:
-        ValueError: if the folder holds no images, or the column does not exist or cannot be told.
+        ValueError: if there is no such folder, it holds no images, or a column does not exist or cannot be told.
     """
-    folder, revision = Path(source.name), None
-    if folder.is_dir():
-        dataset, revision = _open_folder(folder, source.split)
-    elif folder.exists() or source.name.startswith((".", "/")):
-        raise ValueError(f"{source.name} must be a folder of Parquet files, tars or images, or a dataset of the Hub.")
-    else:
+    root = _root(source)
+    kind, files = find_dataset(root)
+    if kind == "hub":
         revision = _commit_of(source)
         dataset = load_dataset(source.name, source.config, split=source.split, revision=revision, streaming=True)
-    features = dataset.features or {}
-    images = [name for name, feature in features.items() if isinstance(feature, Image)]
-    column = source.column or (images[0] if len(images) == 1 else "image" if "image" in features else None)
-    if column is None or column not in features:
-        found = ", ".join(features) or "none"
-        what = f"no column {source.column!r}" if source.column else "no single column of images"
-        raise ValueError(f"{source.name} has {what}; its columns are {found}. Name one with --image_column.")
-    if column in images:
+    else:
+        dataset, revision = _stream_files(kind, files, Path(root), source.split)
+    column = image_column(dataset, source.column, source.name)
+    if isinstance(dataset.features[column], Image):
         dataset = dataset.cast_column(column, Image(decode=False))
-    if source.label_column is not None and source.label_column not in features:
-        raise ValueError(f"{source.name} has no column {source.label_column!r}; its columns are {', '.join(features)}.")
-    keep = [name for name in features if name in (column, source.label_column, "__key__", "__url__")]
+    if source.label_column is not None:
+        check_column(dataset, source.label_column, source.name, "label_column_name")
+    keep = [name for name in dataset.features if name in (column, source.label_column, "__key__", "__url__")]
     return OpenSource(source, dataset.select_columns(keep).reshard(), column, revision)
 
 
@@ -116,32 +110,44 @@ def _commit_of(source: Source) -> str | None:
         return source.revision
 
 
-def _open_folder(folder: Path, split: str) -> tuple[IterableDataset, str]:
-    """A folder, or that sub-folder of it, as a stream; and what tells its files from others."""
-    if (folder / split).is_dir():
-        folder = folder / split
-    elif split not in (Source.split, "validation"):  # what the recipes say if nothing is given
-        raise ValueError(f"{folder} has no sub-folder {split!r}. Leave the split out to read all of it.")
-    for kind, pattern in (("parquet", "**/*.parquet"), ("webdataset", "**/*.tar")):
-        files = sorted(str(path) for path in folder.glob(pattern))
-        if files:
-            sizes = [f"{Path(file).relative_to(folder)} {Path(file).stat().st_size}" for file in files]
-            return load_dataset(kind, data_files={"train": files}, split="train", streaming=True), _fingerprint(sizes)
-    files = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not files:
-        raise ValueError(f"{folder} holds neither Parquet files nor tars nor images. Check the path.")
-    names = _fingerprint([str(Path(file).relative_to(folder)) for file in files])
+def _root(source: Source) -> str:
+    """The source's name, or the sub-folder of its split if there is one."""
+    if (Path(source.name) / source.split).is_dir():
+        return str(Path(source.name) / source.split)
+    if Path(source.name).is_dir() and source.split not in (Source.split, "validation"):  # the recipes' defaults
+        raise ValueError(f"{source.name} has no sub-folder {source.split!r}. Leave the split out to read all of it.")
+    return source.name
+
+
+def _stream_files(kind: str, files: list[str], root: Path, split: str) -> tuple[IterableDataset, str]:
+    """Local files as a stream, and their fingerprint."""
+    if kind == "other":
+        raise ValueError(f"{root} holds neither Parquet files nor tars nor images. Check the path.")
+    if kind == "saved":
+        table = load_from_disk(str(root))
+        table = choose_split(table, split, "train_split_name") if isinstance(table, DatasetDict) else table
+        files = [item["filename"] for item in table.cache_files]
+        return _sharded(table), _fingerprint(root, files, sizes=True)
+    if kind != "imagefolder":
+        stream = load_dataset(kind, data_files={"train": files}, split="train", streaming=True)
+        return stream, _fingerprint(root, files, sizes=True)
+    names = _fingerprint(root, files, sizes=False)
     random.Random(0).shuffle(files)  # they are sorted by class, and a shard would hold one only
-    table = Dataset.from_dict({"image": [{"bytes": None, "path": path} for path in files]})
-    return table.to_iterable_dataset(num_shards=min(FOLDER_SHARDS, len(files))), names
+    return _sharded(Dataset.from_dict({"image": [{"bytes": None, "path": path} for path in files]})), names
 
 
-def _fingerprint(lines: list[str]) -> str:
+def _sharded(table: Dataset) -> IterableDataset:
+    return table.to_iterable_dataset(num_shards=min(FOLDER_SHARDS, len(table)))
+
+
+def _fingerprint(root: Path, files: list[str], sizes: bool) -> str:
+    """A hash of the names of files, and of their sizes."""
+    lines = [str(Path(file).relative_to(root)) + (f" {Path(file).stat().st_size}" if sizes else "") for file in files]
     return f"files {xxhash.xxh3_64_hexdigest(chr(10).join(lines).encode())}"
 
 
 class ShardReader:
-    """The samples of some shards one after the other, from a place on, and the place after the sample last given."""
+    """The samples of some shards one after the other, from a place on, and the place after the last sample."""
 
     def __init__(self, opened: OpenSource, shards: Sequence[int], place: dict):
         self.name, self.dataset, self.shards = opened.source.name, opened.dataset, shards
@@ -171,7 +177,7 @@ class ShardReader:
             ) from error
 
     def place(self) -> dict:
-        """Which of the shards, how many of its samples have been read, and the state that `datasets` has for it."""
+        """Position of the current shard, number of its samples that were read, and its state in `datasets`."""
         return {"position": self.position, "num_read": self.num_read, "within": self.current.state_dict()}
 
 
@@ -182,10 +188,10 @@ class EndlessSource:
     """
     One source, epoch after epoch: shards in another order each time, samples shuffled within windows.
 
-    A reader is a worker of a process, and reads every so-manieth shard. Its state is where the current window began,
-    and how many of the window's samples have been given out: on resumption the window is read again and shuffled alike.
-    So nothing depends on a buffer that would have to be saved. `done` holds, for an epoch, shards that need no reading
-    any more, because other readers have done so before their number changed.
+    A reader is a data loading worker of a rank; the readers take shards in turn. Its state is where the current window
+    began, and the number of the window's samples that were given out: on resumption the window is read again and
+    shuffled alike, so no buffer has to be saved. `done` holds, by epoch, the shards that other readers finished before
+    the number of readers changed.
     """
 
     def __init__(self, opened: OpenSource, seed: int, window: int):
@@ -193,7 +199,7 @@ class EndlessSource:
         self.state = {"epoch": 0, "done": {}, **START_OF_EPOCH}
 
     def shards_of(self, reader: int, num_readers: int, epoch: int, done: dict[int, list[int]]) -> list[int]:
-        """What a reader reads of an epoch, in order."""
+        """The shards that a reader reads in an epoch, in order."""
         order = list(range(self.opened.dataset.num_shards))
         random.Random(seed_of(self.seed, self.opened.source.name, epoch)).shuffle(order)
         finished = set(done.get(epoch, ()))
@@ -222,14 +228,14 @@ class EndlessSource:
 
     def done_by(self, states: Sequence[dict]) -> tuple[int, dict[int, list[int]], int]:
         """
-        What all readers together have read, by shards.
+        The shards that all readers together have read.
 
         Args:
             states: of all readers, in order.
 
         Returns:
-            The first epoch that has something left; for each epoch from there on the shards that are done; and how many
-            samples of the others were read already.
+            The first epoch that has something left; for each epoch from there on the shards that are done; and the
+            number of samples of the others that were read already.
         """
         first = min(state["epoch"] for state in states)
         before = {epoch: shards for state in states for epoch, shards in state["done"].items()}  # all began with them
@@ -246,18 +252,18 @@ class EndlessSource:
 
 class SampleStream(TorchIterableDataset):
     """
-    Samples of several sources, mixed by weight: dictionaries with `pixel_values` (uint8), `noise` (N,) that the mask is
-    drawn from, `sample_id`, and `skipped`: bad images that came before it.
+    Samples of several sources, mixed by weight: dictionaries with `pixel_values` (channels, H, W), uint8; `noise` (N,)
+    that the mask is drawn from; `sample_id`; and `skipped`, the number of unreadable images before it.
 
     Args:
-        sources: what is read.
-        transform: makes a crop of (bytes, seed).
-        num_units: units of a crop, which is how many numbers `noise` has.
+        sources: the opened sources.
+        transform: from (bytes, seed) to a crop (channels, H, W).
+        num_units: N, units of a crop.
         seed: of everything random.
-        rank, world_size: which process of how many this is.
-        window: samples that are shuffled among each other, held in memory as bytes.
-        max_bad_fraction: images that cannot be read are skipped and logged, up to this share of them; a reader
-            gives up when it has met more than chance explains.
+        rank, world_size: of this process, and number of processes.
+        window: shuffle buffer size, in samples, which are held in memory as bytes.
+        max_bad_fraction: fraction of the images that may be unreadable; they are skipped and logged. A reader raises
+            ValueError when it has met more than chance explains.
     """
 
     def __init__(
@@ -314,7 +320,7 @@ class SampleStream(TorchIterableDataset):
         self.num_bad += 1
         logger.warning(f"skipped {message}")
         expected = self.max_bad_fraction * self.draws
-        if self.draws >= 100 and self.num_bad > expected + 4 * math.sqrt(expected):  # 4 deviations of chance
+        if self.draws >= 100 and self.num_bad > expected + 4 * math.sqrt(expected):  # 4 standard deviations
             raise ValueError(
                 f"{self.num_bad} of {self.draws} images cannot be read, more than max_bad_fraction "
                 f"{self.max_bad_fraction}. The last: {message}. Repair the data, or raise --max_bad_fraction."
@@ -331,13 +337,13 @@ class SampleStream(TorchIterableDataset):
 
     def begin_after(self, states: Sequence[dict]) -> int:
         """
-        Goes on where readers of another number stopped: no shard that they finished is read again in its epoch.
+        Resumes where another number of readers stopped: no shard that they finished is read again in its epoch.
 
         Args:
             states: of all those readers, by rank and worker.
 
         Returns:
-            Samples that will be read a second time, as their shards were not finished.
+            Number of samples that will be read a second time, as their shards were not finished.
         """
         repeated = 0
         for index, source in enumerate(self.sources):
@@ -359,8 +365,8 @@ def stream_states(loader_state) -> Iterator[dict]:
 
 def read_some(opened: OpenSource, transform: Callable[[bytes, int], torch.Tensor], number: int):
     """
-    Readable images from all over a source, always the same, and their labels: (number or fewer, channels, H, W)
-    uint8, and (number,) or None.
+    Validation images from all over a source, always the same: (number or fewer, channels, H, W), uint8, and their
+    labels (number,), or None.
 
     Raises:
         ValueError: if more than nine of ten images cannot be read, or a label is no class.
@@ -391,12 +397,16 @@ def read_some(opened: OpenSource, transform: Callable[[bytes, int], torch.Tensor
 
 
 def check_shards(sources: Sequence[OpenSource], world_size: int, num_workers: int):
-    """ValueError if a source has fewer shards than there are readers, each of which needs one of its own."""
+    """ValueError if a source has fewer shards than readers: each data loading worker of each rank needs one."""
     readers = world_size * max(num_workers, 1)
     for opened in sources:
         shards = opened.dataset.num_shards
         if shards < readers:
-            fewest = f"--num_workers {shards // world_size}" if shards >= world_size else f"{shards} processes or fewer"
+            fewest = (
+                f"--dataloader_num_workers {shards // world_size}"
+                if shards >= world_size
+                else f"{shards} processes or fewer"
+            )
             raise ValueError(
                 f"{opened.source.name} has {shards} shards, but {world_size} processes with {max(num_workers, 1)} "
                 f"workers each need {readers}: use {fewest}, or write the data as more files or row groups."
@@ -405,10 +415,10 @@ def check_shards(sources: Sequence[OpenSource], world_size: int, num_workers: in
 
 def check_disjoint(stream: SampleStream, gather: Callable[[list], list], num_samples: int = 8):
     """
-    Holds the first samples of all processes against each other: RuntimeError if two read the same.
+    Compares the first samples of all ranks: RuntimeError if two ranks read the same.
 
     Args:
-        gather: gives every process the lists of all of them, one after the other.
+        gather: returns, on every rank, the lists of all ranks, concatenated.
     """
     for source in stream.sources:
         mine = set()
@@ -427,21 +437,21 @@ def check_disjoint(stream: SampleStream, gather: Callable[[list], list], num_sam
 
 
 def _begin_worker(_worker_id: int):
-    """Launchers signal the whole group of processes: a worker that died of it would take the last save with it."""
-    fsspec.asyn.reset_lock()  # a lock of the parent, which nobody here would open
+    """Launchers signal the whole process group: a worker that died of it would take the last save with it."""
+    fsspec.asyn.reset_lock()  # the parent's lock, which is never released here
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
 def _end_workers():
-    """At exit, where Python would send the signal that they ignore, and wait for ever."""
+    """Kills the workers at exit: Python would send the signal that they ignore, and wait forever."""
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
 
 
 def make_loader(stream: SampleStream, batch_size: int, num_workers: int, pin_memory: bool) -> StatefulDataLoader:
-    """Batches without end. Not to be prepared by Accelerate, which would split the stream a second time."""
+    """Endless batches. Not to be prepared by Accelerate, which would split the stream a second time."""
     atexit.register(_end_workers)
     return StatefulDataLoader(
         stream,

@@ -1,5 +1,5 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""Crops, augmentations and normalization of images."""
+"""Image transforms: random crops, augmentation, normalization, mixup and CutMix."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,11 +7,12 @@ from functools import cached_property
 
 import torch
 from PIL import Image
-from timm.data import create_transform
+from timm.data import Mixup, create_transform
 from torchvision.transforms import v2
 from transformers import BitImageProcessor
 
-from .decoding import decode, decode_jpeg, open_image, upright_size
+from .decoding import MAX_PIXELS, decode, decode_jpeg, open_image, upright_size
+from .seeding import seed_of, seeded
 
 
 _BICUBIC = v2.InterpolationMode.BICUBIC
@@ -20,11 +21,11 @@ _BICUBIC = v2.InterpolationMode.BICUBIC
 @dataclass(frozen=True)
 class RandomCrop:
     """
-    The augmentation of the published pre-training: a crop of random place, size and shape, and a flip.
+    The augmentation of the published pre-training: random resized crop and horizontal flip.
 
     Args:
         image_size: side of the result in px.
-        crop_scale: smallest and largest share of the image that a crop covers.
+        crop_scale: lower and upper bound of the crop's area, as fractions of the image.
         flip_probability: of a horizontal flip.
         num_channels: 1, 3 or 4.
         max_pixels: larger images are refused.
@@ -35,7 +36,7 @@ class RandomCrop:
     crop_scale: tuple[float, float] = (0.2, 1.0)
     flip_probability: float = 0.5
     num_channels: int = 3
-    max_pixels: int = 178_956_970
+    max_pixels: int = MAX_PIXELS
     reduce_while_decoding: bool = True
 
     def __call__(self, data: bytes, seed: int) -> torch.Tensor:
@@ -59,14 +60,10 @@ class RandomCrop:
         return v2.functional.horizontal_flip(pixels) if flip else pixels
 
     def draw(self, image: Image.Image, seed: int) -> tuple[dict[str, int], bool, int]:
-        """The box of the crop in the upright image, whether it is flipped, and by what JPEG may be reduced."""
-        before = torch.default_generator.get_state()
-        try:
-            torch.default_generator.manual_seed(seed)
+        """The crop's box in the upright image, whether it is flipped, and the factor by which JPEG may be reduced."""
+        with seeded(seed):
             box = self._crop.make_params([torch.empty(1, *upright_size(image), device="meta")])
             flip = torch.rand(()).item() < self.flip_probability
-        finally:
-            torch.default_generator.set_state(before)
         if image.format != "JPEG":
             return box, flip, 1
         reduction = min(box["height"], box["width"]) / self.image_size
@@ -81,29 +78,29 @@ class RandomCrop:
 
 @dataclass(frozen=True)
 class CenterCrop:
-    """What evaluation looks at: the shorter side resized to `resize`, then the middle."""
+    """The crop of evaluations: the shorter side resized to `resize` px, then the center."""
 
     image_size: int
     resize: int
     num_channels: int = 3
-    max_pixels: int = 178_956_970
+    max_pixels: int = MAX_PIXELS
 
     def __call__(self, data: bytes, seed: int = 0) -> torch.Tensor:
-        """(num_channels, image_size, image_size), uint8. Raises as `RandomCrop` does; the seed has no meaning."""
+        """(num_channels, image_size, image_size), uint8. Raises as `RandomCrop` does; the seed is ignored."""
         pixels = decode(open_image(data, self.max_pixels), self.num_channels)
         pixels = v2.functional.resize(pixels, [self.resize], interpolation=_BICUBIC, antialias=True)
         return v2.functional.center_crop(pixels, [self.image_size, self.image_size])
 
 
 def _reduced(box: dict[str, int], factor: int, size: tuple[int, int]) -> dict[str, int]:
-    """The box in a image of `size` that was decoded smaller by `factor`."""
+    """The box in an image of `size` that was decoded smaller by `factor`."""
     top, left = min(box["top"] // factor, size[0] - 1), min(box["left"] // factor, size[1] - 1)
     height, width = min(box["height"] // factor, size[0] - top), min(box["width"] // factor, size[1] - left)
     return {"top": top, "left": left, "height": height, "width": width}
 
 
 def normalize(pixels: torch.Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> torch.Tensor:
-    """uint8 (B, channels, H, W) to float32 with mean 0 and deviation 1 per channel, on whatever device it is."""
+    """uint8 (B, channels, H, W) to float32 with mean 0 and standard deviation 1 per channel, on the pixels' device."""
     mean_255, std_255 = (torch.tensor(values, device=pixels.device).view(1, -1, 1, 1) * 255 for values in (mean, std))
     return torch.sub(pixels, mean_255).div_(std_255)
 
@@ -114,8 +111,8 @@ def denormalize(pixels: torch.Tensor, mean: tuple[float, ...], std: tuple[float,
     return pixels * std + mean
 
 
-class Evaluating:
-    """The transform of evaluations: what the image processor that is saved with the model does."""
+class EvaluationTransform:
+    """The transform of evaluations, from a PIL image to (channels, H, W): the image processor saved with the model."""
 
     def __init__(self, processor: BitImageProcessor):
         self.processor = processor
@@ -135,8 +132,8 @@ def training_transform(
     random_erasing: float,
 ) -> Callable:
     """
-    timm's transform, as the published fine-tuning uses it: random crop (bicubic) and flip, a policy or color jitter,
-    then erasing of random boxes with noise.
+    timm's training transform, as the published fine-tuning uses it: random resized crop (bicubic) and flip, an
+    augmentation policy or color jitter, then random erasing.
 
     Raises:
         ValueError: if the policy cannot be read.
@@ -157,3 +154,53 @@ def training_transform(
         )
     except (AssertionError, ValueError, KeyError, IndexError) as error:
         raise ValueError(f"auto_augment {auto_augment!r} is no policy: try rand-m9-mstd0.5-inc1.") from error
+
+
+class ClassificationCollator:
+    """
+    Data collator of classifiers, with mixup, CutMix and label smoothing: `pixel_values` (B, channels, H, W), and
+    `labels` as the items have them. Items with a `seed` are training images: their class numbers may become
+    probabilities (B, classes), whose rows add up to one. The mixing depends on these seeds alone.
+
+    Args:
+        num_classes: of the model; not needed for evaluations.
+        mixup, cutmix: alphas, 0 for none; as timm's `Mixup` in batch mode.
+        probability: fraction of the batches that are mixed.
+        switch_probability: fraction of the mixed batches with CutMix rather than mixup.
+        label_smoothing: fraction of the target that is spread over all classes.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        probability: float = 1.0,
+        switch_probability: float = 0.5,
+        label_smoothing: float = 0.0,
+    ):
+        self.num_classes, self.label_smoothing = num_classes, label_smoothing
+        self.mix = None
+        if mixup or cutmix:
+            self.mix = Mixup(
+                mixup, cutmix, None, probability, switch_probability, "batch", True, label_smoothing, num_classes
+            )
+
+    def __call__(self, items: Sequence[dict]) -> dict[str, torch.Tensor]:
+        """Raises ValueError for an odd number of items that shall be mixed: they are mixed in pairs."""
+        batch = {"pixel_values": torch.stack([item["pixel_values"] for item in items])}
+        if "labels" not in items[0]:
+            return batch
+        labels = torch.stack([item["labels"] for item in items])
+        if "seed" in items[0]:
+            if self.mix is not None:
+                if len(items) % 2:
+                    raise ValueError(
+                        f"mixup and cutmix mix images in pairs, got a batch of {len(items)}: make it even."
+                    )
+                with seeded(seed_of(*(item["seed"] for item in items))):
+                    batch["pixel_values"], labels = self.mix(batch["pixel_values"], labels)
+            elif self.label_smoothing:
+                one_hot = torch.nn.functional.one_hot(labels, self.num_classes)
+                labels = one_hot * (1 - self.label_smoothing) + self.label_smoothing / self.num_classes
+        return batch | {"labels": labels}

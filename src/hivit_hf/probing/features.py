@@ -14,8 +14,8 @@ from tqdm.auto import tqdm
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..configuration_hivit import HiViTConfig
-from ..data.datasets import Batches, LabeledImages
-from ..data.transforms import Evaluating
+from ..data.datasets import ImageDataset
+from ..data.transforms import ClassificationCollator, EvaluationTransform
 from ..image_processing import evaluation_processor, find_processor
 from ..modeling_hivit import HiViTModel
 from ..training.initialization import normalization, read_config, silent_transformers
@@ -113,8 +113,8 @@ def extract(
         ValueError: for a image that cannot be read, with its row.
     """
     channels = encoder.model.config.num_channels
-    images = LabeledImages(dataset, column, Evaluating(encoder.processor), num_channels=channels, name=name)
-    loader = DataLoader(images, batch_size=batch_size, num_workers=num_workers, collate_fn=Batches(0))
+    images = ImageDataset(dataset, column, EvaluationTransform(encoder.processor), num_channels=channels, name=name)
+    loader = DataLoader(images, batch_size=batch_size, num_workers=num_workers, collate_fn=ClassificationCollator())
     parts = []
     for batch in tqdm(loader, desc=f"features of {name}", unit="batch", delay=2):
         features = stage_features(encoder.model, batch["pixel_values"].to(encoder.model.device))

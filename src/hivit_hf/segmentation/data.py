@@ -11,7 +11,7 @@ from PIL import Image as PILImage
 from PIL import ImageOps
 from torchvision.transforms import v2
 
-from ..data.datasets import LabeledImages
+from ..data.datasets import ImageDataset
 from ..data.decoding import MAX_PIXELS, UnreadableImageError, image_of, open_image, orientation
 from ..data.seeding import seed_of, seeded
 
@@ -21,7 +21,7 @@ _ID_COLUMNS = ("image_id", "id", "file_name", "filename", "name", "__key__")
 _CROP_TRIES = 10  # as mmsegmentation
 
 
-class MappedImages(LabeledImages):
+class MappedImages(ImageDataset):
     """
     Images with their class maps, as items for `Trainer`: `pixel_values` (channels, H, W) and `labels` (H, W).
 
@@ -32,7 +32,7 @@ class MappedImages(LabeledImages):
         transform: from a image and its map to `pixel_values` and `labels`.
         num_labels: of the model.
         reduce_labels: whether 0 means not labeled and classes are counted from 1 in the files, as in ADE20K.
-        num_channels, seed, name: as in `LabeledImages`.
+        num_channels, seed, name: as in `ImageDataset`.
     """
 
     def __init__(

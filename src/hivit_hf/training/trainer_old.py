@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ..data.datasets import LabeledImages
+from ..data.datasets import ImageDataset
 from ..modeling_hivit import HiViTForImageClassification
 from .optim import cosine_learning_rate, parameter_groups
 from .recipe_old import Recipe, one_sentence, parse_recipe
@@ -38,7 +38,7 @@ FIGURES = ("eval_results.json", "all_results.json", "trainer_state.json")  # as 
 class _Following(TrainerCallback):
     """Tells the images which epoch it is, and the moving average that a step was taken."""
 
-    def __init__(self, images: LabeledImages):
+    def __init__(self, images: ImageDataset):
         self.images, self.trainer = images, None
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
