@@ -35,7 +35,7 @@ from hivit_hf.segmentation.data import IGNORED, MappedImages, TrainingCrop, Whol
 from hivit_hf.segmentation.modeling import load_segmenter, new_segmenter, predict, share_batch_norms
 from hivit_hf.segmentation.overlays import overlay, overlay_sheet, palette
 from hivit_hf.segmentation.run import SegmentationRun
-from hivit_hf.training import dense as dense
+from hivit_hf.training import dense_old as dense
 from hivit_hf.training.initialization import pyramid_start
 from hivit_hf.training.optim import layer_table, layerwise_parameter_groups, poly_learning_rate
 from hivit_hf.training.recipe_old import read_recipe

@@ -15,7 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from ..classification.run_old import FinetuneRun
 from ..configuration_hivit import nearest_multiples
 from ..data.datasets import sample_rows
-from ..training.dense import DenseTrainer
+from ..training.dense_old import DenseTrainer
 from ..training.initialization import DenseStart, check_architecture, normalization, pyramid_start
 from ..training.optim import stepped_learning_rate
 from ..training.trainer_old import training_arguments

@@ -15,7 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from ..classification.run_old import FinetuneRun
 from ..data.datasets import evaluation_split, sample_rows
-from ..training.dense import DenseTrainer
+from ..training.dense_old import DenseTrainer
 from ..training.initialization import pyramid_start
 from ..training.optim import poly_learning_rate
 from ..training.trainer_old import training_arguments

@@ -1,22 +1,53 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""What detectors and segmenters share: the pyramid that they begin with, and evaluations of images of many sizes."""
+"""What detection and segmentation share: evaluation of images of many sizes, one process per image."""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..classification.run_old import ClassifierTrainer
+from .arguments import REFUSED, HiViTTrainingArguments
+from .command_line import MAY_CHANGE, argument, nonnegative
+from .trainer import HiViTTrainer
 
 
-class DenseTrainer(ClassifierTrainer):
+@dataclass
+class DenseTrainingArguments(HiViTTrainingArguments):
+    """`HiViTTrainingArguments` of a dense task."""
+
+    num_overlays: Annotated[int, nonnegative, MAY_CHANGE] = argument(
+        4, "Number of validation images to draw with predictions; 0 for none."
+    )
+
+    REFUSED: ClassVar[dict[str, str]] = REFUSED | {
+        "label_smoothing_factor": "the model computes its own loss",
+        "bf16_full_eval": "evaluations are in the precision of the training",
+        "fp16_full_eval": "evaluations are in the precision of the training",
+        "eval_accumulation_steps": "evaluations keep no predictions on the device",
+        "batch_eval_metrics": "the metric is computed by the trainer",
+        "include_for_metrics": "the metric is computed by the trainer",
+    }
+
+
+class DenseTrainer(HiViTTrainer):
     """
-    `ClassifierTrainer` for images of many sizes: evaluations have lists of items, and no image twice.
+    `HiViTTrainer` for images of many sizes: evaluations have lists of items, and no image twice. With
+    `--gradient_checkpointing`, the activations of the HiViT inside the model are recomputed.
+
+    Args:
+        args: the arguments.
+        keywords: of `Trainer`.
 
     Raises:
         ValueError: under FSDP and ZeRO stage 3, which wait for a forward pass of every process.
     """
 
-    def __init__(self, recipe, config, **keywords):
-        super().__init__(recipe, config, **keywords)
+    args: DenseTrainingArguments
+
+    def __init__(self, args: DenseTrainingArguments, **keywords):
+        super().__init__(args, **keywords)
+        self.model.supports_gradient_checkpointing = True  # of its backbone; transformers asks the model around it
         if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
             raise ValueError(
                 "Evaluations give each process images of its own, but FSDP and ZeRO stage 3 want the same number of "
@@ -24,7 +55,7 @@ class DenseTrainer(ClassifierTrainer):
             )
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
-        """Each process has a share of the images; these may differ in number, and one may have none."""
+        """Each process has a fraction of the images; these may differ in number, and one may have none."""
         args, dataset = self.args, self.eval_dataset if eval_dataset is None else eval_dataset
         return DataLoader(
             Subset(dataset, range(args.process_index, len(dataset), args.world_size)),
