@@ -16,21 +16,15 @@ from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..data.datasets import (
-    ImageDataset,
     check_images,
-    image_column,
     open_splits,
-    sample_rows,
     train_and_eval,
 )
-from ..data.labels import SINGLE, LabelEncoding, check_same_labels, find_labels
-from ..data.transforms import ClassificationCollator, EvaluationTransform, training_transform
-from ..image_processing import evaluation_processor
-from ..training.initialization import Start
+from ..data.labels import SINGLE
+from ..data.transforms import ClassificationCollator
 from ..training.optim import cosine_learning_rate, layer_table, layerwise_parameter_groups
 from ..training.trainer_old import AVERAGE, FIGURES, _FiniteLoss, _Following, training_arguments
 from .arguments_old import FinetuneRecipe
-from .initialization import add_lora, load_classifier, random_classifier
 from .metrics import metrics_of
 
 
@@ -186,51 +180,6 @@ class FinetuneRun:
         """What is learned from, and what is evaluated with."""
         recipe = self.recipe
         return train_and_eval(splits, recipe.train_split, recipe.eval_split, recipe.eval_fraction, recipe.seed)
-
-    def _build(self, train, evaluation):
-        """Everything that depends on what is learned."""
-        recipe = self.recipe
-        column = image_column(train, recipe.image_column)
-        image_column(evaluation, column)
-        self.labels = find_labels(train, recipe.problem_type, recipe.label_column, recipe.label_names)
-        targets = [self.labels.targets(split, name) for split, name in ((train, "train"), (evaluation, "eval"))]
-        check_same_labels(train, evaluation, self.labels, targets)
-        self.start = _start(recipe, self.labels)
-        for note in self.start.notes:
-            self.say(note)
-        self.model = self.start.model
-        self.config = self.model.config
-        self._make_images(train, evaluation, targets, column)
-        if recipe.lora_rank is not None:
-            self.model = add_lora(self.model, recipe.lora_rank)
-
-    def _make_images(self, train, evaluation, targets, column):
-        recipe, config = self.recipe, self.config
-        if not isinstance(config.image_size, int):
-            raise ValueError(f"The network sees {config.image_size} px: give one --image_size for square images.")
-        mean, std = recipe.image_mean or self.start.mean, recipe.image_std or self.start.std
-        if not len(mean) == len(std) == config.num_channels:
-            raise ValueError(f"image_mean and image_std need {config.num_channels} numbers, got {mean} and {std}.")
-        self.processor = evaluation_processor(config.image_size, mean, std, recipe.crop_pct)
-        transform = training_transform(
-            config.image_size,
-            mean,
-            std,
-            recipe.crop_scale,
-            recipe.flip_probability,
-            recipe.auto_augment,
-            recipe.color_jitter,
-            recipe.random_erasing,
-        )
-        limits = (recipe.max_train_samples, recipe.max_eval_samples)
-        rows = [sample_rows(len(split), limit, recipe.seed) for split, limit in zip((train, evaluation), limits)]
-        train, evaluation = train.select(rows[0]), evaluation.select(rows[1])
-        targets = [target[torch.tensor(row)] for target, row in zip(targets, rows)]
-        channels = config.num_channels
-        self.train_images = ImageDataset(train, column, transform, targets[0], channels, recipe.seed, "train")
-        self.eval_images = ImageDataset(
-            evaluation, column, EvaluationTransform(self.processor), targets[1], channels, name="eval"
-        )
 
     def layer_table(self) -> str:
         """Ids, learning rates and decay of the parameters."""
@@ -392,13 +341,8 @@ class FinetuneRun:
 
     def _save(self, trainer: ClassifierTrainer):
         """The folder that pipelines load. An adapter lies beside the weights that it changes."""
-        recipe, output = self.recipe, self.recipe.output_dir
-        if recipe.lora_rank is not None and trainer.is_world_process_zero():
-            for lora in self.model.peft_config.values():
-                lora.base_model_name_or_path = recipe.hub_model_id or output
+        recipe = self.recipe
         trainer.save_state()
-        if recipe.lora_rank is not None and trainer.is_world_process_zero():
-            _start(recipe, self.labels).model.save_pretrained(output)
         trainer.save_model(_internal_call=True)  # which does not push
         self._push(trainer, "image-classification", recipe.dataset_name)
 
@@ -407,24 +351,3 @@ class FinetuneRun:
         if self.recipe.push_to_hub:
             local = dataset_name is None or Path(dataset_name).exists()  # no path of this machine
             trainer.push_to_hub(dataset=None if local else dataset_name, tags=[task, "hivit"])
-
-
-def _start(recipe: FinetuneRecipe, labels: LabelEncoding) -> Start:
-    """The classifier that a recipe begins with, the same for the same seed."""
-    set_seed(recipe.seed)
-    changes = recipe.model_changes()
-    changes["drop_path_rate"] = recipe.drop_path_rate
-    fresh = (recipe.head_init_std, recipe.draw_relative_tables)
-    if recipe.from_scratch:
-        if recipe.image_size is not None:
-            changes["image_size"] = recipe.image_size
-        return random_classifier(recipe.architecture, labels.names, recipe.problem_type, changes, *fresh)
-    return load_classifier(
-        recipe.model_name_or_path,
-        labels.names,
-        recipe.problem_type,
-        recipe.architecture,
-        changes,
-        recipe.image_size,
-        *fresh,
-    )

@@ -115,6 +115,16 @@ class DataArguments(ImageArguments):
         if self.validation_dir and self.train_val_split:
             raise ValueError("Give --validation_dir or --train_val_split, not both.")
 
+    def location(self) -> dict[str, str | None]:
+        """Where the data is, as keywords of `data.datasets.open_splits`."""
+        return {
+            "dataset_name": self.dataset_name,
+            "config_name": self.dataset_config_name,
+            "revision": self.dataset_revision,
+            "train_dir": self.train_dir,
+            "validation_dir": self.validation_dir,
+        }
+
 
 # Fields of transformers' `TrainingArguments` on which the numbers of a training depend; a resumption must share them.
 NUMBERS = {"per_device_train_batch_size", "num_train_epochs", "max_steps", "learning_rate", "weight_decay"}

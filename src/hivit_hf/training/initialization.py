@@ -16,26 +16,34 @@ from ..configuration_pyramid import HiViTPyramidConfig
 from ..image_processing import IMAGENET_MEAN, IMAGENET_STD, find_processor, pixel_statistics
 from ..modeling_hivit import HiViTAttention, HiViTForImageClassification, resize_table
 from ..modeling_pyramid import HiViTPyramid
+from .arguments import ImageArguments
 
 
 _SIZES = ("hidden_size", "depths", "stem_blocks_per_depth", "num_attention_heads")
 
 
 @dataclass(frozen=True)
-class Start:
+class Initialization:
     """
-    What a classifier begins with.
+    What a training begins with.
 
     Args:
-        model: the classifier, with the names of the dataset in its configuration.
-        mean, std: of each channel, as the start has learned from.
+        model: with its weights.
+        image_mean, image_std: of each channel, which the weights were trained with.
         notes: what a user should know, a sentence each.
     """
 
-    model: HiViTForImageClassification
-    mean: list[float]
-    std: list[float]
+    model: PreTrainedModel
+    image_mean: list[float]
+    image_std: list[float]
     notes: list[str]
+
+    def statistics(self, data_args: ImageArguments, num_channels: int) -> tuple[list[float], list[float]]:
+        """Mean and std of each channel: those of the command line, or those of the weights. Raises ValueError."""
+        mean, std = data_args.image_mean or self.image_mean, data_args.image_std or self.image_std
+        if not len(mean) == len(std) == num_channels:
+            raise ValueError(f"image_mean and image_std need {num_channels} numbers, got {mean} and {std}.")
+        return mean, std
 
 
 def read_config(name: str) -> HiViTConfig:
@@ -53,7 +61,7 @@ def read_config(name: str) -> HiViTConfig:
 
 def normalization(name: str, num_channels: int) -> tuple[list[float], list[float]]:
     """
-    Mean and deviation of a folder's image processor; those of ImageNet if it has none.
+    Mean and standard deviation of a folder's image processor; those of ImageNet if it has none.
 
     Raises:
         ValueError: if it has one that cannot be used.
@@ -62,12 +70,17 @@ def normalization(name: str, num_channels: int) -> tuple[list[float], list[float
         processor = find_processor(name)
     if processor is not None:
         return pixel_statistics(processor, num_channels)
+    return default_statistics(num_channels)
+
+
+def default_statistics(num_channels: int) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of ImageNet, or 0.5 where there are not three channels."""
     if num_channels == 3:
         return list(IMAGENET_MEAN), list(IMAGENET_STD)
     return [0.5] * num_channels, [0.5] * num_channels
 
 
-def draw_tables(model: nn.Module):
+def initialize_relative_position_biases(model: nn.Module):
     """Relative tables drawn from a truncated normal, as the original's supervised training begins."""
     for module in model.modules():
         if isinstance(module, HiViTAttention) and module.relative_position_bias_table is not None:
@@ -134,7 +147,7 @@ def silent_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-_TABLE = "relative_position_bias_table"
+RELATIVE_POSITION_BIAS = "relative_position_bias_table"
 
 
 @dataclass(frozen=True)
@@ -215,9 +228,11 @@ def load_fitting(
             name, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
         )
     misfits = [key for key, *_ in loading["mismatched_keys"]]
-    tables = [key for key in loading["missing_keys"] if key.endswith(_TABLE)]
+    tables = [key for key in loading["missing_keys"] if key.endswith(RELATIVE_POSITION_BIAS)]
     misfits += [key for key in loading["missing_keys"] if key not in tables and not key.startswith(fresh)]
-    misfits += [key for key in loading["unexpected_keys"] if ".stages." in key and not key.endswith(_TABLE)]
+    misfits += [
+        key for key in loading["unexpected_keys"] if ".stages." in key and not key.endswith(RELATIVE_POSITION_BIAS)
+    ]
     if misfits:
         raise ValueError(
             f"The weights of {name} do not fit the network: {sorted(misfits)[0]} and {len(misfits) - 1} more are "
