@@ -14,7 +14,8 @@ import json
 import torch
 from transformers import SwinBackbone, SwinConfig, ViTConfig, ViTModel
 
-from hivit_hf import HiViTPyramid, HiViTPyramidConfig
+from hivit_hf import HiViTBackbone, HiViTConfig
+from hivit_hf.training.initialization import pyramid_config
 from measure import interleave, peak_allocated_mib, summarize, write
 
 
@@ -22,8 +23,9 @@ WINDOWS, GLOBAL = "HiViT-B, windows", "HiViT-B, global"
 DETECTOR = {"window_size": 14, "global_attention_layers": [4, 9, 14, 19]}
 
 
-def hivit(bias: bool, **changes) -> HiViTPyramid:
-    return HiViTPyramid(HiViTPyramidConfig.from_architecture("base", use_relative_position_bias=bias, **changes))
+def hivit(bias: bool, **changes) -> HiViTBackbone:
+    config = HiViTConfig.from_architecture("base", use_relative_position_bias=bias)
+    return HiViTBackbone(pyramid_config(config, **changes))
 
 
 def swin() -> SwinBackbone:

@@ -42,6 +42,12 @@ def within_a_second():
         ({"mask_ratio": -0.1}, r"mask_ratio must be in \[0, 1\), got -0.1"),
         ({"drop_path_rate": 1.5}, r"drop_path_rate must be in \[0, 1\), got 1.5"),
         ({"out_features": ["stage3", "stage4"]}, r"out_features got \['stage4'\], which do not exist; choose from"),
+        ({"out_features": ["stage4"]}, r"or set add_pooled_stage=True for 'stage4'"),
+        ({"add_pooled_stage": True, "out_features": ["stage3"]}, r"adds 'stage4', but .*\['stage3'\] leave it out"),
+        (
+            {"add_pooled_stage": True, "out_indices": [1, 3]},
+            r"adds 'stage4', but .* leave it out: name it there, or set",
+        ),
         ({"out_features": ["stage3", "stage1"]}, r"same order"),
         ({"out_indices": [7]}, r"out_indices"),
         ({"out_features": []}, r"out_features is empty: choose from \['stem', "),

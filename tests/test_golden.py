@@ -17,6 +17,7 @@ from torch.testing import assert_close
 import prove
 from checkpoint import read_checkpoint
 from hivit_hf import HiViTBackbone
+from hivit_hf.modeling_hivit import units_to_map
 
 
 OURS = Path(__file__).parent / "golden"
@@ -113,12 +114,12 @@ def test_the_dense_pyramid_of_the_original_in_our_terms(converted):
     middle = output.hidden_states[backbone.config.depths[0]]
     merged = backbone.hivit.stages[0](backbone.hivit.embeddings(images))[1]
     for name, tokens in {"feat_0": middle, "feat_1": merged}.items():
-        found = backbone._units_to_map(tokens, (4, 4))
+        found = units_to_map(tokens, (4, 4))
         assert_close(found, recorded[f"out.native64_rpe.{name}"], atol=IO_TOLERANCE, rtol=0)
     assert (output.feature_maps[0] - recorded["out.native64_rpe.feat_0"]).abs().max() > 0.1
     assert (output.feature_maps[1] - recorded["out.native64_rpe.feat_1"]).abs().max() > 0.1
     for stage, feature_map in enumerate(backbone(fused["in.images"]).feature_maps):
-        expected = backbone._units_to_map(fused[f"out.hifeat_{stage}"], (4, 4))
+        expected = units_to_map(fused[f"out.hifeat_{stage}"], (4, 4))
         assert_close(feature_map, expected, atol=IO_TOLERANCE, rtol=0)
 
 

@@ -21,8 +21,6 @@ _MODULE_OF = {
     "HiViTForMaskedImageModeling": "modeling_hivit",
     "HiViTModel": "modeling_hivit",
     "HiViTPreTrainedModel": "modeling_hivit",
-    "HiViTPyramid": "modeling_pyramid",
-    "HiViTPyramidConfig": "configuration_pyramid",
 }
 
 __all__ = sorted(_MODULE_OF)

@@ -23,26 +23,21 @@ AUTO_MODELS = {
 
 def _register_config(auto):
     from .configuration_hivit import HiViTConfig
-    from .configuration_pyramid import HiViTPyramidConfig
 
-    for config_class in (HiViTConfig, HiViTPyramidConfig):
-        auto.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    auto.AutoConfig.register(HiViTConfig.model_type, HiViTConfig, exist_ok=True)
 
 
 def _register_models(_module):
-    """Runs when transformers' modeling_auto and our networks are all there: the latter import the former."""
-    if any(getattr(getattr(sys.modules.get(name), "__spec__", None), "_initializing", False) for name in _NETWORKS):
+    """Runs when transformers' modeling_auto and our network are both there: the latter imports the former."""
+    if getattr(getattr(sys.modules.get(_NETWORK), "__spec__", None), "_initializing", False):
         return
     import transformers.models.auto.modeling_auto as auto
 
     from . import modeling_hivit as hivit
     from .configuration_hivit import HiViTConfig
-    from .configuration_pyramid import HiViTPyramidConfig
-    from .modeling_pyramid import HiViTPyramid
 
     for auto_class, model_class in AUTO_MODELS.items():
         getattr(auto, auto_class).register(HiViTConfig, getattr(hivit, model_class), exist_ok=True)
-    auto.AutoBackbone.register(HiViTPyramidConfig, HiViTPyramid, exist_ok=True)
 
 
 def _register_image_processor(auto):
@@ -53,9 +48,9 @@ def _register_image_processor(auto):
     auto.AutoImageProcessor.register(HiViTConfig, BitImageProcessor, exist_ok=True)
 
 
-_NETWORKS = (f"{__package__}.modeling_hivit", f"{__package__}.modeling_pyramid")
+_NETWORK = f"{__package__}.modeling_hivit"
 _REGISTRATIONS = {
-    **dict.fromkeys(_NETWORKS, _register_models),
+    _NETWORK: _register_models,
     "transformers.models.auto.configuration_auto": _register_config,
     "transformers.models.auto.modeling_auto": _register_models,
     "transformers.models.auto.image_processing_auto": _register_image_processor,

@@ -121,9 +121,16 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
         decoder_mlp_ratio (`float`, *optional*, defaults to 4.0):
             Width of the decoder's MLPs, relative to `decoder_hidden_size`.
         out_features (`list[str]`, *optional*):
-            What a backbone returns, of `"stem"`, `"stage1"`, `"stage2"`, `"stage3"` in this order. Unset: the last.
+            Stages that `HiViTBackbone` returns, of `"stem"`, `"stage1"`, `"stage2"`, `"stage3"` and, with
+            `add_pooled_stage`, `"stage4"`, in this order. Unset: the last.
         out_indices (`list[int]`, *optional*):
             The same as positions in that list.
+        add_pooled_stage (`bool`, *optional*, defaults to `False`):
+            Whether `HiViTBackbone` has a fourth stage, `"stage4"`: the third, max-pooled to half its resolution. The
+            published detectors and segmenters have it.
+        apply_layernorm (`bool`, *optional*, defaults to `False`):
+            Whether `HiViTBackbone` applies a layer norm to each feature map, with weights of its own. The published
+            detectors and segmenters do.
 
     Raises:
         ValueError: for shapes that do not fit together and for keywords that do not exist.
@@ -168,6 +175,8 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
     decoder_num_hidden_layers: int = 6
     decoder_num_attention_heads: int = 16
     decoder_mlp_ratio: float | int = 4.0
+    add_pooled_stage: bool = False
+    apply_layernorm: bool = False
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
@@ -194,6 +203,8 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
             close = difflib.get_close_matches(name, cls._keywords(), n=1, cutoff=0.7)
             if close:
                 raise ValueError(f"HiViTConfig has no keyword {name!r}. Did you mean {close[0]!r}?")
+        # which stages exist must be known before some are chosen
+        kwargs = {name: kwargs[name] for name in sorted(kwargs, key=lambda name: name != "add_pooled_stage")}
         loaded = super().from_dict(config_dict, **kwargs)
         (loaded[0] if isinstance(loaded, tuple) else loaded).check()
         return loaded
@@ -205,7 +216,7 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
         self.global_attention_layers = list(self.global_attention_layers)
         if not isinstance(self.image_size, int):
             self.image_size = list(self.image_size)
-        self._refuse_unknown_stages(out_features)
+        self._check_stages(out_features)
         self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
         if not self.out_features:
             raise ValueError(f"out_features is empty: choose from {self.stage_names}, or leave it out for the last.")
@@ -216,7 +227,7 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def stage_names(self) -> list[str]:
-        return ["stem", "stage1", "stage2", "stage3"]
+        return ["stem", "stage1", "stage2", "stage3"] + ["stage4"] * self.add_pooled_stage
 
     @property
     def stage_channels(self) -> list[int]:
@@ -293,6 +304,12 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
                     f"give {1 / channels:.3g} or more; the published values are 3 in the stem and 4 elsewhere."
                 )
         self._check_windows()
+        self._check_stages(self.out_features)
+        if self.add_pooled_stage and "stage4" not in self.out_features:
+            raise ValueError(
+                f"add_pooled_stage=True adds 'stage4', but out_features {self.out_features} leave it out: name it there, "
+                "or set add_pooled_stage=False."
+            )
         if self.problem_type not in (None, *PROBLEM_TYPES):
             raise ValueError(f"problem_type {self.problem_type!r} does not exist; choose from {PROBLEM_TYPES}.")
         if self.patch_size % 4:
@@ -351,10 +368,11 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 hint = "It follows from 'depths': set that instead."
             raise ValueError(f"HiViTConfig has no keyword {name!r} (got {name}={keywords[name]!r}). {hint}")
 
-    def _refuse_unknown_stages(self, out_features: list[str] | None):
+    def _check_stages(self, out_features: list[str] | None):
         unknown = [name for name in out_features or [] if name not in self.stage_names]
         if unknown:
-            raise ValueError(f"out_features got {unknown}, which do not exist; choose from {self.stage_names}.")
+            hint = "" if "stage4" not in unknown else ", or set add_pooled_stage=True for 'stage4'"
+            raise ValueError(f"out_features got {unknown}, which do not exist; choose from {self.stage_names}{hint}.")
 
 
 def nearest_multiples(size: int, step: int) -> str:

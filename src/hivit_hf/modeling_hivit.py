@@ -112,6 +112,14 @@ def pixels_to_image(pixels: torch.Tensor, patch_size: int, grid: tuple[int, int]
     return units.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
+def units_to_map(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """(B, N, t, t, channels) or (B, N, channels) -> (B, channels, rows * t, columns * t)."""
+    if tokens.ndim == 3:
+        tokens = tokens[:, :, None, None]
+    tokens = tokens.unflatten(1, grid).permute(0, 5, 1, 3, 2, 4)
+    return tokens.flatten(4, 5).flatten(2, 3)
+
+
 def visible_indices(bool_masked_pos: torch.BoolTensor, num_visible_units: int) -> torch.LongTensor:
     """Positions of the visible units in raster order: (B, N) -> (B, V)."""
     return bool_masked_pos.bool().to(torch.uint8).argsort(dim=1, stable=True)[:, :num_visible_units]
@@ -845,14 +853,27 @@ class HiViTForImageClassification(HiViTPreTrainedModel):
 
 
 class HiViTBackbone(BackboneMixin, HiViTPreTrainedModel):
-    """The outputs of the stages as maps: `stem` and `stage1` (stride 4), `stage2` (8), `stage3` (16)."""
+    """
+    Feature maps for detectors and segmenters: `stem` and `stage1` (stride 4 for patches of 16 px), `stage2` (8), `stage3`
+    (16), and, with `config.add_pooled_stage`, `stage4` (32), which is `stage3` max-pooled. With `config.apply_layernorm`,
+    each map has a layer norm of its own. The published detectors and segmenters read all four stages but `stem`,
+    normalized (paper, section 4.3).
+
+    The weights of any HiViT load; layer norms that a checkpoint does not have are initialized.
+    """
 
     _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^classifier\.", r"^(hivit\.)?layernorm\."]
 
     def __init__(self, config: HiViTConfig):
         super().__init__(config)
-        self.num_features = config.stage_channels
+        self.num_features = config.stage_channels + [config.hidden_size] * config.add_pooled_stage
         self.hivit = HiViTModel(config, add_pooling_layer=False)
+        self.norms = None
+        if config.apply_layernorm:
+            channels = self.out_feature_channels
+            self.norms = nn.ModuleDict(
+                {name: nn.LayerNorm(channels[name], eps=config.layer_norm_eps) for name in config.out_features}
+            )
         self.post_init()
 
     @can_return_tuple
@@ -863,37 +884,28 @@ class HiViTBackbone(BackboneMixin, HiViTPreTrainedModel):
                 Images whose height and width are multiples of `config.patch_size`.
 
         Returns:
-            `BackboneOutput` with `feature_maps`, one `(B, channels, height, width)` per `config.out_features`.
+            `BackboneOutput` with `feature_maps`, one `(B, channels, height, width)` per `config.out_features`. Where the
+            grid of units has an odd length, the pooling keeps what is left at the right and the lower edge.
 
         Raises:
             ValueError: for images of other shapes, and for masks: a map needs all units.
         """
-        grid, encoded = self._encode(pixel_values, **kwargs)
-        maps = [
-            self._units_to_map(tokens, grid)
-            for name, tokens in zip(self.stage_names, encoded.stage_hidden_states)
-            if name in self.out_features
-        ]
-        return BackboneOutput(
-            feature_maps=tuple(maps), hidden_states=encoded.hidden_states, attentions=encoded.attentions
-        )
-
-    def _encode(
-        self, pixel_values: torch.Tensor | None, **kwargs: Unpack[TransformersKwargs]
-    ) -> tuple[tuple[int, int], HiViTModelOutput]:
-        """The grid of units, and the encoder's output with all stages."""
         grid = self.hivit.check_pixel_values(pixel_values)
         if kwargs.get("bool_masked_pos") is not None:
             raise ValueError("HiViTBackbone got bool_masked_pos, but a map needs all units: use HiViTModel to mask.")
-        return grid, self.hivit(pixel_values, output_stage_hidden_states=True, return_dict=True, **kwargs)
-
-    @staticmethod
-    def _units_to_map(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """(B, N, t, t, channels) or (B, N, channels) -> (B, channels, rows * t, columns * t)."""
-        if tokens.ndim == 3:
-            tokens = tokens[:, :, None, None]
-        tokens = tokens.unflatten(1, grid).permute(0, 5, 1, 3, 2, 4)
-        return tokens.flatten(4, 5).flatten(2, 3)
+        encoded = self.hivit(pixel_values, output_stage_hidden_states=True, return_dict=True, **kwargs)
+        stages = dict(zip(self.stage_names, encoded.stage_hidden_states))
+        maps = []
+        for name in self.out_features:
+            feature_map = units_to_map(stages["stage3" if name == "stage4" else name], grid)
+            if name == "stage4":
+                feature_map = nn.functional.max_pool2d(feature_map, kernel_size=2, ceil_mode=True)
+            if self.norms is not None:
+                feature_map = self.norms[name](feature_map.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            maps.append(feature_map)
+        return BackboneOutput(
+            feature_maps=tuple(maps), hidden_states=encoded.hidden_states, attentions=encoded.attentions
+        )
 
 
 __all__ = [

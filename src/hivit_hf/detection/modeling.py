@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from ..modeling_pyramid import HiViTPyramid
+from ..modeling_hivit import HiViTBackbone
 from ..training.initialization import DenseStart
 
 
@@ -44,8 +44,8 @@ class HiViTRCNNConfig(PreTrainedConfig):
     Configuration of `HiViTRCNN`. The defaults are the published detector.
 
     Args:
-        backbone_config (`HiViTPyramidConfig`):
-            Of the pyramid.
+        backbone_config (`HiViTConfig`):
+            Configuration of the backbone.
         predicts_masks (`bool`, *optional*, defaults to `True`):
             Mask R-CNN, or Faster R-CNN.
         fpn_channels (`int`, *optional*, defaults to 256):
@@ -126,7 +126,7 @@ class HiViTRCNNOutput(ModelOutput):
 class PyramidFPN(nn.Module):
     """HiViT's pyramid and a feature pyramid network (arXiv 1612.03144), as torchvision's detectors want a backbone."""
 
-    def __init__(self, backbone: HiViTPyramid, out_channels: int):
+    def __init__(self, backbone: HiViTBackbone, out_channels: int):
         super().__init__()
         self.out_channels = out_channels
         self.pyramid = backbone
@@ -214,7 +214,7 @@ class HiViTRCNN(PreTrainedModel):
         self.post_init()
 
     @property
-    def pyramid(self) -> HiViTPyramid:
+    def pyramid(self) -> HiViTBackbone:
         """The backbone."""
         return self.rcnn.backbone.pyramid
 
@@ -353,7 +353,7 @@ def is_detector(name: str) -> bool:
         return False  # `pyramid_start` says what it is
 
 
-def pyramid_of(model: HiViTRCNN | DeformableDetrForObjectDetection) -> HiViTPyramid:
+def pyramid_of(model: HiViTRCNN | DeformableDetrForObjectDetection) -> HiViTBackbone:
     """The backbone of a detector."""
     return model.pyramid if isinstance(model, HiViTRCNN) else model.model.backbone.model
 

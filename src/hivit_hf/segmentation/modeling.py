@@ -8,14 +8,15 @@ import torch
 from torch import nn
 from transformers import AutoConfig, SegformerImageProcessor, UperNetConfig, UperNetForSemanticSegmentation
 
-from ..configuration_hivit import nearest_multiples
-from ..configuration_pyramid import HiViTPyramidConfig
-from ..modeling_pyramid import HiViTPyramid
+from ..configuration_hivit import HiViTConfig, nearest_multiples
+from ..modeling_hivit import HiViTBackbone
 from ..training.initialization import (
+    PYRAMID,
     DenseStart,
     check_architecture,
     load_fitting,
     normalization,
+    pyramid_config,
     pyramid_start,
     read_config,
     resize_for,
@@ -126,7 +127,7 @@ def _load_whole(
     **head,
 ) -> SegmenterStart:
     config = AutoConfig.from_pretrained(name)
-    if getattr(config.backbone_config, "model_type", None) != HiViTPyramid.config_class.model_type:
+    if getattr(config.backbone_config, "model_type", None) != HiViTConfig.model_type:
         raise ValueError(f"{name} is no UPerNet with a HiViT inside: choose another start.")
     known = [config.id2label[number] for number in range(config.num_labels)]
     if known != list(names):
@@ -137,8 +138,8 @@ def _load_whole(
     if architecture is not None:
         check_architecture(config.backbone_config, architecture, name)
     _check_heads(config, name, head)
-    stages = {"out_features": config.backbone_config.out_features}
-    config.backbone_config = HiViTPyramidConfig.from_hivit(config.backbone_config, **stages | (changes or {}))
+    stages = {name: getattr(config.backbone_config, name) for name in PYRAMID}
+    config.backbone_config = pyramid_config(config.backbone_config, **stages | (changes or {}))
     model, notes = load_fitting(UperNetForSemanticSegmentation, name, config)
     if crop_size is not None:
         resize_pyramid(model.backbone, crop_size)
@@ -157,7 +158,7 @@ def _check_heads(config: UperNetConfig, name: str, given: dict):
             )
 
 
-def resize_pyramid(backbone: HiViTPyramid, crop_size: int):
+def resize_pyramid(backbone: HiViTBackbone, crop_size: int):
     """Interpolates position embedding and relative tables to crops. ValueError for crops that no units fill."""
     patch_size = backbone.config.patch_size
     if crop_size % patch_size:

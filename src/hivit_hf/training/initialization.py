@@ -12,10 +12,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..configuration_hivit import ARCHITECTURES, HiViTConfig
-from ..configuration_pyramid import HiViTPyramidConfig
 from ..image_processing import IMAGENET_MEAN, IMAGENET_STD, find_processor, pixel_statistics
-from ..modeling_hivit import HiViTAttention, HiViTForImageClassification, resize_table
-from ..modeling_pyramid import HiViTPyramid
+from ..modeling_hivit import HiViTAttention, HiViTBackbone, HiViTForImageClassification, resize_table
 from .arguments import ImageArguments
 
 
@@ -149,6 +147,28 @@ def silent_transformers() -> Iterator[None]:
 
 RELATIVE_POSITION_BIAS = "relative_position_bias_table"
 
+# what the published detectors and segmenters read (paper, section 4.3)
+PYRAMID = {
+    "add_pooled_stage": True,
+    "apply_layernorm": True,
+    "out_features": ["stage1", "stage2", "stage3", "stage4"],
+}
+
+
+def pyramid_config(config: HiViTConfig, **changes) -> HiViTConfig:
+    """
+    The configuration of a network as a backbone with four normalized feature maps, strides 4 to 32 for patches of 16 px,
+    without what belonged to a head.
+
+    Args:
+        config: of the network.
+        changes: keywords of the configuration, `drop_path_rate` for example.
+    """
+    heads = ("model_type", "architectures", "auto_map", "id2label", "label2id", "problem_type")
+    heads += ("out_indices", "transformers_version", "dtype", "_name_or_path")
+    values = {name: value for name, value in config.to_diff_dict().items() if name not in heads}
+    return HiViTConfig(**{**values, **PYRAMID, **changes})
+
 
 @dataclass(frozen=True)
 class DenseStart:
@@ -161,7 +181,7 @@ class DenseStart:
         notes: what a user should know, a sentence each.
     """
 
-    backbone: HiViTPyramid
+    backbone: HiViTBackbone
     mean: list[float]
     std: list[float]
     notes: list[str]
@@ -186,21 +206,21 @@ def pyramid_start(
         ValueError: if there is no HiViT, it is another network than the recipe's, or weights do not fit.
     """
     changes, notes = dict(changes or {}), []
-    for key in ("out_features", "out_indices"):
+    for key in (*PYRAMID, "out_indices"):
         if key in changes:
             raise ValueError(f"--model sets {key}, but what reads the pyramid decides that: leave it out.")
     if out_features is not None:
         changes["out_features"] = list(out_features)
     if name is None:
-        config = HiViTPyramidConfig.from_hivit(HiViTConfig.from_architecture(architecture), **changes)
+        config = pyramid_config(HiViTConfig.from_architecture(architecture), **changes)
         channels = config.num_channels
         mean, std = (list(values) if channels == 3 else [0.5] * channels for values in (IMAGENET_MEAN, IMAGENET_STD))
-        return DenseStart(HiViTPyramid(config), mean, std, notes)
+        return DenseStart(HiViTBackbone(config), mean, std, notes)
     config = read_config(name)
     if architecture is not None:
         check_architecture(config, architecture, name)
-    config = HiViTPyramidConfig.from_hivit(config, **changes)
-    backbone, found = load_fitting(HiViTPyramid, name, config, ("norms.",))
+    config = pyramid_config(config, **changes)
+    backbone, found = load_fitting(HiViTBackbone, name, config, ("norms.",))
     mean, std = normalization(name, config.num_channels)
     return DenseStart(backbone, mean, std, notes + found)
 

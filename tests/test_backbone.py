@@ -1,4 +1,4 @@
-"""The pyramid that segmenters and detectors read: equal to the stages, known to transformers, loaded from anything."""
+"""The backbone with the stages that segmenters and detectors read: what they are, how it loads, which models take it."""
 
 import subprocess
 import sys
@@ -16,26 +16,17 @@ from transformers import (
     MaskFormerForInstanceSegmentation,
 )
 
-from hivit_hf import (
-    HiViTBackbone,
-    HiViTForImageClassification,
-    HiViTForMaskedImageModeling,
-    HiViTPyramid,
-    HiViTPyramidConfig,
-)
+from hivit_hf import HiViTBackbone, HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling, HiViTModel
+from hivit_hf.training.initialization import PYRAMID, pyramid_config
 
 
 LEVELS = ["stage1", "stage2", "stage3", "stage4"]
 
 
-def pyramid_config(config, **changes) -> HiViTPyramidConfig:
-    return HiViTPyramidConfig.from_hivit(config, **changes)
-
-
 @pytest.mark.parametrize("size", [(64, 64), (48, 80)])  # an even and an odd grid
 def test_levels_are_the_normalized_stages_and_the_last_is_max_pooled(tiny_config, redraw, size):
     config = tiny_config(out_features=LEVELS[:3])
-    pyramid = redraw(HiViTPyramid(pyramid_config(config))).eval()
+    pyramid = redraw(HiViTBackbone(pyramid_config(config))).eval()
     backbone = HiViTBackbone(config).eval()
     backbone.hivit.load_state_dict(pyramid.hivit.state_dict())
     pixel_values = torch.randn(2, 3, *size)
@@ -63,22 +54,21 @@ def test_levels_are_the_normalized_stages_and_the_last_is_max_pooled(tiny_config
 def test_any_checkpoint_loads_and_only_the_norms_are_new(tiny_config, redraw, kind, tmp_path):
     redraw(kind(tiny_config())).save_pretrained(tmp_path / "start")
     config = pyramid_config(AutoConfig.from_pretrained(tmp_path / "start"), drop_path_rate=0.1)
-    pyramid, loading = HiViTPyramid.from_pretrained(tmp_path / "start", config=config, output_loading_info=True)
+    pyramid, loading = HiViTBackbone.from_pretrained(tmp_path / "start", config=config, output_loading_info=True)
     assert set(loading["missing_keys"]) == {f"norms.{name}.{part}" for name in LEVELS for part in ("weight", "bias")}
     assert not loading["unexpected_keys"] and pyramid.config.drop_path_rate == 0.1
     assert pyramid.config.image_size == 64 and pyramid.config.problem_type is None
     pyramid.save_pretrained(tmp_path / "pyramid")
-    again = HiViTPyramid.from_pretrained(tmp_path / "pyramid")
+    again = HiViTBackbone.from_pretrained(tmp_path / "pyramid")
     assert AutoConfig.from_pretrained(tmp_path / "pyramid").out_features == LEVELS
     for (name, one), (_, other) in zip(pyramid.named_parameters(), again.named_parameters()):
         assert torch.equal(one, other), name
 
 
-@pytest.mark.parametrize("kind", [HiViTBackbone, HiViTPyramid])
-def test_what_no_level_needs_is_freed(kind, tiny_config):
+@pytest.mark.parametrize("stages", [{}, PYRAMID], ids=["last", "pyramid"])
+def test_what_no_level_needs_is_freed(stages, tiny_config):
     """Images of detectors are large: the outputs of layers inside a stage are not kept until the end."""
-    config = tiny_config(depths=[2, 2, 3])  # 4, 4 and 3 layers
-    model = kind(config if kind is HiViTBackbone else pyramid_config(config)).eval()
+    model = HiViTBackbone(tiny_config(depths=[2, 2, 3], **stages)).eval()  # 4, 4 and 3 layers
     layers = [layer for stage in model.hivit.stages for layer in stage.layers]
     outputs, alive = [], []
     for layer in layers:
@@ -94,10 +84,34 @@ def test_what_no_level_needs_is_freed(kind, tiny_config):
         )  # and what the first layer gets
 
 
+def test_keywords_of_from_pretrained(tiny_config, tmp_path):
+    """In any order: which stages exist is settled before some of them are chosen."""
+    HiViTForMaskedImageModeling(tiny_config()).save_pretrained(tmp_path)
+    backbone = HiViTBackbone.from_pretrained(tmp_path, out_features=LEVELS, apply_layernorm=True, add_pooled_stage=True)
+    assert backbone.channels == [8, 16, 32, 32] and list(backbone.norms) == LEVELS
+    plain = AutoBackbone.from_pretrained(tmp_path, out_features=LEVELS[:3])
+    assert plain.stage_names == ["stem", *LEVELS[:3]] and plain.norms is None
+    with pytest.raises(
+        ValueError, match=r"adds 'stage4', but out_features \['stage3'\] leave it out: name it there, or"
+    ):
+        HiViTBackbone.from_pretrained(tmp_path, add_pooled_stage=True)
+    backbone.save_pretrained(tmp_path / "backbone")
+    with pytest.raises(ValueError, match=r"out_features got \['stage4'\], which do not exist"):
+        HiViTBackbone.from_pretrained(tmp_path / "backbone", add_pooled_stage=False)
+    narrow = {"add_pooled_stage": False, "out_features": ["stage2"]}
+    assert list(HiViTBackbone.from_pretrained(tmp_path / "backbone", **narrow).norms) == ["stage2"]
+    encoder = HiViTModel.from_pretrained(tmp_path / "backbone")
+    assert torch.equal(encoder.position_embeddings, backbone.hivit.position_embeddings)
+
+
+def test_stages_that_are_not_chosen_are_the_last():
+    assert HiViTConfig().out_features == ["stage3"] and HiViTConfig(add_pooled_stage=True).out_features == ["stage4"]
+
+
 def test_some_levels_only(tiny_config):
     config = pyramid_config(tiny_config(), out_features=["stage2", "stage4"])
     pyramid = AutoBackbone.from_config(config)
-    assert isinstance(pyramid, HiViTPyramid) and pyramid.channels == [16, 32]
+    assert isinstance(pyramid, HiViTBackbone) and pyramid.channels == [16, 32]
     maps = pyramid(torch.randn(1, 3, 64, 32)).feature_maps
     assert [tuple(level.shape[1:]) for level in maps] == [(16, 8, 4), (32, 2, 1)]
     maps[0].sum().backward()
@@ -110,16 +124,16 @@ def test_some_levels_only(tiny_config):
         pyramid(torch.randn(1, 3, 64, 64), bool_masked_pos=torch.zeros(1, 16, dtype=torch.bool))
 
 
-@pytest.mark.parametrize("first", ["import hivit_hf", "from hivit_hf import HiViTPyramid", "import transformers"])
+@pytest.mark.parametrize("first", ["import hivit_hf", "from hivit_hf import HiViTBackbone", "import transformers"])
 def test_auto_backbone_knows_it_whatever_is_imported_first(first):
     code = f"""{first}
 import hivit_hf, sys
 from transformers import AutoBackbone, AutoModel
-config = hivit_hf.HiViTPyramidConfig(hidden_size=32, depths=[1, 1, 1], num_attention_heads=4, image_size=32)
+config = hivit_hf.HiViTConfig(add_pooled_stage=True, hidden_size=32, depths=[1, 1, 1], num_attention_heads=4, image_size=32)
 print(type(AutoBackbone.from_config(config)).__name__)
 print(type(AutoModel.from_config(hivit_hf.HiViTConfig(hidden_size=32, num_attention_heads=4))).__name__)"""
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert ran.stdout.split() == ["HiViTPyramid", "HiViTModel"], ran.stderr
+    assert ran.stdout.split() == ["HiViTBackbone", "HiViTModel"], ran.stderr
 
 
 @pytest.mark.parametrize(
@@ -142,7 +156,7 @@ def test_mask_classifiers_load_and_take_a_step(tiny_config, config_class, model_
     model = model_class(config_class(**small))
     model.save_pretrained(tmp_path)
     model = model_class.from_pretrained(tmp_path)
-    encoder = next(module for module in model.modules() if isinstance(module, HiViTPyramid))
+    encoder = next(module for module in model.modules() if isinstance(module, HiViTBackbone))
     masks = torch.zeros(2, 64, 64)
     masks[0, :32], masks[1, 32:] = 1, 1
     batch = {"pixel_values": torch.randn(1, 3, 64, 64), "mask_labels": [masks], "class_labels": [torch.tensor([0, 2])]}
