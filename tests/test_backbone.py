@@ -1,4 +1,4 @@
-"""The backbone with the stages that segmenters and detectors read: what they are, how it loads, which models take it."""
+"""The backbone with the stages that segmenters and detectors read: values, loading, and the models that take it."""
 
 import subprocess
 import sys
@@ -89,7 +89,7 @@ def test_keywords_of_from_pretrained(tiny_config, tmp_path):
     HiViTForMaskedImageModeling(tiny_config()).save_pretrained(tmp_path)
     backbone = HiViTBackbone.from_pretrained(tmp_path, out_features=LEVELS, apply_layernorm=True, add_pooled_stage=True)
     assert backbone.channels == [8, 16, 32, 32] and list(backbone.norms) == LEVELS
-    plain = AutoBackbone.from_pretrained(tmp_path, out_features=LEVELS[:3])
+    plain = HiViTBackbone.from_pretrained(tmp_path, out_features=LEVELS[:3])
     assert plain.stage_names == ["stem", *LEVELS[:3]] and plain.norms is None
     with pytest.raises(
         ValueError, match=r"adds 'stage4', but out_features \['stage3'\] leave it out: name it there, or"
@@ -129,7 +129,7 @@ def test_auto_backbone_knows_it_whatever_is_imported_first(first):
     code = f"""{first}
 import hivit_hf, sys
 from transformers import AutoBackbone, AutoModel
-config = hivit_hf.HiViTConfig(add_pooled_stage=True, hidden_size=32, depths=[1, 1, 1], num_attention_heads=4, image_size=32)
+config = hivit_hf.HiViTConfig(add_pooled_stage=True, hidden_size=32, depths=[1, 1, 1], num_attention_heads=4)
 print(type(AutoBackbone.from_config(config)).__name__)
 print(type(AutoModel.from_config(hivit_hf.HiViTConfig(hidden_size=32, num_attention_heads=4))).__name__)"""
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

@@ -46,7 +46,7 @@ def within_a_second():
         ({"add_pooled_stage": True, "out_features": ["stage3"]}, r"adds 'stage4', but .*\['stage3'\] leave it out"),
         (
             {"add_pooled_stage": True, "out_indices": [1, 3]},
-            r"adds 'stage4', but .* leave it out: name it there, or set",
+            r"adds 'stage4', but .* leave it out: name it there",
         ),
         ({"out_features": ["stage3", "stage1"]}, r"same order"),
         ({"out_indices": [7]}, r"out_indices"),

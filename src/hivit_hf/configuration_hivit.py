@@ -307,8 +307,8 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
         self._check_stages(self.out_features)
         if self.add_pooled_stage and "stage4" not in self.out_features:
             raise ValueError(
-                f"add_pooled_stage=True adds 'stage4', but out_features {self.out_features} leave it out: name it there, "
-                "or set add_pooled_stage=False."
+                f"add_pooled_stage=True adds 'stage4', but out_features {self.out_features} leave it out: name it "
+                "there, or set add_pooled_stage=False."
             )
         if self.problem_type not in (None, *PROBLEM_TYPES):
             raise ValueError(f"problem_type {self.problem_type!r} does not exist; choose from {PROBLEM_TYPES}.")

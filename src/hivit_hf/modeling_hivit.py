@@ -854,10 +854,10 @@ class HiViTForImageClassification(HiViTPreTrainedModel):
 
 class HiViTBackbone(BackboneMixin, HiViTPreTrainedModel):
     """
-    Feature maps for detectors and segmenters: `stem` and `stage1` (stride 4 for patches of 16 px), `stage2` (8), `stage3`
-    (16), and, with `config.add_pooled_stage`, `stage4` (32), which is `stage3` max-pooled. With `config.apply_layernorm`,
-    each map has a layer norm of its own. The published detectors and segmenters read all four stages but `stem`,
-    normalized (paper, section 4.3).
+    Feature maps for detectors and segmenters: `stem` and `stage1` (stride 4 for patches of 16 px), `stage2` (8),
+    `stage3` (16), and, with `config.add_pooled_stage`, `stage4` (32), which is `stage3` max-pooled. With
+    `config.apply_layernorm`, each map has a layer norm of its own. The published detectors and segmenters read `stage1`
+    to `stage4`, normalized (paper, section 4.3).
 
     The weights of any HiViT load; layer norms that a checkpoint does not have are initialized.
     """
@@ -884,8 +884,8 @@ class HiViTBackbone(BackboneMixin, HiViTPreTrainedModel):
                 Images whose height and width are multiples of `config.patch_size`.
 
         Returns:
-            `BackboneOutput` with `feature_maps`, one `(B, channels, height, width)` per `config.out_features`. Where the
-            grid of units has an odd length, the pooling keeps what is left at the right and the lower edge.
+            `BackboneOutput` with `feature_maps`, one `(B, channels, height, width)` per `config.out_features`. Where
+            the grid of units has an odd length, the pooling keeps what is left at the right and the lower edge.
 
         Raises:
             ValueError: for images of other shapes, and for masks: a map needs all units.

@@ -157,8 +157,8 @@ PYRAMID = {
 
 def pyramid_config(config: HiViTConfig, **changes) -> HiViTConfig:
     """
-    The configuration of a network as a backbone with four normalized feature maps, strides 4 to 32 for patches of 16 px,
-    without what belonged to a head.
+    The configuration of a network as a backbone with four normalized feature maps, strides 4 to 32 for patches of
+    16 px, without what belonged to a head.
 
     Args:
         config: of the network.
