@@ -1,16 +1,27 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""Images with boxes and masks in COCO's format (arXiv 1405.0312): read, checked, jittered, and judged by AP."""
+"""
+Detection data: COCO annotation files (arXiv 1405.0312), checked, and their images with boxes and masks, jittered.
 
+pycocotools indexes the annotations and decodes masks, torchvision transforms images, boxes and masks together. Its
+`CocoDetection` with `wrap_dataset_for_transforms_v2` is not used: boxes of whole numbers stay whole numbers there,
+which scaling truncates, images without objects have no targets, crowds are objects, EXIF orientations are ignored.
+"""
+
+import io
 import json
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from pycocotools import mask as run_lengths
+from pycocotools.coco import COCO
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
+from torchvision.ops import box_convert, masks_to_boxes
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
@@ -18,7 +29,7 @@ from ..data.decoding import MAX_PIXELS, UnreadableImageError, open_image, uprigh
 from ..data.seeding import seed_of, seeded
 
 
-_SMALLEST_OVERLAP = 0.5  # of a box with the box around its mask,
+_SMALLEST_OVERLAP = 0.5  # IoU of a box with the box around its mask,
 _NEAR_PX = 2.0  # unless their sides are as near as this: the masks of thin objects are whole pixels
 _NUMBER, _TEXT = (int, "a number from 0 on"), (str, "a text")
 _ENTRIES = {
@@ -31,29 +42,42 @@ _ENTRIES = {
 @dataclass(frozen=True)
 class CocoAnnotations:
     """
-    An annotation file, checked.
+    A COCO annotation file, checked.
 
     Args:
         path: of the file.
-        folder: where its images are.
-        images: as in the file: `id`, `file_name`, `height`, `width`.
-        objects: for each image's id its annotations, as in the file.
-        category_ids: as in the file, ascending; label n of a detector is `category_ids[n - 1]`.
-        names: of the categories, in that order.
+        folder: of its images.
+        coco: pycocotools' index. Annotations are numbered from 1 on, and have `iscrowd` and `area`.
         left_out: one sentence for each annotation that was left out.
     """
 
     path: Path
     folder: Path
-    images: list[dict]
-    objects: dict[int, list[dict]]
-    category_ids: list[int]
-    names: list[str]
+    coco: COCO
     left_out: list[str]
 
+    @property
+    def images(self) -> list[dict]:
+        """As in the file: `id`, `file_name`, `height`, `width`."""
+        return self.coco.dataset["images"]
+
+    @property
+    def category_ids(self) -> list[int]:
+        """As in the file, ascending; label n of a detector is `category_ids[n - 1]`."""
+        return sorted(self.coco.cats)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the categories, in the order of their ids."""
+        return [self.coco.cats[number]["name"] for number in self.category_ids]
+
+    def objects(self, image_id: int) -> list[dict]:
+        """The annotations of an image without crowds."""
+        return [entry for entry in self.coco.imgToAnns[image_id] if not entry["iscrowd"]]
+
     def with_objects(self) -> list[dict]:
-        """The images with anything to learn; crowds do not count."""
-        return [image for image in self.images if any(not o["iscrowd"] for o in self.objects[image["id"]])]
+        """The images with objects to train on."""
+        return [image for image in self.images if self.objects(image["id"])]
 
 
 def read_coco(
@@ -64,38 +88,38 @@ def read_coco(
 
     Args:
         path: the JSON file.
-        folder: where the images are; that of the file if not given.
+        folder: of the images; that of the file if not given.
         with_masks: whether each object must have a mask.
         leave_out_bad: whether annotations that cannot be right are left out, rather than refused.
 
     Raises:
-        ValueError: if it cannot be read, lacks something, or an annotation cannot be right; the sentence has its id and
-            the image's.
+        ValueError: if it cannot be read, lacks something, or an annotation cannot be right; the sentence names it and
+            its image.
     """
     path = Path(path)
     content = _load(path)
     folder = path.parent if folder is None else Path(folder)
     if not folder.is_dir():
         raise ValueError(f"There is no folder {folder} with the images of {path}: check the path.")
-    images, categories = content["images"], sorted(content["categories"], key=lambda category: category["id"])
-    _check_images(path, folder, images, categories)
-    by_id, ids = {image["id"]: image for image in images}, {category["id"] for category in categories}
-    objects, left_out = {image["id"]: [] for image in images}, []
+    _check_images(path, folder, content["images"], content["categories"])
+    checked, left_out = [], []
+    coco = _index({"info": {}, **content, "annotations": checked})
     for annotation in tqdm(content["annotations"], desc=f"checking {path.name}", unit="annotation", delay=2):
-        fault = _fault(annotation, by_id, ids, with_masks)
+        fault = _fault(annotation, coco, with_masks)
         if fault is None:
-            objects[annotation["image_id"]].append({"iscrowd": 0, **annotation})
+            box = [float(number) for number in annotation["bbox"]]
+            own = {"id": len(checked) + 1, "bbox": box, "area": annotation.get("area") or box[2] * box[3]}
+            checked.append({"iscrowd": 0, **annotation, **own})
             continue
-        image = _of(by_id, annotation.get("image_id"))
+        image = _image_of(annotation, coco)
         of = f"image {annotation.get('image_id')}" + (f" ({image['file_name']})" if image else "")
         sentence = f"Annotation {annotation.get('id')} of {of} in {path} {fault}"
         if not leave_out_bad:
             raise ValueError(f"{sentence}: correct it, or leave such ones out with --bad_annotations leave_out.")
         left_out.append(f"{sentence}.")
-    names = [category["name"] for category in categories]
-    read = CocoAnnotations(path, folder, images, objects, sorted(ids), names, left_out)
+    read = CocoAnnotations(path, folder, _index(coco.dataset), left_out)
     if not read.with_objects():
-        raise ValueError(f"No image of {path} has an annotation: there is nothing to learn or to find.")
+        raise ValueError(f"No image of {path} has an annotation: there is nothing to train on or to find.")
     return read
 
 
@@ -117,6 +141,15 @@ def _load(path: Path) -> dict:
     return content
 
 
+def _index(content: dict) -> COCO:
+    """pycocotools' index, without what it prints. It takes an annotation with the id 0 for none."""
+    coco = COCO()
+    coco.dataset = content
+    with redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
+
+
 def _check_images(path: Path, folder: Path, images: list[dict], categories: list[dict]):
     for what, entries in (("images", images), ("categories", categories)):
         ids = [entry["id"] for entry in entries]
@@ -136,19 +169,20 @@ def _check_images(path: Path, folder: Path, images: list[dict], categories: list
             raise ValueError(f"Image {image['id']} of {path} is not there: {folder / name}. Check --*_images.")
 
 
-def _of(images: dict[int, dict], number) -> dict:
-    """The image with an id; nothing if there is none, or it is no id at all."""
-    return images.get(number, {}) if isinstance(number, int) else {}
+def _image_of(annotation: dict, coco: COCO) -> dict:
+    """The image of an annotation; nothing if there is none with its id, or that is no id at all."""
+    number = annotation.get("image_id")
+    return coco.imgs.get(number, {}) if isinstance(number, int) else {}
 
 
-def _fault(annotation: dict, images: dict[int, dict], categories: set[int], with_masks: bool) -> str | None:
+def _fault(annotation: dict, coco: COCO, with_masks: bool) -> str | None:
     """What is wrong with an annotation, or None."""
-    image = _of(images, annotation.get("image_id"))
+    image = _image_of(annotation, coco)
     if not image:
-        return "is of a image that the file does not have"
+        return "is of an image that the file does not have"
     category = annotation.get("category_id")
-    if not isinstance(category, int) or category not in categories:
-        return f"has category {category!r}, which is not among the {len(categories)} of the file"
+    if not isinstance(category, int) or category not in coco.cats:
+        return f"has category {category!r}, which is not among the {len(coco.cats)} of the file"
     try:
         left, top, width, height = (float(number) for number in annotation["bbox"])
     except (KeyError, TypeError, ValueError):
@@ -164,29 +198,28 @@ def _fault(annotation: dict, images: dict[int, dict], categories: set[int], with
         return f"has an area of {area!r}, which must be a number from 0 on, or left out"
     if left >= image["width"] or top >= image["height"] or left + width <= 0 or top + height <= 0:
         return f"has a box outside its image of {image['width']}x{image['height']} px: {annotation['bbox']}"
-    return _mask_fault(annotation, image) if with_masks else None
+    return _mask_fault(annotation, coco) if with_masks else None
 
 
-def _mask_fault(annotation: dict, image: dict) -> str | None:
+def _mask_fault(annotation: dict, coco: COCO) -> str | None:
     segmentation = annotation.get("segmentation")
     if not segmentation:
-        return "has no mask, which Mask R-CNN learns (--detector faster_rcnn does not)"
+        return "has no mask, which Mask R-CNN is trained on (--detector faster_rcnn is not)"
+    image = coco.imgs[annotation["image_id"]]
     size = [image["height"], image["width"]]
     fault = _runs_fault(segmentation, size) if isinstance(segmentation, dict) else _polygon_fault(segmentation, size)
     if fault is not None:
         return fault
     try:
-        encoded = encode(segmentation, *size)
+        encoded = coco.annToRLE(annotation)
         area, around = run_lengths.area(encoded), run_lengths.toBbox(encoded)
     except Exception as error:  # the library raises many things
         return f"has a mask that cannot be read ({error})"
     if not area:
         return "has an empty mask"
     overlap = run_lengths.iou([around.tolist()], [annotation["bbox"]], [0]).item()
-    corners = [
-        np.array([left, top, left + width, top + height]) for left, top, width, height in (around, annotation["bbox"])
-    ]
-    if overlap < _SMALLEST_OVERLAP and np.abs(corners[0] - corners[1]).max() > _NEAR_PX:
+    sides = box_convert(torch.tensor([around.tolist(), annotation["bbox"]], dtype=torch.float64), "xywh", "xyxy")
+    if overlap < _SMALLEST_OVERLAP and (sides[0] - sides[1]).abs().max() > _NEAR_PX:
         box = [round(number, 1) for number in around.tolist()]
         return f"has a mask that does not match its box: it lies in {box}, the box is {annotation['bbox']}"
     return None
@@ -224,23 +257,15 @@ def _polygon_fault(segmentation, size: list[int]) -> str | None:
     return None
 
 
-def encode(segmentation: list | dict, height: int, width: int) -> dict:
-    """Polygons or run lengths of COCO as compressed run lengths."""
-    if isinstance(segmentation, dict) and not isinstance(segmentation["counts"], list):
-        return segmentation
-    encoded = run_lengths.frPyObjects(segmentation, height, width)
-    return run_lengths.merge(encoded) if isinstance(encoded, list) else encoded
-
-
 class CocoImages(Dataset):
     """
-    Images of an annotation file with boxes and labels, and with masks if they are learned.
+    Images of an annotation file with boxes and labels, and with masks if they are trained on.
 
-    What is drawn at random for a image depends on the seed, the epoch and the image alone.
+    The random augmentation of an image depends on the seed, the epoch and the image alone.
 
     Args:
-        coco: the annotations.
-        images: those of its images that are read.
+        annotations: of the images.
+        images: those entries of `annotations.images` that are read.
         with_masks: whether masks are read.
         transform: of `image`, `boxes`, `labels` and `masks`, as torchvision's v2; none if not given.
         seed: of the transform.
@@ -250,7 +275,7 @@ class CocoImages(Dataset):
 
     def __init__(
         self,
-        coco: CocoAnnotations,
+        annotations: CocoAnnotations,
         images: Sequence[dict],
         with_masks: bool,
         transform: Callable | None = None,
@@ -258,17 +283,17 @@ class CocoImages(Dataset):
         name: str = "train",
         num_channels: int = 3,
     ):
-        self.coco, self.images, self.with_masks, self.transform = coco, list(images), with_masks, transform
-        self.seed, self.name, self.num_channels, self.epoch = seed, name, num_channels, 0
-        self._labels = {category: number for number, category in enumerate(coco.category_ids, start=1)}
+        self.annotations, self.images, self.with_masks = annotations, list(images), with_masks
+        self.transform, self.seed, self.name, self.num_channels, self.epoch = transform, seed, name, num_channels, 0
+        self._labels = {category: number for number, category in enumerate(annotations.category_ids, start=1)}
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def image(self, row: int):
-        """The upright PIL image of a row. Raises UnreadableImageError, which names it."""
+    def image(self, row: int) -> Image.Image:
+        """The upright image of a row. Raises UnreadableImageError, which names it."""
         entry = self.images[row]
-        path = self.coco.folder / entry["file_name"]
+        path = self.annotations.folder / entry["file_name"]
         try:
             image = upright(open_image(path.read_bytes(), MAX_PIXELS), self.num_channels)
         except (UnreadableImageError, OSError) as error:
@@ -289,28 +314,25 @@ class CocoImages(Dataset):
 
     def __getitem__(self, row: int) -> dict:
         """`image` uint8, `boxes` (n, 4) as left, top, right, bottom, `labels` (n,), `masks` (n, H, W), `image_id`."""
-        image = self.images[row]
-        item = {"image": tv_tensors.Image(v2.functional.pil_to_tensor(self.image(row)))}
-        item |= self._targets(image)
+        entry = self.images[row]
+        item = {"image": tv_tensors.Image(v2.functional.pil_to_tensor(self.image(row))), **self._targets(entry)}
         if self.transform is not None:
-            with seeded(seed_of(self.seed, self.epoch, image["id"])):
+            with seeded(seed_of(self.seed, self.epoch, entry["id"])):
                 item = self.transform(item)
-        return item | {"image_id": image["id"]}
+        return item | {"image_id": entry["id"]}
 
-    def _targets(self, image: dict) -> dict:
-        objects = [o for o in self.coco.objects[image["id"]] if not o["iscrowd"]]
-        size = (image["height"], image["width"])
-        corners = torch.tensor([o["bbox"] for o in objects], dtype=torch.float32).reshape(-1, 4)
-        corners[:, 2:] += corners[:, :2]
-        boxes = tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=size)
-        labels = torch.tensor([self._labels[o["category_id"]] for o in objects], dtype=torch.long)
+    def _targets(self, entry: dict) -> dict:
+        objects, size = self.annotations.objects(entry["id"]), (entry["height"], entry["width"])
+        boxes = torch.tensor([one["bbox"] for one in objects], dtype=torch.float32).reshape(-1, 4)
+        boxes = tv_tensors.BoundingBoxes(box_convert(boxes, "xywh", "xyxy"), format="XYXY", canvas_size=size)
+        labels = torch.tensor([self._labels[one["category_id"]] for one in objects], dtype=torch.long)
         targets = {"boxes": v2.functional.clamp_bounding_boxes(boxes), "labels": labels}
         if self.with_masks:
             try:
-                masks = [run_lengths.decode(encode(o["segmentation"], *size)) for o in objects]
+                masks = [self.annotations.coco.annToMask(one) for one in objects]
             except Exception as error:  # the library raises many things
                 raise ValueError(
-                    f"A mask of image {image['id']} of {self.name} cannot be read ({error}): correct it."
+                    f"A mask of image {entry['id']} of {self.name} cannot be read ({error}): correct it."
                 ) from error
             stacked = np.stack(masks) if masks else np.zeros((0, *size), dtype=np.uint8)
             targets["masks"] = tv_tensors.Mask(torch.from_numpy(stacked))
@@ -318,7 +340,7 @@ class CocoImages(Dataset):
 
 
 class _ScaleJitter(v2.ScaleJitter):
-    """torchvision's, with masks scaled about the middles of their pixels, as images and boxes are."""
+    """torchvision's, with masks scaled about the centers of their pixels, as images and boxes are."""
 
     def transform(self, inpt, params):
         if not isinstance(inpt, tv_tensors.Mask):
@@ -327,44 +349,38 @@ class _ScaleJitter(v2.ScaleJitter):
         return tv_tensors.Mask(v2.functional.resize_image(inpt.as_subclass(torch.Tensor), params["size"], exact))
 
 
-class LargeScaleJitter:
+class _BoxesOfMasks(v2.Transform):
+    """Boxes that hold the masks again, of which parts were cut off; empty where nothing is left."""
+
+    def forward(self, item: dict) -> dict:
+        if "masks" not in item:
+            return item
+        masks = item["masks"].as_subclass(torch.Tensor).bool()
+        boxes, left = torch.zeros(len(masks), 4), masks.flatten(1).any(dim=1)
+        boxes[left] = masks_to_boxes(masks[left]) + torch.tensor([0.0, 0.0, 1.0, 1.0])  # the last pixel is inside
+        return item | {"boxes": tv_tensors.wrap(boxes, like=item["boxes"])}
+
+
+def large_scale_jitter(
+    crop_size: int, scales: Sequence[float], flip_probability: float, mean: Sequence[float]
+) -> v2.Compose:
     """
-    The published augmentation of detectors (arXiv 2012.07177): a image is scaled at random, relative to what fits the
-    square that is then cut out or filled up, and flipped.
+    The published augmentation of detectors (arXiv 2012.07177): an image is scaled at random, relative to what fits the
+    square that is then cropped or padded, and flipped. Objects of less than a pixel are left out.
 
     Args:
-        crop_px: side of the square in px.
+        crop_size: side of the square in px.
         scales: smallest and largest scale.
         flip_probability: of a horizontal flip.
-        mean: of each channel, which fills up what a small image leaves.
+        mean: of each channel, which pads small images.
     """
-
-    def __init__(self, crop_px: int, scales: Sequence[float], flip_probability: float, mean: Sequence[float]):
-        fill = {tv_tensors.Image: [255 * value for value in mean], "others": 0}
-        self.transform = v2.Compose(
-            [
-                _ScaleJitter((crop_px, crop_px), tuple(scales), antialias=True),
-                v2.RandomCrop(crop_px, pad_if_needed=True, fill=fill),
-                v2.RandomHorizontalFlip(flip_probability),
-            ]
-        )
-
-    def __call__(self, item: dict) -> dict:
-        item = self.transform(item)
-        boxes = item["boxes"]
-        if "masks" in item:  # what is cut off belongs to a box no more
-            boxes = tv_tensors.wrap(boxes_of(item["masks"], boxes), like=boxes)
-        sides = boxes[:, 2:] - boxes[:, :2]
-        kept = (sides >= 1).all(dim=1)
-        return item | {"boxes": boxes[kept]} | {name: item[name][kept] for name in ("labels", "masks") if name in item}
-
-
-def boxes_of(masks: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
-    """The smallest boxes that hold the masks (n, H, W): (n, 4) as left, top, right, bottom; empty where they are."""
-    boxes = torch.zeros_like(otherwise)
-    for number, mask in enumerate(masks):
-        rows, columns = mask.any(dim=1).nonzero(), mask.any(dim=0).nonzero()
-        if len(rows):
-            corners = columns[0].item(), rows[0].item(), columns[-1].item() + 1, rows[-1].item() + 1
-            boxes[number] = boxes.new_tensor(corners)
-    return boxes
+    fill = {tv_tensors.Image: [255 * value for value in mean], "others": 0}
+    return v2.Compose(
+        [
+            _ScaleJitter((crop_size, crop_size), tuple(scales), antialias=True),
+            v2.RandomCrop(crop_size, pad_if_needed=True, fill=fill),
+            v2.RandomHorizontalFlip(flip_probability),
+            _BoxesOfMasks(),
+            v2.SanitizeBoundingBoxes(),
+        ]
+    )

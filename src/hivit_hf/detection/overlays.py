@@ -1,24 +1,24 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""Images with the objects that are annotated and found on them."""
+"""Images with annotated and detected objects: boxes, masks, names and scores."""
 
 from collections.abc import Sequence
 
-import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+import torch
+from PIL import Image, ImageDraw
+from torchvision.transforms.v2 import functional
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
 from ..segmentation.overlays import palette
-from ..training.figures import INK, new_figure
 
 
-_COLUMNS = 6
+_COLUMNS, _TILE_PX, _TITLE_PX, _GAP_PX = 4, 320, 16, 6
 
 
 def draw_detections(
     items: Sequence[dict], found: Sequence[dict], names: Sequence[str], threshold: float = 0.5
-) -> Figure:
+) -> Image.Image:
     """
-    Images in pairs of rows: what is on them, and below what was found, with boxes, masks, names and scores.
+    Images in pairs of rows: the annotated objects, and below them the detected ones with their scores.
 
     Args:
         items: of `CocoImages`, as they are in the files.
@@ -26,39 +26,49 @@ def draw_detections(
         names: of the classes; label 1 is the first.
         threshold: detections with a lower score are not drawn.
     """
-    columns, rows = min(len(items), _COLUMNS), 2 * -(-len(items) // _COLUMNS)
-    figure = new_figure(width=2.6 * columns + 0.7, height=2.8 * rows)
-    for number, (item, detections) in enumerate(zip(items, found)):
-        kept = detections["scores"].float().cpu() >= threshold
-        shown = {name: values.cpu()[kept] for name, values in detections.items()}
-        for below, (what, objects) in enumerate((("annotated", item), ("found", shown))):
-            row, column = 2 * (number // _COLUMNS) + below, number % _COLUMNS
-            axes = figure.add_subplot(rows, columns, row * columns + column + 1)
-            axes.imshow(np.asarray(item["image"].permute(1, 2, 0)).squeeze(), cmap="gray", interpolation="nearest")
-            _draw_objects(axes, objects, names)
-            axes.set(xticks=[], yticks=[])
-            axes.spines[:].set_visible(False)
-            if column == 0:
-                axes.set_ylabel(what, fontsize=11, color=INK)
-    return figure
+    columns, tiles = min(len(items), _COLUMNS), []
+    kept = [{name: values.cpu()[one["scores"].cpu() >= threshold] for name, values in one.items()} for one in found]
+    for first in range(0, len(items), columns):
+        row = items[first : first + columns]
+        for title, objects in (("annotated", row), ("detected", kept[first : first + columns])):
+            drawn = [draw_objects(item["image"], one, names) for item, one in zip(row, objects)]
+            tiles += [_titled(image, title) for image in drawn]
+            tiles += [torch.full_like(tiles[-1], 255)] * (columns - len(row))
+    height = max(tile.shape[1] for tile in tiles)
+    padded = [functional.pad(tile, [0, 0, _TILE_PX - tile.shape[2], height - tile.shape[1]], 255) for tile in tiles]
+    return functional.to_pil_image(make_grid(padded, nrow=columns, padding=_GAP_PX, pad_value=255))
 
 
-def _draw_objects(axes, objects: dict, names: Sequence[str]):
-    masks, colors = objects.get("masks"), palette(names, opacity=0.45) / 255
-    for number, (box, label) in enumerate(zip(objects["boxes"].tolist(), objects["labels"].tolist())):
-        color = colors[label - 1, :3]
-        if masks is not None:
-            mask = np.asarray(masks[number], dtype=bool)
-            layer = np.zeros((*mask.shape, 4))
-            layer[mask] = colors[label - 1]
-            axes.imshow(layer, interpolation="nearest")
-        left, top, right, bottom = box
-        axes.add_patch(
-            Rectangle((left - 0.5, top - 0.5), right - left, bottom - top, fill=False, edgecolor=color, linewidth=1.5)
-        )
-        score = f" {objects['scores'][number]:.2f}" if "scores" in objects else ""
-        style = {"facecolor": color, "edgecolor": "none", "pad": 1, "alpha": 0.85}
-        text = names[label - 1] + score
-        above = "bottom" if top > 0.06 * axes.get_ylim()[0] else "top"  # else it would leave the image
-        ink = "black" if color @ (0.299, 0.587, 0.114) > 0.6 else "white"  # on light colors, by their luma
-        axes.text(left, top, text, fontsize=7, color=ink, va=above, bbox=style, clip_on=True)
+def draw_objects(image: torch.Tensor, objects: dict, names: Sequence[str]) -> torch.Tensor:
+    """
+    An image with boxes, names, scores and masks, its longer side `_TILE_PX`.
+
+    Args:
+        image: (channels, H, W), uint8.
+        objects: `boxes`, `labels`, and `scores` and `masks` if there are any.
+        names: of the classes; label 1 is the first.
+    """
+    image = torch.as_tensor(image)
+    image = image[:3] if len(image) >= 3 else image[:1].expand(3, -1, -1)
+    factor = _TILE_PX / max(image.shape[1:])
+    size = [max(1, round(side * factor)) for side in image.shape[1:]]
+    image = functional.resize(image, size)
+    labels, of_class = objects["labels"].tolist(), palette(names)[:, :3].tolist()
+    colors = [tuple(of_class[label - 1]) for label in labels]
+    texts = [names[label - 1] for label in labels]
+    if "scores" in objects:
+        texts = [f"{text} {score:.2f}" for text, score in zip(texts, objects["scores"].tolist())]
+    for mask, color in zip(torch.as_tensor(objects.get("masks", [])), colors):
+        mask = functional.resize(mask[None].byte(), size, functional.InterpolationMode.NEAREST)[0].bool()
+        image = draw_segmentation_masks(image, mask, alpha=0.45, colors=color)
+    if not labels:
+        return image
+    ink = ["black" if 0.299 * r + 0.587 * g + 0.114 * b > 150 else "white" for r, g, b in colors]  # by luma
+    boxes = torch.as_tensor(objects["boxes"]) * factor
+    return draw_bounding_boxes(image, boxes, texts, colors, width=2, label_colors=ink, fill_labels=True)
+
+
+def _titled(image: torch.Tensor, title: str) -> torch.Tensor:
+    tile = functional.to_pil_image(functional.pad(image, [0, _TITLE_PX, 0, 0], 255))
+    ImageDraw.Draw(tile).text((1, 1), title, fill="black")
+    return functional.pil_to_tensor(tile)

@@ -20,7 +20,7 @@ from ..training.initialization import DenseStart, check_architecture, normalizat
 from ..training.optim import stepped_learning_rate
 from ..training.trainer_old import training_arguments
 from .arguments import DetectionRecipe
-from .data import CocoAnnotations, CocoImages, LargeScaleJitter, read_coco
+from .data import CocoAnnotations, CocoImages, large_scale_jitter, read_coco
 from .metrics import BOX, MASK, as_results, average_precision
 from .modeling import (
     DetrBatches,
@@ -85,7 +85,7 @@ class DetectorTrainer(DenseTrainer):
     ) -> EvalLoopOutput:
         """Average precision of boxes, and of masks if there are any; the detections are in `predictions`."""
         images, model = self.eval_dataset, self._wrap_model(self.model, training=False)
-        coco, results = images.coco, []
+        coco, results = images.annotations, []
         model.eval()
         hidden = self.args.disable_tqdm or not self.is_world_process_zero()
         for items in tqdm(dataloader, desc=description, unit="batch", disable=hidden, leave=False):
@@ -204,7 +204,7 @@ class DetectionRun(FinetuneRun):
             )
         limits = ((learned, recipe.max_train_samples), (evaluation.images, recipe.max_eval_samples))
         learned, evaluated = ([images[row] for row in sample_rows(len(images), n, recipe.seed)] for images, n in limits)
-        jitter = LargeScaleJitter(recipe.crop_size, recipe.jitter_scale, recipe.flip_probability, mean)
+        jitter = large_scale_jitter(recipe.crop_size, recipe.jitter_scale, recipe.flip_probability, mean)
         masks, channels = recipe.with_masks, self.config.num_channels
         self.train_images = CocoImages(train, learned, masks, jitter, recipe.seed, "train", channels)
         self.eval_images = CocoImages(evaluation, evaluated, masks, None, recipe.seed, "eval", channels)
@@ -244,8 +244,8 @@ class DetectionRun(FinetuneRun):
             items = [self.eval_images[row] for row in range(count)]
             self.model.eval()
             found = [detections for item in items for detections in trainer.detect(self.model, [item])]
-            figure = draw_detections(items, found, self.eval_images.coco.names, self.recipe.image_threshold)
-            figure.savefig(Path(self.recipe.output_dir) / IMAGES, dpi=110)
+            drawn = draw_detections(items, found, self.eval_images.annotations.names, self.recipe.image_threshold)
+            drawn.save(Path(self.recipe.output_dir) / IMAGES)
 
 
 def _check_same_categories(train: CocoAnnotations, evaluation: CocoAnnotations):
