@@ -16,7 +16,7 @@ import transformers
 
 from checkpoint import ConversionError, read_checkpoint, shown
 from engine import DTYPES, KEY_MAPS, WRITTEN_FILES, convert, plan_conversion
-from hivit_hf.hub.folders import FolderError, refuse_output
+from hivit_hf.training.folders import FolderError, refuse_output
 from report import summary
 from to_original import to_original
 

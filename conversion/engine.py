@@ -13,9 +13,9 @@ from transformers.initialization import no_init_weights
 from architecture import block_names, infer_config, square_side
 from checkpoint import Checkpoint, ConversionError, shown
 from hivit_hf import HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling, HiViTModel
-from hivit_hf.hub.folders import written_whole
 from hivit_hf.image_processing import evaluation_processor
 from hivit_hf.modeling_hivit import relative_position_index, resize_table, sin_cos_position_embeddings
+from hivit_hf.training.folders import written_whole
 from key_maps import Dropped, Index, KeyMap, Match, OnlyIf, dense, itpn, mmpretrain, self_supervised, supervised
 from key_maps.others import recognize
 from report import describe_source, describe_versions, write_report

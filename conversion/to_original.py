@@ -11,8 +11,8 @@ from architecture import block_names
 from checkpoint import ConversionError, read_checkpoint, shown
 from engine import KEY_MAPS, WRITTEN_FILES, by_reason, compare, expected_shapes, table
 from hivit_hf import HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling, HiViTModel
-from hivit_hf.hub.folders import written_whole
 from hivit_hf.modeling_hivit import relative_position_index
+from hivit_hf.training.folders import written_whole
 from key_maps import KeyMap, self_supervised
 from report import describe_versions, write_report
 

@@ -28,7 +28,7 @@ def test_the_wheel_holds_what_exported_folders_are_made_of(tmp_path):
     package = ROOT / "src" / "hivit_hf"
     with zipfile.ZipFile(wheel) as files:
         names = {name for name in files.namelist() if name.startswith("hivit_hf/")}
-        for name in ("LICENSE", "card_template.md", "py.typed", "handler.py", "modeling_hivit.py"):
+        for name in ("LICENSE", "hub/card_template.md", "py.typed", "hub/handler.py", "modeling_hivit.py"):
             assert files.read(f"hivit_hf/{name}") == (package / name).read_bytes(), name
         assert b"Apache License" in files.read("hivit_hf/LICENSE")
     there = [path for path in (source / "src" / "hivit_hf").rglob("*") if path.is_file()]

@@ -9,7 +9,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import cached_file, logging
 
 from .configuration_hivit import HiViTConfig
-from .hub.handler import read_processor
+from .image_reading import read_processor
 
 
 logger = logging.get_logger(__name__)

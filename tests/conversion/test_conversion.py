@@ -573,7 +573,7 @@ def test_classes_that_are_not_installed(run, small, tmp_path):
     finished = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
     report = json.loads((tmp_path / "out" / "conversion_report.json").read_text())
-    assert report["source"]["classes_left_out"] == ["test_conversion.Settings"]
+    assert report["source"]["classes_left_out"] == [f"{Settings.__module__}.Settings"]
 
 
 # -- damaged files, folders -------------------------------------------------------------------------------------------

@@ -29,10 +29,12 @@ from support.nonsense import (
 
 
 def toolkit(folder):
-    """What the toolkit makes of a repository: it imports handler.py as `handler`, from its path."""
+    """What the toolkit makes of a repository: it puts the folder on the path, and imports handler.py as `handler`."""
     spec = importlib.util.spec_from_file_location("handler", folder / "handler.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        spec.loader.exec_module(module)
     return module.EndpointHandler(str(folder))
 
 

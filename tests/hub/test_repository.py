@@ -20,14 +20,16 @@ from transformers import BitImageProcessor, ViTImageProcessor, pipeline
 
 import export_onnx
 import hivit_hf
-import hivit_hf.hub as hub
 import push_to_hub
 from hivit_hf import HiViTBackbone, HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling, HiViTModel
 from hivit_hf.classification.evaluation import load_for_evaluation
+from hivit_hf.hub import repository
 from hivit_hf.hub.cards import check_card, render_card
-from hivit_hf.hub.folders import FolderError
 from hivit_hf.hub.handler import EndpointHandler, read_image
 from hivit_hf.hub.model_zoo import CHECKPOINTS, Checkpoint
+from hivit_hf.hub.repository import export
+from hivit_hf.image_processing import load_processor
+from hivit_hf.training.folders import FolderError
 from hivit_hf.training.initialization import normalization
 from support.networks import TINY
 from support.nonsense import encoded, hundred_megapixels, noise
@@ -56,10 +58,8 @@ def classifier(tiny_network):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, classifier, samples):
     """A classifier, exported with everything."""
-    about = dataclasses.replace(hub.undescribed(classifier, "fish"), title="Fish", license="mit")
-    return hub.export(
-        classifier, tmp_path_factory.mktemp("out") / "fish", about, samples=samples, conversion_report=REPORT
-    )
+    about = dataclasses.replace(repository.undescribed(classifier, "fish"), title="Fish", license="mit")
+    return export(classifier, tmp_path_factory.mktemp("out") / "fish", about, samples=samples, conversion_report=REPORT)
 
 
 def test_the_folder_is_complete(folder, classifier):
@@ -71,6 +71,7 @@ def test_the_folder_is_complete(folder, classifier):
         "configuration_hivit.py",
         "conversion_report.json",
         "handler.py",
+        "image_reading.py",
         "model.safetensors",
         "modeling_hivit.py",
         "onnx/model.onnx",
@@ -82,8 +83,8 @@ def test_the_folder_is_complete(folder, classifier):
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == ["HiViTForImageClassification"]
     assert config["id2label"] == {"0": "tench", "1": "goldfish", "2": "shark"}
-    assert config["auto_map"] == hub.AUTO_MAP
-    assert len(hub.AUTO_MAP) == 6
+    assert config["auto_map"] == repository.AUTO_MAP
+    assert len(repository.AUTO_MAP) == 6
     for name, tensor in load_file(folder / "model.safetensors").items():
         assert torch.equal(tensor, classifier.state_dict()[name])
     assert json.loads((folder / "conversion_report.json").read_text()) == REPORT
@@ -114,7 +115,7 @@ def test_what_a_pipeline_reads_otherwise_is_shown_as_it_does(classifier, tmp_pat
     Image.fromarray(deep).save(tmp_path / "deep.png")
     Image.merge("RGBA", [Image.effect_noise((64, 64), 90) for _ in range(4)]).save(tmp_path / "glass.png")
     samples = [tmp_path / "deep.png", tmp_path / "glass.png"]
-    folder = hub.export(classifier, tmp_path / "out", samples=samples, onnx=False)
+    folder = export(classifier, tmp_path / "out", samples=samples, onnx=False)
     classify = pipeline("image-classification", model=str(folder))
     for entry in ModelCard.load(folder / "README.md").data.widget:
         found = classify(str(folder / entry["src"]), top_k=3)
@@ -155,7 +156,7 @@ def test_the_cards_quick_start_runs(folder, tmp_path):
 @pytest.mark.slow
 def test_an_autoencoder_shows_reconstructions(tiny_network, samples, tmp_path):
     model = tiny_network(HiViTForMaskedImageModeling)
-    folder = hub.export(model, tmp_path / "mae", samples=samples)
+    folder = export(model, tmp_path / "mae", samples=samples)
     card = (folder / "README.md").read_text()
     assert (folder / "onnx" / "reconstruction.onnx").is_file()
     assert (folder / "onnx" / "model.onnx").is_file()
@@ -174,25 +175,25 @@ def test_an_autoencoder_shows_reconstructions(tiny_network, samples, tmp_path):
 
 def test_what_cannot_be_exported_is_refused_before_anything_is_written(classifier, tiny_network, tmp_path, samples):
     refusals = [
-        (ValueError, "got a Linear", lambda: hub.export(torch.nn.Linear(1, 1), tmp_path / "out")),
+        (ValueError, "got a Linear", lambda: export(torch.nn.Linear(1, 1), tmp_path / "out")),
         (ValueError, "the model is a HiViTForImage",
-         lambda: hub.export(classifier, tmp_path / "out", CHECKPOINTS["hivit-base-mae-1600ep"])),
-        (ValueError, "OWNER/NAME", lambda: hub.export(classifier, tmp_path / "out", push_to_hub=True)),
-        (ValueError, "at most 24", lambda: hub.export(classifier, tmp_path / "out", samples=[samples[0]] * 25)),
-        (ValueError, "Two samples", lambda: hub.export(classifier, tmp_path / "out", samples=[samples[0]] * 2)),
-        (ValueError, ".png files, got", lambda: hub.export(classifier, tmp_path / "out", samples=[Path("a.txt")])),
-        (ValueError, "cannot be read", lambda: hub.export(classifier, tmp_path / "out", samples=[Path("a.png")])),
+         lambda: export(classifier, tmp_path / "out", CHECKPOINTS["hivit-base-mae-1600ep"])),
+        (ValueError, "OWNER/NAME", lambda: export(classifier, tmp_path / "out", push_to_hub=True)),
+        (ValueError, "at most 24", lambda: export(classifier, tmp_path / "out", samples=[samples[0]] * 25)),
+        (ValueError, "Two samples", lambda: export(classifier, tmp_path / "out", samples=[samples[0]] * 2)),
+        (ValueError, ".png files, got", lambda: export(classifier, tmp_path / "out", samples=[Path("a.txt")])),
+        (ValueError, "cannot be read", lambda: export(classifier, tmp_path / "out", samples=[Path("a.png")])),
     ]  # fmt: skip
     wide = tiny_network(HiViTForImageClassification, image_size=(32, 64))
-    refusals.append((ValueError, "give an image_processor", lambda: hub.export(wide, tmp_path / "out")))
+    refusals.append((ValueError, "give an image_processor", lambda: export(wide, tmp_path / "out")))
     (tmp_path / "huge.png").write_bytes(hundred_megapixels())
     huge = [tmp_path / "huge.png"]
-    refusals.append((ValueError, "too large", lambda: hub.export(classifier, tmp_path / "out", samples=huge)))
+    refusals.append((ValueError, "too large", lambda: export(classifier, tmp_path / "out", samples=huge)))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     refusals += [
-        (FolderError, "exists", lambda: hub.export(classifier, tmp_path / "mine")),
-        (FolderError, "holds thesis.txt", lambda: hub.export(classifier, tmp_path / "mine", overwrite=True)),
+        (FolderError, "exists", lambda: export(classifier, tmp_path / "mine")),
+        (FolderError, "holds thesis.txt", lambda: export(classifier, tmp_path / "mine", overwrite=True)),
     ]
     for kind, words, call in refusals:
         with pytest.raises(kind, match=re.escape(words)):
@@ -204,20 +205,20 @@ def test_a_failed_export_leaves_nothing(classifier, tmp_path, monkeypatch):
     def fail(*arguments, **keywords):
         raise RuntimeError("on the way")
 
-    monkeypatch.setattr(hub, "render_card", fail)
+    monkeypatch.setattr(repository, "render_card", fail)
     with pytest.raises(RuntimeError, match="on the way"):
-        hub.export(classifier, tmp_path / "new" / "out", onnx=False)
+        export(classifier, tmp_path / "new" / "out", onnx=False)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_overwrite_replaces_only_an_export(classifier, tmp_path, samples):
-    out = hub.export(classifier, tmp_path / "out", samples=samples, onnx=False)
-    hub.export(classifier, out, onnx=False, overwrite=True)
+    out = export(classifier, tmp_path / "out", samples=samples, onnx=False)
+    export(classifier, out, onnx=False, overwrite=True)
     assert not (out / "samples").exists()
     (out / "samples").mkdir()
     (out / "samples" / "notes.txt").write_text("mine")
     with pytest.raises(FolderError, match=r"samples/notes\.txt"):
-        hub.export(classifier, out, onnx=False, overwrite=True)
+        export(classifier, out, onnx=False, overwrite=True)
 
 
 def test_nothing_is_uploaded_unless_asked(classifier, samples, tmp_path, monkeypatch):
@@ -232,10 +233,10 @@ def test_nothing_is_uploaded_unless_asked(classifier, samples, tmp_path, monkeyp
             return type("Commit", (), {"commit_url": "https://huggingface.co/me/fish/commit/1"})
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    about = dataclasses.replace(hub.undescribed(classifier, "fish"), repo_id="me/fish")
-    hub.export(classifier, tmp_path / "a", about, onnx=False)
+    about = dataclasses.replace(repository.undescribed(classifier, "fish"), repo_id="me/fish")
+    export(classifier, tmp_path / "a", about, onnx=False)
     assert calls == []
-    hub.export(classifier, tmp_path / "b", about, samples=samples, onnx=False, push_to_hub=True)
+    export(classifier, tmp_path / "b", about, samples=samples, onnx=False, push_to_hub=True)
     assert calls[0] == ("create", "me/fish", True, True)
     kind, repo_id, deleted, card = calls[1]
     assert (kind, repo_id) == ("upload", "me/fish")
@@ -253,30 +254,30 @@ def test_an_upload_that_fails_is_told_in_words(classifier, tmp_path, monkeypatch
             raise OfflineModeIsEnabled("Cannot reach the Hub: offline mode is enabled.")
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    about = dataclasses.replace(hub.undescribed(classifier, "fish"), repo_id="me/fish")
+    about = dataclasses.replace(repository.undescribed(classifier, "fish"), repo_id="me/fish")
     with pytest.raises(ValueError, match=r"not uploaded to me/fish: Cannot reach the Hub"):
-        hub.export(classifier, tmp_path / "out", about, onnx=False, push_to_hub=True)
+        export(classifier, tmp_path / "out", about, onnx=False, push_to_hub=True)
     assert (tmp_path / "out" / "README.md").is_file()
 
 
 def test_a_card_is_of_its_own_network_only(classifier, tmp_path):
     with pytest.raises(ValueError, match="another network, as it differs in image_size, hidden_size"):
-        hub.export(classifier, tmp_path / "out", CHECKPOINTS["hivit-base"], onnx=False)
+        export(classifier, tmp_path / "out", CHECKPOINTS["hivit-base"], onnx=False)
     own = {"arguments": {**TINY, "num_labels": 3}}
     original = dataclasses.replace(CHECKPOINTS["hivit-base-mae-1600ep-ft100ep"], **own)
     with pytest.raises(ValueError, match="no conversion report"):
-        hub.export(classifier, tmp_path / "out", original, onnx=False)
+        export(classifier, tmp_path / "out", original, onnx=False)
     with pytest.raises(ValueError, match=r"not one of conversion/convert\.py"):
-        hub.export(classifier, tmp_path / "out", original, conversion_report={"source": []}, onnx=False)
+        export(classifier, tmp_path / "out", original, conversion_report={"source": []}, onnx=False)
     more = dataclasses.replace(original, arguments={**TINY, "num_labels": 4})
     with pytest.raises(ValueError, match="differs in num_labels"):
-        hub.export(classifier, tmp_path / "out", more, conversion_report=REPORT, onnx=False)
+        export(classifier, tmp_path / "out", more, conversion_report=REPORT, onnx=False)
     assert not (tmp_path / "out").exists()
 
-    card = hub.export(classifier, tmp_path / "out", original, conversion_report=REPORT, onnx=False) / "README.md"
+    card = export(classifier, tmp_path / "out", original, conversion_report=REPORT, onnx=False) / "README.md"
     assert ModelCard.load(card).data.eval_results[0].metric_value == 84.6
     trained = dataclasses.replace(CHECKPOINTS["hivit-base"], **own)
-    text = (hub.export(classifier, tmp_path / "trained", trained, onnx=False) / "README.md").read_text()
+    text = (export(classifier, tmp_path / "trained", trained, onnx=False) / "README.md").read_text()
     assert "These are not the paper's weights" in text and "There are no weights" not in text
     assert "| ImageNet-1k, top-1 at 224 px, the paper's own weights | 83.8 % |" in text
     assert "With weights that you have trained" not in text
@@ -295,7 +296,7 @@ def test_odd_names_stay_what_they_are(tiny_network, tmp_path):
     image = tmp_path / "my fish.PNG"
     image.write_bytes(encoded(noise(64, 64)))
     model = tiny_network(HiViTForImageClassification, id2label=names)
-    out = hub.export(model, tmp_path / "out", samples=[image], onnx=False)
+    out = export(model, tmp_path / "out", samples=[image], onnx=False)
     card = ModelCard.load(out / "README.md")
     assert (out / "samples" / "my fish.png").is_file()
     assert card.data.widget[0]["src"] == "samples/my%20fish.png"
@@ -305,14 +306,14 @@ def test_odd_names_stay_what_they_are(tiny_network, tmp_path):
         row.count("|") == 3 and "<script>" not in row and "a&#124;b: " in row and 'src="samples/my%20fish.png"' in row
     )
     assert '"out/samples/my fish.png"' in card.content
-    hub.export(model, out, samples=[image], onnx=False, overwrite=True)
+    export(model, out, samples=[image], onnx=False, overwrite=True)
 
 
 def test_reconstructions_have_names_of_their_own(tiny_network, tmp_path):
     names = ["a.png", "a.jpg", "a_reconstructed.png"]
     for name in names:
         (tmp_path / name).write_bytes(encoded(noise(64, 64)))
-    out = hub.export(
+    out = export(
         tiny_network(HiViTForMaskedImageModeling), tmp_path / "o", samples=[tmp_path / n for n in names], onnx=False
     )
     assert len(list((out / "samples").iterdir())) == 6
@@ -323,7 +324,7 @@ def test_reconstructions_have_names_of_their_own(tiny_network, tmp_path):
 
 def test_several_labels_are_scored_each_by_itself(tiny_network, samples, tmp_path):
     model = tiny_network(HiViTForImageClassification, problem_type="multi_label_classification")
-    card = (hub.export(model, tmp_path / "out", samples=samples, onnx=False) / "README.md").read_text()
+    card = (export(model, tmp_path / "out", samples=samples, onnx=False) / "README.md").read_text()
     assert "sigmoid outputs" in card and "softmax" not in card
 
 
@@ -373,7 +374,7 @@ def test_processors_of_other_classes_stay_what_they_are(classifier, samples, tmp
     image = read_image(samples[0].read_bytes())
     expected = squeeze(image, return_tensors="pt").pixel_values
     endpoint = EndpointHandler(str(tmp_path / "out"))
-    loaded = hub.load_processor(tmp_path / "out", classifier.config)
+    loaded = load_processor(tmp_path / "out", classifier.config)
     for processor in (endpoint.processor, loaded, load_for_evaluation(str(tmp_path / "out"))[1]):
         assert type(processor).__name__.startswith("ViTImageProcessor")
         assert torch.equal(processor(image, return_tensors="pt").pixel_values, expected)
@@ -391,7 +392,7 @@ def test_processors_that_nobody_has_are_refused(name, classifier, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": name, "size": 64}))
     words = f"names the image processor {name}, which transformers does not have or cannot use here: save a BitImage"
     for load in (
-        lambda: hub.load_processor(tmp_path, classifier.config),
+        lambda: load_processor(tmp_path, classifier.config),
         lambda: EndpointHandler(str(tmp_path)),
         lambda: load_for_evaluation(str(tmp_path)),
         lambda: normalization(str(tmp_path), 3),
@@ -402,7 +403,7 @@ def test_processors_that_nobody_has_are_refused(name, classifier, tmp_path):
 
 def test_the_cards_of_encoders_name_their_processor(tiny_network, tmp_path):
     squeeze = ViTImageProcessor(size={"height": 64, "width": 64})
-    out = hub.export(tiny_network(HiViTModel), tmp_path / "out", image_processor=squeeze, onnx=False)
+    out = export(tiny_network(HiViTModel), tmp_path / "out", image_processor=squeeze, onnx=False)
     code = re.search(r"```python\n(.*?)```", (out / "README.md").read_text(), flags=re.DOTALL).group(1)
     assert 'ViTImageProcessor.from_pretrained("out")' in code and "BitImageProcessor" not in code
 
@@ -410,20 +411,20 @@ def test_the_cards_of_encoders_name_their_processor(tiny_network, tmp_path):
 def test_onnx_of_half_precision_is_refused_before_anything_is_written(tiny_network, tmp_path):
     model = tiny_network(HiViTForImageClassification).to(torch.bfloat16)
     with pytest.raises(ValueError, match="float32 models on the CPU"):
-        hub.export(model, tmp_path / "new" / "out")
+        export(model, tmp_path / "new" / "out")
     assert list(tmp_path.iterdir()) == []
-    hub.export(model, tmp_path / "out", onnx=False)
+    export(model, tmp_path / "out", onnx=False)
 
 
 def test_requirements_are_those_of_the_package():
     dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    assert set(dependencies) - set(hub.REQUIREMENTS) == {"jinja2>=3.1"}  # which renders cards, no more
-    assert set(hub.REQUIREMENTS) <= set(dependencies)
+    assert set(dependencies) - set(repository.REQUIREMENTS) == {"jinja2>=3.1"}  # which renders cards, no more
+    assert set(repository.REQUIREMENTS) <= set(dependencies)
 
 
 def test_a_backbone_cannot_be_described_as_another_class(tiny_network, tmp_path):
     with pytest.raises(ValueError, match="HiViTBackbone"):
-        hub.export(tiny_network(HiViTBackbone), tmp_path / "out", CHECKPOINTS["hivit-base"], onnx=False)
+        export(tiny_network(HiViTBackbone), tmp_path / "out", CHECKPOINTS["hivit-base"], onnx=False)
 
 
 # -- the command ----------------------------------------------------------------------------------------------------

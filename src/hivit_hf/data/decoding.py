@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
-from ..hub.handler import LevelsError, to_eight_bits
+from ..image_reading import LevelsError, to_eight_bits
 
 
 MAX_PIXELS = 178_956_970  # PIL's own limit

@@ -8,7 +8,7 @@ An Inference Endpoint for HiViT. The endpoint's toolkit makes an `EndpointHandle
               {"error": "what is wrong and what would do"}          for what cannot be answered
 
 A IMAGE is a `PIL.Image` (what the toolkit makes of an image body), bytes, or base64, also as a data: URI. Addresses
-are never fetched. This file travels to the Hub: it imports nothing of the package.
+are never fetched. This file travels to the Hub with `image_reading.py`: it imports nothing else of the package.
 """
 
 import base64
@@ -21,8 +21,13 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageOps
-from transformers import AutoModel, AutoModelForImageClassification, BitImageProcessor, PreTrainedConfig
-from transformers.image_processing_utils import BaseImageProcessor
+from transformers import AutoModel, AutoModelForImageClassification, PreTrainedConfig
+
+
+try:
+    from ..image_reading import LevelsError, read_processor, to_eight_bits
+except ImportError:  # on the Hub, where the files lie side by side
+    from image_reading import LevelsError, read_processor, to_eight_bits
 
 
 MAX_MEGAPIXELS = 64
@@ -33,10 +38,6 @@ MAX_REQUEST_MEGAPIXELS = 256  # of all images of a request together
 
 class RequestError(ValueError):
     """What is wrong with a request, and what would do."""
-
-
-class LevelsError(ValueError):
-    """Numbers of a image of which nobody knows what is white."""
 
 
 def read_image(source: Image.Image | bytes | str) -> Image.Image:
@@ -98,65 +99,12 @@ def _too_large(what: str) -> str:
     return f"The image is too large: {what} megapixels, at most {MAX_MEGAPIXELS} are read; send a smaller one."
 
 
-def to_eight_bits(image: Image.Image) -> Image.Image:
-    """
-    A gray image of more than 8 bits with 8, from black to white; `convert` would clip it. Whole numbers are of 16
-    bits, other ones from 0 to 1 or, if larger ones are among them, to 255. Other images come back as they are.
-
-    Raises:
-        LevelsError: if there are larger or negative numbers.
-    """
-    if image.mode.startswith("I;16"):
-        image = image.convert("I")
-    if image.mode not in ("I", "F"):
-        return image
-    low, high = image.getextrema()
-    white = 65535 if image.mode == "I" else 1 if high <= 1 else 255
-    if not 0 <= low <= high <= white:
-        raise LevelsError(f"its numbers go from {low:g} to {high:g}, not from 0 to {white}")
-    scale = 255 / white
-    gray = image.point(lambda level: level * scale + 0.5).convert("L")
-    if isinstance(image.info.get("transparency"), int):
-        gray.info["transparency"] = round(image.info["transparency"] * scale)
-    return gray
-
-
 def _to_rgb(image: Image.Image) -> Image.Image:
     image = to_eight_bits(image)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
-
-
-def read_processor(source: str | Path, revision: str | None = None) -> BaseImageProcessor:
-    """
-    The image processor that a model was saved with, of the class that its `preprocessor_config.json` names.
-
-    Args:
-        source: folder of the model, or its repository on the Hub.
-        revision: of the repository.
-
-    Raises:
-        ValueError: if it names a class that transformers does not have, or one for anything but images.
-        OSError: if there is no such file, or it is no JSON.
-    """
-    content = BitImageProcessor.get_image_processor_dict(source, revision=revision)[0]
-    name = content.get("image_processor_type", "BitImageProcessor")
-    if name.removesuffix("Fast") == "BitImageProcessor":  # by itself: some versions' Auto class needs torchvision
-        return BitImageProcessor.from_pretrained(source, revision=revision)
-    try:
-        from transformers import AutoImageProcessor
-
-        processor = AutoImageProcessor.from_pretrained(source, revision=revision, trust_remote_code=False)
-    except Exception as error:  # whatever the class stumbles over
-        processor = error
-    if not isinstance(processor, BaseImageProcessor):
-        raise ValueError(
-            f"{source} names the image processor {name}, which transformers does not have or cannot use here: save a "
-            "BitImageProcessor that does the same."
-        ) from (processor if isinstance(processor, Exception) else None)
-    return processor
 
 
 def class_scores(logits: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:

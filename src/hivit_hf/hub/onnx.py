@@ -207,39 +207,37 @@ def labeled_images(path: Path, config: HiViTConfig) -> tuple["Dataset", list[int
     Images and the numbers of their classes. None of them is decoded yet.
 
     Args:
-        path: a folder with a folder of images for each class, or a dataset saved with `save_to_disk` with the columns
-            `image` and `label`; classes have the names of `config.id2label`.
+        path: a folder with a folder of images for each class, or a dataset saved with `save_to_disk`; classes have the
+            names of `config.id2label`.
 
     Returns:
         A dataset with the column `image`, of files, and one number for each of its rows.
 
     Raises:
-        ValueError: if there are none, their classes are not those of the model, or the package `datasets` is missing.
+        ValueError: if there are none, their classes are not those of the model, or packages are missing.
     """
     try:
-        from datasets import Image, load_dataset, load_from_disk
+        from datasets import Image
+
+        from ..data.datasets import image_column, open_splits
+        from ..data.labels import SINGLE, find_labels
     except ImportError as error:
-        raise ValueError("Labeled images need datasets: pip install datasets.") from error
+        raise ValueError(f"Labeled images need {error.name}: pip install 'hivit-hf[train]'.") from error
     try:
-        if (path / "dataset_info.json").exists():
-            dataset = load_from_disk(str(path))
-        else:
-            dataset = load_dataset("imagefolder", data_dir=str(path), split="train")
-        names = dataset.features["label"].names
-        found = [names[number] for number in dataset["label"]]
-        dataset = dataset.select_columns("image").cast_column("image", Image(decode=False))
-    except (OSError, KeyError, AttributeError, ValueError) as error:
+        dataset = open_splits(str(path))["train"]
+        labels, column = find_labels(dataset, SINGLE), image_column(dataset)
+        found = [labels.names[number] for number in labels.targets(dataset, "train").tolist()]
+    except (KeyError, ValueError) as error:
         raise ValueError(
             f"{path} holds no labeled images: give a folder with a folder of images for each class, or a dataset "
-            "saved with `save_to_disk` that has the columns image and label."
+            f"saved with `save_to_disk`. {error}"
         ) from error
-    numbers = {name: number for number, name in config.id2label.items()}
-    unknown = sorted(set(found) - set(numbers))
+    unknown = sorted(set(found) - set(config.label2id))
     if unknown:
-        raise ValueError(f"{path} has the classes {unknown[:5]}, but the model knows {list(numbers)[:5]}: give others.")
-    if not found:
-        raise ValueError(f"{path} holds no images: give some whose classes are known.")
-    return dataset, [numbers[name] for name in found]
+        known = list(config.label2id)[:5]
+        raise ValueError(f"{path} has the classes {unknown[:5]}, but the model knows {known}: give others.")
+    dataset = dataset.select_columns(column).rename_columns({} if column == "image" else {column: "image"})
+    return dataset.cast_column("image", Image(decode=False)), [config.label2id[name] for name in found]
 
 
 def int8_cost(

@@ -26,8 +26,8 @@ from ..modeling_hivit import (
     HiViTForMaskedImageModeling,
     HiViTPreTrainedModel,
 )
+from ..training.folders import refuse_output, written_whole
 from .cards import Folder, Sample, differences, render_card
-from .folders import refuse_output, written_whole
 from .handler import RequestError, read_image
 from .model_zoo import Checkpoint
 from .onnx import check_exportable, export_onnx
@@ -35,14 +35,23 @@ from .visualization import masked_image, pixels_to_image, side_by_side
 
 
 logger = logging.get_logger(__name__)
+PACKAGE = Path(__file__).parents[1]
 AUTO_MAP = {"AutoConfig": "configuration_hivit.HiViTConfig"}
 AUTO_MAP |= {auto: f"modeling_hivit.{model_class}" for auto, model_class in AUTO_MODELS.items()}
-CODE_FILES = ("configuration_hivit.py", "modeling_hivit.py", "handler.py")
+CODE_FILES = ("configuration_hivit.py", "modeling_hivit.py", "image_reading.py", "hub/handler.py")
 REQUIREMENTS = ("torch>=2.11", "transformers>=5.17", "safetensors>=0.5", "huggingface-hub>=1.0", "pillow>=11")
 SAMPLE_SUFFIXES = (".jpg", ".jpeg", ".png")
 ONNX_FILES = {"classification": "model.onnx", "features": "model.onnx", "reconstruction": "reconstruction.onnx"}
 WRITTEN_FILES = ["README.md", "config.json", "model.safetensors", "preprocessor_config.json", "requirements.txt"]
-WRITTEN_FILES += ["conversion_report.json", "onnx/", "onnx/*.onnx", "samples/", "LICENSE", *CODE_FILES]
+WRITTEN_FILES += [
+    "conversion_report.json",
+    "onnx/",
+    "onnx/*.onnx",
+    "samples/",
+    "LICENSE",
+    *(Path(name).name for name in CODE_FILES),
+]
+WRITTEN_FILES += [Path(name).name for name in CODE_FILES]
 WRITTEN_FILES += [f"samples/*{suffix}" for suffix in SAMPLE_SUFFIXES]
 MAX_SAMPLES = 24
 
@@ -106,7 +115,7 @@ def export(
         _save_model(model, folder)
         image_processor.save_pretrained(folder)
         for name in (*CODE_FILES, "LICENSE"):
-            shutil.copyfile(Path(__file__).parent / name, folder / name)
+            shutil.copy(PACKAGE / name, folder)
         (folder / "requirements.txt").write_text("\n".join(REQUIREMENTS) + "\n")
         if conversion_report is not None:
             (folder / "conversion_report.json").write_text(json.dumps(conversion_report, indent=1) + "\n")

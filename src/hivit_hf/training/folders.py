@@ -1,5 +1,9 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""Folders that are written whole or not at all."""
+"""
+Atomic folders: written beside their place, flushed to the disk, then renamed.
+
+Whatever fails on the way, the folder is there whole, old or new, or not at all.
+"""
 
 import os
 import shutil
@@ -66,8 +70,9 @@ def written_whole(out_dir: Path, overwrite: bool, keep: Iterable[Path], written:
         partial = Path(tempfile.mkdtemp(prefix=f".{out_dir.name[:40]}.", dir=out_dir.parent))
         yield partial
         partial.chmod(0o777 & ~_umask())
+        flush_folder(partial)
         refuse_output(out_dir, overwrite, keep, written)  # it may have appeared meanwhile
-        _swap(partial, out_dir)
+        replace_folder(partial, out_dir)
     except BaseException as error:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
@@ -79,19 +84,52 @@ def written_whole(out_dir: Path, overwrite: bool, keep: Iterable[Path], written:
         raise
 
 
-def _swap(partial: Path, out_dir: Path):
-    """Puts a folder in the place of another, which comes back if that fails."""
-    if not out_dir.exists():
-        os.replace(partial, out_dir)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{out_dir.name[:40]}.", dir=out_dir.parent))
-    os.replace(out_dir, old)
+def replace_folder(partial: Path, final: Path, aside: Path | None = None):
+    """
+    Renames a flushed folder to `final`; a folder of that name is deleted, or comes back if renaming fails.
+
+    Args:
+        partial: the new folder, on the same file system.
+        aside: where the old folder is between the two renames; a new name beside it if not given. What lies there is
+            deleted.
+    """
+    old = None
+    if final.exists():
+        old = aside or Path(tempfile.mkdtemp(prefix=f".{final.name[:40]}.", dir=final.parent))
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(final, old)
     try:
-        os.replace(partial, out_dir)
+        os.replace(partial, final)
     except OSError:
-        os.replace(old, out_dir)
+        if old is not None:
+            os.replace(old, final)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    _flush_entry(final.parent)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def replace_file(path: Path, text: str):
+    """Writes a file beside its place, flushes it and renames it, so that readers see the old text or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    _flush_entry(partial)
+    os.replace(partial, path)
+    _flush_entry(path.parent)
+
+
+def flush_folder(folder: Path):
+    """Flushes all files of a folder to the disk, not only to the system's cache."""
+    for path in [*folder.rglob("*"), folder]:
+        _flush_entry(path)
+
+
+def _flush_entry(path: Path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _umask() -> int:
