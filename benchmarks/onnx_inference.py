@@ -88,9 +88,9 @@ def main():
             for name, model in demo.items():
                 results["differences"][f"demo, {name}"] = differences(model, folder / name)
             path = folder / "model" / "HiViTForImageClassification_classification_False.onnx"
-            images = labeled_images(arguments.demo / "holdout", demo["model"].config)
             processor = load_processor(arguments.demo / "model", demo["model"].config)
-            results["demo_int8"] = int8_cost(path, folder / "int8.onnx", processor, *images)
+            images = labeled_images(arguments.demo / "holdout", demo["model"].config, processor)
+            results["demo_int8"] = int8_cost(path, folder / "int8.onnx", images)
     print("written:", write("onnx_cpu", results, "cpu"))
 
 

@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace):
     for task in tasks:
         check_exportable(model, task, dynamic_size(arguments, task), arguments.opset)
     processor = load_processor(arguments.model, model.config)
-    images = labeled_images(arguments.int8, model.config) if arguments.int8 else None
+    images = labeled_images(arguments.int8, model.config, processor) if arguments.int8 else None
 
     record = {"opset": arguments.opset, "tolerance": TOLERANCE, "files": {}}
     for task in tasks:
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace):
         print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {difference:.1e} from PyTorch at most")
     if images is not None:
         path, quantized = arguments.out_dir / "classification.onnx", arguments.out_dir / "classification_int8.onnx"
-        cost = int8_cost(path, quantized, processor, *images)
+        cost = int8_cost(path, quantized, images)
         record["files"][quantized.name] = {"task": "classification", **cost}
         print(
             f"{quantized}: {quantized.stat().st_size / 1e6:.1f} MB; accuracy on {cost['images']} images "

@@ -15,7 +15,6 @@ from transformers import BitImageProcessor
 import export_onnx as command
 from hivit_hf import ARCHITECTURES, HiViTBackbone, HiViTForImageClassification, HiViTForMaskedImageModeling, HiViTModel
 from hivit_hf.hub import onnx as onnx_export
-from hivit_hf.hub.handler import read_image
 from hivit_hf.hub.onnx import OPSET, cpu_session, export_onnx, tasks_of
 from support.nonsense import noise
 
@@ -173,20 +172,28 @@ def test_networks_as_deep_as_base_take_any_size(tiny_network, tmp_path):
 def test_labeled_images_are_read_a_batch_at_a_time(classifier, model_folder, images, tmp_path, monkeypatch):
     export_onnx(classifier, tmp_path / "model.onnx", "classification")
     read, seen = [], []
-    monkeypatch.setattr(onnx_export, "read_image", lambda data: read.append(data) or read_image(data))
     processor = BitImageProcessor.from_pretrained(model_folder)
 
-    def counting(batch, **options):
-        seen.append(len(read))
-        return processor(batch, **options)
+    def counting(image, **options):
+        read.append(image)
+        return processor(image, **options)
 
-    dataset, labels = onnx_export.labeled_images(images, classifier.config)
-    assert (sorted(labels), read) == ([0] * 6 + [1] * 6, [])
-    cost = onnx_export.int8_cost(tmp_path / "model.onnx", tmp_path / "int8.onnx", counting, dataset, labels, 5)
-    assert seen == [5, 10, 12] and cost["images"] == 12
-    (images / "dark" / "0.png").write_bytes(b"not a image")
-    with pytest.raises(ValueError, match=r"0\.png\) cannot be measured with: This is not a image"):
-        onnx_export.int8_cost(tmp_path / "model.onnx", tmp_path / "int8.onnx", processor, dataset, labels)
+    class Session:
+        def __init__(self, path):
+            self.session = cpu_session(path)
+
+        def run(self, names, inputs):
+            seen.append((len(read), len(inputs["pixel_values"])))
+            return self.session.run(names, inputs)
+
+    labeled = onnx_export.labeled_images(images, classifier.config, counting)
+    assert (sorted(labeled.targets.tolist()), read) == ([0] * 6 + [1] * 6, [])
+    monkeypatch.setattr(onnx_export, "cpu_session", Session)
+    cost = onnx_export.int8_cost(tmp_path / "model.onnx", tmp_path / "int8.onnx", labeled, 5)
+    assert seen == [(5, 5)] * 2 + [(10, 5)] * 2 + [(12, 2)] * 2 and cost["images"] == 12
+    (images / "dark" / "0.png").write_bytes(b"not an image")
+    with pytest.raises(ValueError, match=r"0\.png\) cannot be read, no image: .*: repair it or leave it out"):
+        onnx_export.int8_cost(tmp_path / "model.onnx", tmp_path / "int8.onnx", labeled)
 
 
 @pytest.mark.slow

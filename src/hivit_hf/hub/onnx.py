@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-import PIL.Image
 import torch
 from torch import nn
 from tqdm.auto import tqdm
@@ -18,11 +16,10 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..configuration_hivit import HiViTConfig
 from ..modeling_hivit import HiViTForImageClassification, HiViTForMaskedImageModeling, HiViTPreTrainedModel
-from .handler import RequestError, read_image
 
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from ..data.datasets import ImageDataset
 OPSET = 23  # the newest that both onnxruntime and onnxruntime-web run everywhere
 OPSETS = range(18, 26)  # what torch.onnx writes
 TOLERANCE = 1e-4
@@ -202,24 +199,19 @@ def quantize(path: Path, out_path: Path):
         quantize_dynamic(path, out_path, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
 
 
-def labeled_images(path: Path, config: HiViTConfig) -> tuple["Dataset", list[int]]:
+def labeled_images(path: Path, config: HiViTConfig, processor: BaseImageProcessor) -> "ImageDataset":
     """
-    Images and the numbers of their classes. None of them is decoded yet.
+    Images with the numbers of their classes. None of them is decoded yet.
 
     Args:
         path: a folder with a folder of images for each class, or a dataset saved with `save_to_disk`; classes have the
             names of `config.id2label`.
 
-    Returns:
-        A dataset with the column `image`, of files, and one number for each of its rows.
-
     Raises:
         ValueError: if there are none, their classes are not those of the model, or packages are missing.
     """
     try:
-        from datasets import Image
-
-        from ..data.datasets import image_column, open_splits
+        from ..data.datasets import ImageDataset, image_column, open_splits
         from ..data.labels import SINGLE, find_labels
     except ImportError as error:
         raise ValueError(f"Labeled images need {error.name}: pip install 'hivit-hf[train]'.") from error
@@ -236,50 +228,31 @@ def labeled_images(path: Path, config: HiViTConfig) -> tuple["Dataset", list[int
     if unknown:
         known = list(config.label2id)[:5]
         raise ValueError(f"{path} has the classes {unknown[:5]}, but the model knows {known}: give others.")
-    dataset = dataset.select_columns(column).rename_columns({} if column == "image" else {column: "image"})
-    return dataset.cast_column("image", Image(decode=False)), [config.label2id[name] for name in found]
+    targets = torch.tensor([config.label2id[name] for name in found])
+    transform = lambda image: processor(image, return_tensors="pt").pixel_values[0]  # noqa: E731
+    return ImageDataset(dataset, column, transform, targets, config.num_channels, name=str(path))
 
 
-def int8_cost(
-    path: Path,
-    quantized_path: Path,
-    processor: BaseImageProcessor,
-    dataset: "Dataset",
-    labels: list[int],
-    batch_size: int = 32,
-) -> dict[str, float | int]:
+def int8_cost(path: Path, quantized_path: Path, images: "ImageDataset", batch_size: int = 32) -> dict[str, float | int]:
     """
     Quantizes a classifier, and measures the accuracy of both on labeled images, of which it holds a batch at a time.
 
-    Args:
-        dataset, labels: of `labeled_images`.
-
     Raises:
-        ValueError: if a image cannot be read; says which.
+        ValueError: if an image cannot be read; says which.
     """
     quantize(path, quantized_path)
     hits = dict.fromkeys(("float32", "int8"), 0)
     sessions = {"float32": cpu_session(path), "int8": cpu_session(quantized_path)}
-    for start in tqdm(range(0, len(dataset), batch_size), desc="accuracy", unit="batch", disable=None):
-        rows = range(start, min(start + batch_size, len(dataset)))
-        batch = [_read_row(dataset, row) for row in rows]
-        pixel_values = processor(batch, return_tensors="np").pixel_values
+    for start in tqdm(range(0, len(images), batch_size), desc="accuracy", unit="batch", disable=None):
+        batch = [images[row] for row in range(start, min(start + batch_size, len(images)))]
+        pixel_values = torch.stack([item["pixel_values"] for item in batch]).numpy()
+        labels = torch.stack([item["labels"] for item in batch]).numpy()
         for name, session in sessions.items():
             logits = session.run(["logits"], {"pixel_values": pixel_values})[0]
-            hits[name] += int((logits.argmax(axis=1) == np.array(labels[start : start + batch_size])).sum())
-    accuracy = {f"accuracy_{name}": count / len(dataset) for name, count in hits.items()}
+            hits[name] += int((logits.argmax(axis=1) == labels).sum())
+    accuracy = {f"accuracy_{name}": count / len(images) for name, count in hits.items()}
     drop = accuracy["accuracy_float32"] - accuracy["accuracy_int8"]
-    return {"images": len(dataset), **accuracy, "drop": drop}
-
-
-def _read_row(dataset: "Dataset", row: int) -> PIL.Image.Image:
-    """The image of a row, in RGB."""
-    file = dataset[row]["image"]
-    try:
-        return read_image(Path(file["path"]).read_bytes() if file["bytes"] is None else file["bytes"])
-    except (RequestError, OSError) as error:
-        name = f" ({file['path']})" if file["path"] else ""
-        raise ValueError(f"Image {row}{name} cannot be measured with: {error}") from error
+    return {"images": len(images), **accuracy, "drop": drop}
 
 
 def _example(model: HiViTPreTrainedModel, task: str, batch_size: int, grid: tuple[int, int]) -> dict[str, torch.Tensor]:
