@@ -1,14 +1,15 @@
 """
-python examples/evaluate_classification.py --model_name_or_path MODEL --dataset_name DATASET --output_dir runs/judged
+python examples/evaluate_classification.py --model_name_or_path MODEL --dataset_name DATASET --output_dir runs/eval
 
-Judges a classifier through `evaluate` and a pipeline: top-1, top-5, images per second, confusion matrix, calibration.
---robustness damages the images as well. --soup makes one classifier of several folders first.
+Evaluates a classifier with `evaluate` and a pipeline: top-1 and top-5 accuracy, images per second, confusion matrix,
+calibration. --robustness adds accuracy on corrupted images. --soup first averages the classifiers of several folders.
 """
 
-import argparse
 import json
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import datasets
 import evaluate
@@ -20,110 +21,103 @@ from hivit_hf.classification.figures import calibration_figure, confusion_matrix
 from hivit_hf.classification.metrics import calibration
 from hivit_hf.classification.robustness import SEVERITIES, robustness
 from hivit_hf.classification.soup import soup
-from hivit_hf.data.datasets import ImageDataset, check_images, choose_split, image_column, open_splits
+from hivit_hf.data.datasets import choose_split
+from hivit_hf.probing.arguments import DatasetArguments
+from hivit_hf.training.command_line import argument, parse_arguments, positive, required_argument, run_script, some_of
 from hivit_hf.training.figures import figure_to_png
-from hivit_hf.training.recipe_old import check_numbers, one_sentence, settings
 
 
 METRICS = Path(__file__).parent / "metrics"
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--model_name_or_path", nargs="+", required=True, help="Judge a classifier, or a soup of several."
-    )
-    parser.add_argument("--soup", choices=["uniform", "greedy"], help="Average all classifiers, or those that help.")
-    parser.add_argument("--soup_split", default="validation", help="Choose with this split for a greedy soup.")
-    parser.add_argument(
-        "--dataset_name", required=True, help="Read a dataset of the Hub, or a folder, as in fine-tuning."
-    )
-    parser.add_argument("--dataset_config", help="Take this configuration of the Hub dataset.")
-    parser.add_argument("--split", default="test", help="Judge with this split.")
-    parser.add_argument("--image_column", help="Find the images in this column, if it cannot be told.")
-    parser.add_argument("--label_column", help="Find the labels in this column, if it cannot be told.")
-    parser.add_argument("--label_names", nargs="+", default=[], help="Name the classes, in the order of their numbers.")
-    parser.add_argument("--max_samples", type=int, help="Judge with the first so many images only.")
-    parser.add_argument("--check_images", type=int, default=1000, help="Decode so many images first, to find bad ones.")
-    parser.add_argument("--robustness", action="store_true", help="Judge with damaged, dropped and shuffled parts too.")
-    parser.add_argument(
-        "--severities", type=int, nargs="+", default=SEVERITIES, choices=SEVERITIES, help="Damage with these strengths."
-    )
-    parser.add_argument("--batch_size", type=int, default=32, help="Take so many images per forward pass.")
-    parser.add_argument(
-        "--output_dir", type=Path, required=True, help="Write results.json, images and the soup to this folder."
-    )
-    arguments = parser.parse_args(argv)
-    if len(arguments.model_name_or_path) > 1 and not arguments.soup:
-        parser.error("Several --model_name_or_path make a soup: add --soup uniform or --soup greedy.")
-    check_numbers(parser, arguments, positive=["batch_size", "max_samples"], nonnegative=["check_images"])
-    if (arguments.output_dir / "results.json").exists():
-        parser.error(f"{arguments.output_dir} holds results.json of another evaluation: give another --output_dir.")
-    return arguments
+@dataclass(kw_only=True)
+class EvaluationArguments(DatasetArguments):
+    """Evaluation of classifiers."""
+
+    model_name_or_path: list[str] = required_argument("Folder or Hub name of the classifier; several for a soup.")
+    soup: Literal["uniform", "greedy"] | None = argument(None, "Model soup of all classifiers, or of those that help.")
+    soup_split_name: str = argument("validation", "Split that chooses the classifiers of a greedy soup.")
+    eval_split_name: str = argument("test", "Split to evaluate on.")
+    label_column_name: str | None = argument(None, "Column of the labels ('label' or the like).")
+    class_names: list[str] = argument([], "Names of the classes, in the order of their numbers.")
+    max_eval_samples: Annotated[int | None, positive] = argument(None, "Number of images, from the first one on.")
+    robustness: bool = argument(False, "Evaluate on corrupted images, with masked and with shuffled patches.")
+    severities: Annotated[list[int], some_of(*SEVERITIES)] = argument(list(SEVERITIES), "Severities of corruptions.")
+    per_device_eval_batch_size: Annotated[int, positive] = argument(32, "Batch size of the forward passes.")
+    output_dir: str = required_argument("Folder for results.json, figures and the soup.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if len(self.model_name_or_path) > 1 and not self.soup:
+            raise ValueError("Several --model_name_or_path make a soup: add --soup uniform or --soup greedy.")
+        if (Path(self.output_dir) / "results.json").exists():
+            raise ValueError(f"{self.output_dir} holds results.json of another evaluation: give another --output_dir.")
+
+    @property
+    def labels(self) -> tuple[str | None, list[str]]:
+        return self.label_column_name, self.class_names
 
 
-def main(argv: list[str] | None = None) -> int:
-    arguments = parse(argv)
-    datasets.disable_progress_bars()
-    try:
-        results = judge(arguments)
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {one_sentence(error)}", file=sys.stderr)
-        return 2
-    (arguments.output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    for name in ("accuracy", "top5_accuracy", "expected_calibration_error", "samples_per_second"):
-        print(f"{name:<28}{results[name]:.4g}")
-    for kind, row in results.get("robustness", {}).items():
-        print(f"{kind:<28}" + "  ".join(f"{strength}: {share:.3f}" for strength, share in row.items()))
-    return 0
+def evaluate_classifier(args: EvaluationArguments):
+    """Prints and saves metrics and figures."""
+    output = Path(args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
 
+    # data
+    splits = args.open_splits()
+    images = choose_split(splits, args.eval_split_name, "eval_split_name")
+    images = images.select(range(min(len(images), args.max_eval_samples or len(images))))
+    column = args.checked_column(images, args.eval_split_name)
 
-def judge(arguments: argparse.Namespace) -> dict:
-    """All numbers; the images are drawn on the way."""
-    splits = open_splits(arguments.dataset_name, arguments.dataset_config)
-    images = choose_split(splits, arguments.split, "split")
-    images = images.select(range(min(len(images), arguments.max_samples or len(images))))
-    column = image_column(images, arguments.image_column)
-    check_images(ImageDataset(images, column, transform=None, name=arguments.split), arguments.check_images)
-    model, processor, made = classifier(arguments, splits, column)
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    labels = (arguments.label_column, arguments.label_names)
-    targets = evaluation.targets_for(model, images, arguments.split, *labels)
+    # model
+    model, processor, record = load_classifier(args, splits, column)
+    targets = evaluation.targets_for(model, images, args.eval_split_name, *args.labels)
+
+    # evaluate
     work = (model, processor, images, column, targets)
-    numbers, probabilities = evaluation.evaluate_images(*work, arguments.batch_size)
+    metrics, probabilities = evaluation.evaluate_images(*work, args.per_device_eval_batch_size)
     confidence = calibration(probabilities, targets.numpy())
     confusion = evaluate.load(str(METRICS / "confusion_matrix"), keep_in_memory=True).compute(
         predictions=probabilities.argmax(axis=1), references=targets, num_labels=model.config.num_labels
     )
     names = [model.config.id2label[number] for number in range(model.config.num_labels)]
+    results = {"settings": asdict(args), "images": len(images), **metrics, **confidence, **confusion, **record}
     figures = {
         "confusion_matrix": confusion_matrix_figure(confusion["confusion_matrix"], names),
         "calibration": calibration_figure(confidence["bins"], confidence["expected_calibration_error"]),
     }
-    results = {"settings": settings(arguments), "images": len(images), **numbers, **confidence, **confusion, **made}
-    if arguments.robustness:
-        results["robustness"] = robustness(*work, sorted(set(arguments.severities)), arguments.batch_size)
+    if args.robustness:
+        results["robustness"] = robustness(*work, sorted(set(args.severities)), args.per_device_eval_batch_size)
         figures["robustness"] = robustness_figure(results["robustness"])
+
+    # save
     for name, figure in figures.items():
-        (arguments.output_dir / f"{name}.png").write_bytes(figure_to_png(figure))
-    return results
+        (output / f"{name}.png").write_bytes(figure_to_png(figure))
+    (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    for name in ("accuracy", "top5_accuracy", "expected_calibration_error", "samples_per_second"):
+        print(f"{name:<28}{results[name]:.4g}")
+    for kind, row in results.get("robustness", {}).items():
+        print(f"{kind:<28}" + "  ".join(f"{strength}: {value:.3f}" for strength, value in row.items()))
 
 
-def classifier(arguments: argparse.Namespace, splits: datasets.DatasetDict, column: str) -> tuple:
-    """What is judged: the classifier of a folder, or a soup of several, which is saved."""
-    if not arguments.soup:
-        return *evaluation.load_for_evaluation(arguments.model_name_or_path[0]), {}
+def load_classifier(args: EvaluationArguments, splits: datasets.DatasetDict, column: str) -> tuple:
+    """The classifier, its processor and {}; or a soup, which is saved, its processor and its record."""
+    if not args.soup:
+        return *evaluation.load_for_evaluation(args.model_name_or_path[0]), {}
 
     def accuracy(model: PreTrainedModel, processor: BaseImageProcessor) -> float:
-        held_out = choose_split(splits, arguments.soup_split, "soup_split")
-        labels = (arguments.label_column, arguments.label_names)
-        targets = evaluation.targets_for(model, held_out, arguments.soup_split, *labels)
-        return evaluation.accuracy_of(model, processor, held_out, column, targets, arguments.batch_size)
+        images = choose_split(splits, args.soup_split_name, "soup_split_name")
+        targets = evaluation.targets_for(model, images, args.soup_split_name, *args.labels)
+        return evaluation.accuracy_of(model, processor, images, column, targets, args.per_device_eval_batch_size)
 
-    model, processor, made = soup(arguments.model_name_or_path, arguments.soup, accuracy)
+    model, processor, record = soup(args.model_name_or_path, args.soup, accuracy)
     for part in (model, processor):
-        part.save_pretrained(arguments.output_dir / "soup")
-    return model, processor, {"soup": made}
+        part.save_pretrained(Path(args.output_dir) / "soup")
+    return model, processor, {"soup": record}
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_script(evaluate_classifier, *parse_arguments([EvaluationArguments], __doc__, argv))
 
 
 if __name__ == "__main__":

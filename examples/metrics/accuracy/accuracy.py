@@ -2,10 +2,10 @@
 
 import datasets
 import evaluate
-import numpy as np
+from sklearn.metrics import accuracy_score
 
 
-_DESCRIPTION = "The share of predictions that equal their reference."
+_DESCRIPTION = "Fraction of the predictions that equal their reference."
 _INPUTS = """
 Args:
     predictions: predicted class indices.
@@ -28,4 +28,4 @@ class Accuracy(evaluate.Metric):
         )
 
     def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
-        return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references)))}
+        return {"accuracy": float(accuracy_score(references, predictions))}

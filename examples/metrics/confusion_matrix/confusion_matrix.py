@@ -3,9 +3,10 @@
 import datasets
 import evaluate
 import numpy as np
+import sklearn.metrics
 
 
-_DESCRIPTION = "How often each class was predicted as each class."
+_DESCRIPTION = "Number of references of each class that were predicted as each class."
 _INPUTS = """
 Args:
     predictions: predicted class indices.
@@ -35,6 +36,5 @@ class ConfusionMatrix(evaluate.Metric):
                 f"Class indices must be between 0 and num_labels - 1 = {num_labels - 1}, got {classes.min()} to "
                 f"{classes.max()}. Give the number of classes of the model."
             )
-        matrix = np.zeros((num_labels, num_labels), dtype=np.int64)
-        np.add.at(matrix, (np.asarray(references), np.asarray(predictions)), 1)
+        matrix = sklearn.metrics.confusion_matrix(references, predictions, labels=range(num_labels))
         return {"confusion_matrix": matrix.tolist()}

@@ -1,5 +1,5 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""Evaluation of classifiers through `evaluate`: accuracy, speed."""
+"""Evaluation of classifiers with `evaluate`: accuracy, class probabilities, throughput."""
 
 from collections.abc import Sequence
 
@@ -29,7 +29,7 @@ def load_for_evaluation(name: str) -> tuple[PreTrainedModel, BaseImageProcessor]
     """
     config = read_config(name)
     if config.problem_type not in (None, SINGLE):
-        raise ValueError(f"{name} is for {config.problem_type}, but this is for one label per image.")
+        raise ValueError(f"{name} is for {config.problem_type}, but evaluations are of one label per image.")
     if not any("ImageClassification" in kind for kind in config.architectures or []):
         raise ValueError(f"{name} is no classifier: fine-tune it first (examples/finetune_classification.py).")
     with silent_transformers():
@@ -46,17 +46,17 @@ def targets_for(
     names: Sequence[str] = (),
 ) -> torch.Tensor:
     """
-    The labels of a dataset as class numbers of the model, which are matched by name: (images,).
+    The labels of a dataset as class numbers of the model (images,), matched by name.
 
     Args:
         model: the classifier.
         dataset: the images.
         split: its name, for messages.
-        column: with the labels, if it cannot be told.
+        column: of the labels, if it cannot be told.
         names: of the classes, where labels are bare numbers.
 
     Raises:
-        ValueError: if the model does not know a label.
+        ValueError: for a label that the model does not have.
     """
     labels = find_labels(dataset, SINGLE, [column] if column else (), names, split)
     targets = labels.targets(dataset, split)
@@ -75,11 +75,11 @@ def targets_for(
 
 
 class TopAccuracy(evaluate.Metric):
-    """Top-1 and top-5 from the scores of all classes, as an `evaluate` metric that needs no network."""
+    """Top-1 and top-5 accuracy from the scores of all classes, as an `evaluate` metric that needs no network."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description="How often the label is the best, or one of the five best, of a classifier's classes.",
+            description="Top-1 and top-5 accuracy.",
             citation="",
             inputs_description="predictions: scores of all classes; references: class indices.",
             features=datasets.Features(
@@ -94,10 +94,10 @@ class TopAccuracy(evaluate.Metric):
 
 class ScoringEvaluator(ImageClassificationEvaluator):
     """
-    The evaluator of "image-classification", which keeps the scores of all classes rather than the best class only.
+    The "image-classification" evaluator, with the probabilities of all classes rather than the best class only.
 
     Args:
-        num_labels: classes of the model.
+        num_labels: number of classes of the model.
         batch_size: images per forward pass.
     """
 
@@ -121,12 +121,12 @@ def evaluate_images(
     batch_size: int = 32,
 ) -> tuple[dict[str, float], np.ndarray]:
     """
-    Top-1, top-5 and throughput through `evaluate` and a pipeline, decoding included.
+    Top-1 and top-5 accuracy, and throughput with decoding, through `evaluate` and a pipeline.
 
     Returns:
-        The numbers, and the probabilities (images, classes).
+        The metrics, and the probabilities (images, classes).
     """
-    # the labels as the model numbers them, whatever the dataset calls and numbers them
+    # the model's class numbers, whatever the dataset's are
     data = dataset.select_columns([column]).add_column("target", targets.tolist())
     evaluator = ScoringEvaluator(model.config.num_labels, batch_size)
     numbers = evaluator.compute(
@@ -151,7 +151,7 @@ def accuracy_of(
     targets: torch.Tensor,
     batch_size: int = 64,
 ) -> float:
-    """Top-1 of a classifier, without a pipeline."""
+    """Top-1 accuracy of a classifier, without a pipeline."""
     channels = model.config.num_channels
     images = ImageDataset(dataset, column, EvaluationTransform(processor), targets, channels, name="eval")
     hits = 0

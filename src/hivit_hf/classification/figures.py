@@ -1,5 +1,5 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""Figures of evaluations: confusion matrix, calibration, robustness."""
+"""Plots of evaluations: confusion matrix, reliability diagram, robustness."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,8 +11,8 @@ from ..training.figures import COLORS, FAINT, INK, new_figure
 
 def confusion_matrix_figure(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> Figure:
     """
-    Counts as a table: true classes are rows, predicted ones columns; mistakes stand out in color. More than 30 classes
-    have no names and numbers.
+    Counts as a table: true classes are rows, predicted ones columns; errors have a color of their own. With more than
+    30 classes, without names and numbers.
 
     Raises:
         ValueError: if the matrix is not square, or there is not one name per class.
@@ -22,15 +22,15 @@ def confusion_matrix_figure(matrix: Sequence[Sequence[int]], class_names: Sequen
         raise ValueError(
             f"The matrix must be {len(class_names)} x {len(class_names)}, one row per name, got {counts.shape}."
         )
-    few = len(class_names) <= 30  # more are a image, not a table
+    few = len(class_names) <= 30
     figure = new_figure(width=5.6, height=4.2)
     axes = figure.add_subplot()
-    share = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
-    # hits and mistakes have scales of their own: a single mistake among hundreds would be invisible on a common one
-    hits = np.ma.masked_where(~np.eye(len(counts), dtype=bool), share)
-    mistakes = np.ma.masked_where(np.eye(len(counts), dtype=bool) | (counts == 0), share)
+    fraction = counts / counts.sum(axis=1, keepdims=True).clip(min=1)
+    # hits and errors have scales of their own: a single error among hundreds would be invisible on a common one
+    hits = np.ma.masked_where(~np.eye(len(counts), dtype=bool), fraction)
+    errors = np.ma.masked_where(np.eye(len(counts), dtype=bool) | (counts == 0), fraction)
     axes.imshow(hits, cmap="Blues", vmin=0, vmax=1.6)
-    axes.imshow(mistakes, cmap="Oranges", vmin=-0.1, vmax=0.3)
+    axes.imshow(errors, cmap="Oranges", vmin=-0.1, vmax=0.3)
     for true, predicted in np.argwhere(counts) if few else []:
         axes.text(predicted, true, str(counts[true, predicted]), ha="center", va="center", fontsize=9, color=INK)
     axes.set(xlabel="predicted", ylabel="true", xlim=(-0.5, len(counts) - 0.5), ylim=(len(counts) - 0.5, -0.5))
@@ -44,7 +44,8 @@ def confusion_matrix_figure(matrix: Sequence[Sequence[int]], class_names: Sequen
 
 def calibration_figure(bins: Sequence[Mapping[str, float]], expected_calibration_error: float) -> Figure:
     """
-    Accuracy against confidence, with the share of the images below; on the diagonal, confidence is deserved.
+    Reliability diagram: accuracy against confidence, with the fraction of the images below; calibrated confidence lies
+    on the diagonal.
 
     Args:
         bins: with `confidence`, `accuracy` and `count` each, from `metrics.calibration`.
@@ -68,7 +69,7 @@ def calibration_figure(bins: Sequence[Mapping[str, float]], expected_calibration
         f"expected calibration error {100 * expected_calibration_error:.1f} %", loc="left", fontsize=11, color=INK
     )
     counts.bar(confidence, count / count.sum(), width=0.03, color=COLORS[0])
-    counts.set(xlabel="confidence", ylabel="share")
+    counts.set(xlabel="confidence", ylabel="fraction")
     for part in (axes, counts):
         part.spines[["top", "right"]].set_visible(False)
         part.spines[["left", "bottom"]].set_color(FAINT)
@@ -78,26 +79,26 @@ def calibration_figure(bins: Sequence[Mapping[str, float]], expected_calibration
 
 def robustness_figure(accuracy: Mapping[str, Mapping[str, float]]) -> Figure:
     """
-    Accuracy with damaged images as a table: a row per kind of damage, stronger to the right.
+    Accuracy on corrupted images as a table: a row per corruption, stronger to the right.
 
     Args:
-        accuracy: kind -> strength -> accuracy, from `evaluation.robustness`.
+        accuracy: corruption -> strength -> accuracy, from `robustness.robustness`.
 
     Raises:
         ValueError: if there is nothing to draw.
     """
     if not accuracy:
-        raise ValueError("There is nothing to draw: robustness needs at least one kind of damage.")
+        raise ValueError("There is nothing to draw: robustness needs at least one corruption.")
     columns = max(len(row) for row in accuracy.values())
     figure = new_figure(width=1.9 + 0.85 * columns, height=0.6 + 0.42 * len(accuracy))
     axes = figure.add_subplot()
-    shares = np.full((len(accuracy), columns), np.nan)
+    cells = np.full((len(accuracy), columns), np.nan)
     for index, row in enumerate(accuracy.values()):
-        shares[index, : len(row)] = list(row.values())
-    axes.imshow(np.ma.masked_invalid(shares), cmap="Blues", vmin=0, vmax=1.6, aspect="auto")
+        cells[index, : len(row)] = list(row.values())
+    axes.imshow(np.ma.masked_invalid(cells), cmap="Blues", vmin=0, vmax=1.6, aspect="auto")
     for index, row in enumerate(accuracy.values()):
-        for column, (strength, share) in enumerate(row.items()):
-            axes.text(column, index - 0.12, f"{100 * share:.1f}", ha="center", va="center", fontsize=9, color=INK)
+        for column, (strength, value) in enumerate(row.items()):
+            axes.text(column, index - 0.12, f"{100 * value:.1f}", ha="center", va="center", fontsize=9, color=INK)
             axes.text(column, index + 0.27, strength, ha="center", va="center", fontsize=6, color=INK, alpha=0.7)
     axes.set_yticks(range(len(accuracy)), list(accuracy))
     axes.set_xticks([])

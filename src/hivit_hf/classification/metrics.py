@@ -1,5 +1,5 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""What a classifier is judged by, from its outputs and the targets."""
+"""Classification metrics: top-k accuracy, ROC AUC, calibration error, regression errors."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from ..data.labels import MULTI, SINGLE
 
 
 def top_k_accuracy(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
-    """Share of the rows whose label is among the `k` highest scores: (rows, classes), (rows,)."""
+    """Fraction of the rows of `scores` (rows, classes) with the label (rows,) among the `k` highest."""
     k = min(k, scores.shape[1])
     highest = np.argpartition(-scores, k - 1, axis=1)[:, :k]
     return float((highest == labels[:, None]).any(axis=1).mean())
@@ -23,8 +23,8 @@ def areas_under_curve(scores: np.ndarray, targets: np.ndarray) -> list[float | N
     The area under the ROC curve of each class; None for a class that all or no images have.
 
     Args:
-        scores: (images, classes), higher for more likely.
-        targets: (images, classes), zeros and ones.
+        scores: of each class, higher for more likely (images, classes).
+        targets: zeros and ones (images, classes).
     """
     return [
         float(roc_auc_score(target, score)) if 0 < target.sum() < len(target) else None
@@ -34,16 +34,16 @@ def areas_under_curve(scores: np.ndarray, targets: np.ndarray) -> list[float | N
 
 def calibration(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> dict:
     """
-    How far the confidence of a classifier is from its accuracy.
+    Calibration: the difference between the confidence of a classifier and its accuracy.
 
     Args:
-        probabilities: (images, classes).
-        labels: (images,), class numbers.
-        bins: of equal width, by confidence.
+        probabilities: of each class (images, classes).
+        labels: class numbers (images,).
+        bins: number of bins of equal width, by confidence.
 
     Returns:
-        `expected_calibration_error` (arXiv 1706.04599), and `bins`: of those that are not empty `confidence`,
-        `accuracy` and `count`.
+        `expected_calibration_error` (arXiv 1706.04599), and `bins`, with `confidence`, `accuracy` and `count` of each
+        bin that is not empty.
     """
     confidence, hit = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
     number = np.minimum((confidence * bins).astype(int), bins - 1)
@@ -58,10 +58,10 @@ def calibration(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -
 
 def metrics_of(problem_type: str, names: Sequence[str]) -> tuple[Callable[[EvalPrediction], dict], str, bool]:
     """
-    What `Trainer` computes in an evaluation.
+    The `compute_metrics` of `Trainer`.
 
     Returns:
-        The function, the name of the metric that the best model is chosen by, and whether higher is better.
+        The function, the metric that the best model is chosen by, and whether higher is better.
     """
     if problem_type == SINGLE:
         return _single_label, "accuracy", True

@@ -1,5 +1,5 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""Robustness of classifiers: corrupted images, dropped units, shuffled pieces."""
+"""Robustness of classifiers: corruptions (ImageNet-C), patch drop, patch shuffle."""
 
 from collections.abc import Callable, Sequence
 
@@ -20,7 +20,7 @@ from ..modeling_hivit import HiViTForImageClassification, cut_into_units
 
 
 SEVERITIES = (1, 2, 3, 4, 5)
-DROPPED = (0.1, 0.3, 0.5, 0.7, 0.9)  # shares of the units that are left out, by severity
+DROPPED = (0.1, 0.3, 0.5, 0.7, 0.9)  # fraction of the units that are masked, by severity
 
 
 def _noise(pixels: torch.Tensor, strength: float) -> torch.Tensor:
@@ -54,8 +54,8 @@ def _odd(length: float) -> int:
     return max(3, int(length) // 2 * 2 + 1)
 
 
-# Of uint8 (B, 3, H, W), with the strengths of severity 1 to 5. Noise, contrast, JPEG and pixelation have those of
-# ImageNet-C (arXiv 1903.12261); the others are what torchvision has in their place.
+# Functions of uint8 (B, 3, H, W), and their strengths at severity 1 to 5. Noise, contrast, JPEG and pixelation have
+# those of ImageNet-C (arXiv 1903.12261); the others are torchvision's closest.
 CORRUPTIONS: dict[str, tuple[Callable[[torch.Tensor, float], torch.Tensor], tuple[float, ...]]] = {
     "gaussian noise": (_noise, (0.08, 0.12, 0.18, 0.26, 0.38)),
     "gaussian blur": (_blur, (1, 2, 3, 4, 6)),
@@ -69,8 +69,8 @@ CORRUPTIONS: dict[str, tuple[Callable[[torch.Tensor, float], torch.Tensor], tupl
 PATCH_DROP, PATCH_SHUFFLE = "patch drop", "patch shuffle"
 
 
-def shuffle_pieces(pixels: torch.Tensor, pieces: int) -> torch.Tensor:
-    """Images (B, channels, H, W) cut into `pieces` x `pieces` parts, each put back in another place."""
+def shuffle_patches(pixels: torch.Tensor, pieces: int) -> torch.Tensor:
+    """Images (B, channels, H, W) cut into `pieces` x `pieces` patches, which are shuffled."""
     side = pixels.shape[2] // pieces
     parts = cut_into_units(pixels, side).flatten(1, 2)
     order = torch.rand(len(parts), pieces**2).argsort(dim=1)
@@ -78,13 +78,13 @@ def shuffle_pieces(pixels: torch.Tensor, pieces: int) -> torch.Tensor:
     return parts.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
-def piece_counts(grid: int) -> list[int]:
-    """Pieces per side that a grid of units can be cut into, the five finest at most."""
+def shuffle_grids(grid: int) -> list[int]:
+    """Numbers of patches per side into which a grid of units can be cut, the five finest at most."""
     return [count for count in range(2, grid + 1) if grid % count == 0][-len(SEVERITIES) :]
 
 
-class Crops:
-    """The transform of evaluations but for its last step: (channels, H, W), uint8, to be damaged, then normalized."""
+class UnnormalizedTransform:
+    """The transform of evaluations but for rescaling and normalization: (channels, H, W), uint8, to be corrupted."""
 
     def __init__(self, processor: BaseImageProcessor):
         self.processor = processor
@@ -106,15 +106,15 @@ def robustness(
     seed: int = 0,
 ) -> dict[str, dict[str, float]]:
     """
-    Top-1 with damaged images: kind of damage -> severity, share of units or pieces per side -> accuracy.
+    Top-1 accuracy on corrupted images: corruption -> severity (fraction of masked units, patches per side) -> accuracy.
 
-    Patch drop leaves units out of the network itself (`bool_masked_pos`); patch shuffle cuts the image.
+    Patch drop masks units in the network itself (`bool_masked_pos`); patch shuffle cuts the image.
     """
     # an adapter wraps the network
     inner = next(module for module in model.modules() if isinstance(module, HiViTForImageClassification))
     config = inner.config
     mean, std = map(tuple, pixel_statistics(processor, config.num_channels))
-    images = ImageDataset(dataset, column, Crops(processor), targets, config.num_channels, name="eval")
+    images = ImageDataset(dataset, column, UnnormalizedTransform(processor), targets, config.num_channels, name="eval")
     hits: dict[str, dict[str, float]] = {}
 
     def count(kind: str, strength, pixels: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor | None = None):
@@ -138,6 +138,6 @@ def robustness(
                 dropped = min(int(units * DROPPED[severity - 1]), units - 1)
                 mask = torch.rand(len(pixels), units).argsort(dim=1) < dropped
                 count(PATCH_DROP, DROPPED[severity - 1], pixels, labels, mask)
-            for pieces in piece_counts(grid[0]) if grid[0] == grid[1] else []:
-                count(PATCH_SHUFFLE, pieces, shuffle_pieces(pixels, pieces), labels)
+            for pieces in shuffle_grids(grid[0]) if grid[0] == grid[1] else []:
+                count(PATCH_SHUFFLE, pieces, shuffle_patches(pixels, pieces), labels)
     return {kind: {strength: hit / len(images) for strength, hit in row.items()} for kind, row in hits.items()}

@@ -1,5 +1,5 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""Model soups (arXiv 2203.05482): the average of several classifiers."""
+"""Model soups (arXiv 2203.05482): averages of the weights of several classifiers."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from .evaluation import load_for_evaluation
 
 
 def average_weights(states: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The mean of several models' weights, tensor by tensor."""
+    """The mean of the weights of several models, tensor by tensor."""
     return {name: torch.stack([state[name].float() for state in states]).mean(dim=0) for name in states[0]}
 
 
@@ -21,19 +21,19 @@ def soup(
     folders: Sequence[str], kind: str, accuracy: Callable[[PreTrainedModel, BaseImageProcessor], float]
 ) -> tuple[HiViTForImageClassification, BaseImageProcessor, dict]:
     """
-    One classifier from several that were fine-tuned from the same start (arXiv 2203.05482).
+    One classifier from several that were fine-tuned from the same initialization (arXiv 2203.05482).
 
     Args:
         folders: of the classifiers.
-        kind: `"uniform"` averages all; `"greedy"` begins with the best and takes in each next one that does no harm.
-        accuracy: of a classifier with held-out images and the image processor, for `"greedy"`.
+        kind: `"uniform"` averages all; `"greedy"` begins with the best, and adds each next one that does not lower the
+            accuracy.
+        accuracy: validation accuracy of a classifier with its image processor, for `"greedy"`.
 
     Returns:
-        The classifier, its processor, and what was taken: `ingredients`, and for greedy the `accuracy` of each folder.
+        The classifier, its processor, and a record: `ingredients`, and for greedy the `accuracy` of each folder.
 
     Raises:
-        ValueError: for fewer than two folders, and for classifiers of another network, other labels, or another image
-            processor.
+        ValueError: for fewer than two folders, and for classifiers that differ in network, labels or image processor.
     """
     if len(folders) < 2:
         raise ValueError(f"A soup needs two folders or more, got {len(folders)}: give more --model_name_or_path.")
@@ -68,7 +68,7 @@ def _check_same_network(first, other, first_name: str, other_name: str):
     if shapes[0] != shapes[1] or first.config.id2label != other.config.id2label:
         raise ValueError(
             f"{first_name} and {other_name} have other networks or labels: a soup is made of classifiers that were "
-            "fine-tuned from the same start with the same dataset."
+            "fine-tuned from the same initialization on the same dataset."
         )
 
 
@@ -78,12 +78,12 @@ def _check_same_processor(first: BaseImageProcessor, other: BaseImageProcessor, 
         if settings[1][field] != value:
             raise ValueError(
                 f"{first_name} and {other_name} have image processors of another {field}, {value} and "
-                f"{settings[1][field]}: a soup is made of classifiers that see images alike."
+                f"{settings[1][field]}: a soup is made of classifiers with the same transform."
             )
 
 
 def _what_it_does(processor: BaseImageProcessor) -> dict:
-    """The settings of an image processor that change what a classifier sees; None where a step is left out."""
+    """The settings of an image processor that change its output; None where a step is left out."""
     steps = {"size": "do_resize", "resample": "do_resize", "crop_size": "do_center_crop"}
     steps |= {"rescale_factor": "do_rescale", "image_mean": "do_normalize", "image_std": "do_normalize"}
     known = json.loads(processor.to_json_string())

@@ -431,7 +431,11 @@ class PretrainRun:
         model.train()
         values = {"held_out_loss": sum(losses) / len(self.images)}
         if self.labels is not None:
-            values["nearest_neighbor_accuracy"] = nearest_neighbor_accuracy(torch.cat(features), self.labels)
+            half = len(self.labels) // 2  # the first half classifies the second
+            (known, unknown), (labels, targets) = (
+                part.tensor_split([half]) for part in (torch.cat(features), self.labels)
+            )
+            values["nearest_neighbor_accuracy"] = nearest_neighbor_accuracy(known, labels, unknown, targets)
         if accelerator.is_main_process:
             self._track(values)
             self._append("log.jsonl", {"step": self.step, **values})

@@ -1,5 +1,5 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""Frozen features: computed once and cached."""
+"""Feature extraction from a frozen encoder, with a cache."""
 
 import hashlib
 import json
@@ -15,6 +15,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..configuration_hivit import HiViTConfig
 from ..data.datasets import ImageDataset
+from ..data.seeding import seeded
 from ..data.transforms import ClassificationCollator, EvaluationTransform
 from ..image_processing import evaluation_processor, find_processor
 from ..modeling_hivit import HiViTModel
@@ -22,19 +23,19 @@ from ..training.initialization import normalization, read_config, silent_transfo
 
 
 STAGES = ("stem", "stage1", "stage2", "stage3")
-FUSED = "fused"  # stages 1 to 3 side by side, as the published decoder reads them
+FUSED = "fused"  # stages 1 to 3 concatenated, as the published decoder reads them
 FEATURES = (*STAGES, FUSED)
 
 
 @dataclass(frozen=True)
 class Encoder:
     """
-    A frozen HiViT with what turns images into its pixels.
+    A frozen HiViT and its image processor.
 
     Args:
         model: the encoder.
         processor: the image processor of its folder, or the published evaluation transform.
-        identity: of its weights, for the cache.
+        identity: hash of its weights and processor, the key of the cache.
     """
 
     model: HiViTModel
@@ -44,21 +45,21 @@ class Encoder:
 
 def load_encoder(name: str, image_size: int | None = None, random_weights: bool = False) -> Encoder:
     """
-    The encoder of a pre-training or classifier, on the accelerator if there is one.
+    The encoder of a pre-trained model or classifier, on the accelerator if there is one.
 
     Args:
         name: a folder, or a repository of the Hub.
-        image_size: side of the images in px; that of the model if not given. Another one than the model's makes the
-            published transform of it, as in fine-tuning, with the mean and deviation of the folder's processor.
-        random_weights: forget what was learned: the yardstick for features.
+        image_size: side of the images in px; the model's if not given. With another one the images go through the
+            published transform, as in fine-tuning, with mean and standard deviation of the folder's processor.
+        random_weights: random initialization instead of the trained weights: the baseline for features.
 
     Raises:
         ValueError: if there is no HiViT, or an image processor that cannot be used.
     """
     config = read_config(name)
     if random_weights:
-        torch.manual_seed(0)
-        model = HiViTModel(config, add_pooling_layer=False)
+        with seeded(0):
+            model = HiViTModel(config, add_pooling_layer=False)
     else:
         with silent_transformers():
             model = HiViTModel.from_pretrained(name, add_pooling_layer=False, dtype=torch.float32)
@@ -89,7 +90,7 @@ def _processor(name: str, config: HiViTConfig, image_size: int | None) -> BaseIm
 
 @torch.no_grad()
 def stage_features(model: HiViTModel, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The mean over all tokens of the embedding and of each stage, and the stages side by side: (B, channels) each."""
+    """Mean over the tokens of the embedding and of each stage, and stages 1 to 3 concatenated: (B, channels) each."""
     stages = model(pixel_values, output_stage_hidden_states=True).stage_hidden_states
     means = dict(zip(STAGES, (stage.flatten(1, -2).mean(dim=1).float() for stage in stages)))
     return means | {FUSED: torch.cat([means[name] for name in STAGES[1:]], dim=1)}
@@ -104,13 +105,13 @@ def extract(
     Args:
         encoder: from `load_encoder`.
         dataset: the images.
-        column: where they are.
+        column: of the images.
         batch_size: images per forward pass.
-        num_workers: processes that read and decode.
-        name: what the progress bar says.
+        num_workers: number of data loading workers.
+        name: of the split, for the progress bar and messages.
 
     Raises:
-        ValueError: for a image that cannot be read, with its row.
+        ValueError: for an image that cannot be read, with its row.
     """
     channels = encoder.model.config.num_channels
     images = ImageDataset(dataset, column, EvaluationTransform(encoder.processor), num_channels=channels, name=name)
@@ -132,10 +133,10 @@ def cached_features(
     name: str = "",
 ) -> tuple[dict[str, torch.Tensor], bool]:
     """
-    As `extract`, kept in a file that depends on the weights, the transform and the images.
+    As `extract`, cached in a file whose name depends on the weights, the transform and the images.
 
     Returns:
-        The features, and whether they had been kept before.
+        The features, and whether they came from the cache.
     """
     key = hashlib.sha256(f"{encoder.identity} {dataset._fingerprint} {column}".encode()).hexdigest()[:16]
     path = cache / f"{name}-{key}.safetensors"

@@ -1,5 +1,5 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""Linear probes of frozen features."""
+"""Linear probes of frozen features: logistic regression (L-BFGS), and the LARS probe of MAE."""
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from ..training.optim import cosine_learning_rate
 
 
 def standardize(train: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both with the mean and deviation that `train` has per channel taken out."""
+    """Both, standardized by the mean and standard deviation of each channel of `train`."""
     mean, std = train.mean(dim=0), train.std(dim=0).clamp(min=1e-6)
     return (train - mean) / std, (other - mean) / std
 
@@ -21,14 +21,15 @@ def probe_lbfgs(
     train: torch.Tensor, labels: torch.Tensor, other: torch.Tensor, strength: float = 1.0, steps: int = 1000
 ) -> np.ndarray:
     """
-    Scores of a logistic regression fitted by L-BFGS (scikit-learn's): (other, classes that occur in `labels`).
+    Scores (others, classes) of a logistic regression fitted by L-BFGS (scikit-learn's); minus infinity for classes that
+    do not occur in `labels`.
 
     Args:
-        train: features to learn from, (images, C).
-        labels: their class numbers.
-        other: features to score.
-        strength: of the regularisation; the inverse of scikit-learn's C.
-        steps: at most so many.
+        train: training features (images, C).
+        labels: their class numbers (images,).
+        other: features to score (others, C).
+        strength: of the L2 regularization; the inverse of scikit-learn's C.
+        steps: maximum number of iterations.
     """
     train, other = standardize(train, other)
     fitted = LogisticRegression(C=1 / strength, max_iter=steps).fit(train.numpy(), labels.numpy())
@@ -48,18 +49,18 @@ def probe_lars(
     seed: int = 0,
 ) -> np.ndarray:
     """
-    Scores of the linear probe of MAE (arXiv 2111.06377, appendix A.1): a batch norm without weights, then a linear
-    layer, learned by LARS with momentum 0.9, no decay, warm-up and cosine: (other, classes).
+    Scores (others, classes) of the linear probe of MAE (arXiv 2111.06377, appendix A.1): batch norm without weights and
+    a linear layer, trained by LARS with momentum 0.9, no weight decay, warm-up and cosine schedule.
 
     Args:
-        train: features to learn from, (images, C).
-        labels: their class numbers.
-        other: features to score.
-        learning_rate: the highest one; MAE's is 0.1 for 256 of its 16384 images per step. It is not made smaller for
-            fewer images, as LARS scales it by the weights and there are fewer steps.
+        train: training features (images, C).
+        labels: their class numbers (images,).
+        other: features to score (others, C).
+        learning_rate: peak learning rate; MAE's is 0.1 per 256 of its 16384 images per step. It is not scaled down for
+            smaller batches, as LARS scales it by the weights and there are fewer steps.
         epochs, warmup_epochs: over the features.
-        batch_size: features per step, all at most.
-        seed: of the order and the first weights.
+        batch_size: features per step; all of them, if there are fewer.
+        seed: of the order and the initialization.
     """
     generator = torch.Generator().manual_seed(seed)
     batch_size = min(batch_size, len(train))
@@ -68,7 +69,7 @@ def probe_lars(
     nn.init.trunc_normal_(linear.weight, std=0.01, generator=generator)
     nn.init.zeros_(linear.bias)
     head = nn.Sequential(norm, linear).train()
-    # layer-wise rates for the matrix only; timm leaves them out where nothing is decayed, unless it is told
+    # layer-wise learning rates for the matrix only; timm leaves them out without weight decay, unless it is told
     groups = [{"params": [linear.weight], "always_adapt": True}, {"params": [linear.bias]}]
     optimizer = Lars(groups, lr=learning_rate, momentum=0.9)
     per_epoch = len(train) // batch_size

@@ -1,43 +1,45 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""Nearest neighbors of frozen features."""
+"""k-nearest-neighbor (kNN) classification of frozen features."""
 
 import torch
 
 
-def nearest_neighbor_accuracy(features: torch.Tensor, labels: torch.Tensor, neighbors: int = 20) -> float:
+def nearest_neighbor_accuracy(
+    train: torch.Tensor, labels: torch.Tensor, other: torch.Tensor, targets: torch.Tensor, neighbors: int = 20
+) -> float:
     """
-    `nearest_neighbors` of the second half of the images in the first half.
+    Top-1 accuracy of `nearest_neighbors`.
 
     Args:
-        features: (B, C), one row per image.
-        labels: (B,), class numbers.
-        neighbors: how many are asked.
+        train: training features (images, C).
+        labels: their class numbers (images,).
+        other: features to classify (others, C).
+        targets: their class numbers (others,).
+        neighbors: k, number of neighbors.
     """
-    half = len(features) // 2
-    predicted = nearest_neighbors(features[:half], labels[:half], features[half:], neighbors)
-    return (predicted == labels[half:].cpu()).float().mean().item()
+    return (nearest_neighbors(train, labels, other, neighbors) == targets.cpu()).float().mean().item()
 
 
 @torch.no_grad()
 def nearest_neighbors(
-    known: torch.Tensor, labels: torch.Tensor, asked: torch.Tensor, neighbors: int = 20, temperature: float = 0.07
+    train: torch.Tensor, labels: torch.Tensor, other: torch.Tensor, neighbors: int = 20, temperature: float = 0.07
 ) -> torch.LongTensor:
     """
-    The label of most of each image's nearest neighbors, weighted by exp(cosine similarity / temperature), as in
-    DINO (arXiv 2104.14294): (number asked,), on the CPU.
+    Class numbers (others,), on the CPU, by a vote of the nearest neighbors, weighted by
+    exp(cosine similarity / temperature), as in DINO (arXiv 2104.14294).
 
     Args:
-        known: features of images with labels, (number known, C).
-        labels: their class numbers, (number known,).
-        asked: features of the others, (number asked, C).
-        neighbors: how many are asked.
-        temperature: how fast weights fall with distance.
+        train: training features (images, C).
+        labels: their class numbers (images,).
+        other: features to classify (others, C).
+        neighbors: k, number of neighbors.
+        temperature: of the weights; the lower, the less do distant neighbors weigh.
     """
-    known, asked = (torch.nn.functional.normalize(features.float(), dim=1) for features in (known, asked))
+    train, other = (torch.nn.functional.normalize(features.float(), dim=1) for features in (train, other))
     predicted = []
-    for part in asked.split(1024):
-        similarity, index = (part @ known.t()).topk(min(neighbors, len(known)), dim=1)
-        votes = torch.zeros(len(part), int(labels.max()) + 1, device=known.device)
-        votes.scatter_add_(1, labels.to(known.device)[index], (similarity / temperature).exp())
+    for part in other.split(1024):
+        similarity, index = (part @ train.t()).topk(min(neighbors, len(train)), dim=1)
+        votes = torch.zeros(len(part), int(labels.max()) + 1, device=train.device)
+        votes.scatter_add_(1, labels.to(train.device)[index], (similarity / temperature).exp())
         predicted.append(votes.argmax(dim=1).cpu())
     return torch.cat(predicted)

@@ -31,6 +31,11 @@ from transformers.utils import logging
 ABOUT = ("title", "source", "cost", "expected_result")  # keys of a recipe file that are no flags
 
 
+def required_argument(help_text: str) -> Any:
+    """A field that has no default, of a dataclass with `kw_only=True`."""
+    return field(metadata={"help": help_text})
+
+
 def argument(default: Any, help_text: str) -> Any:
     """A field of a dataclass of arguments, with the help text of its flag."""
     if isinstance(default, (list, dict)):
@@ -75,6 +80,17 @@ def one_of(*choices: str) -> Callable[[str], None]:
     def check(value: str):
         if value not in choices:
             raise ValueError(f"must be one of {', '.join(choices)}, got {value!r}")
+
+    return check
+
+
+def some_of(*choices: Any) -> Callable[[Sequence], None]:
+    """A list of some of these values."""
+
+    def check(values: Sequence):
+        wrong = [value for value in values if value not in choices]
+        if wrong or not values:
+            raise ValueError(f"must be some of {', '.join(map(str, choices))}, got {', '.join(map(str, values))}")
 
     return check
 

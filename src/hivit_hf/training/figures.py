@@ -1,5 +1,5 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""Figures of trainings and evaluations, drawn with matplotlib."""
+"""Plots with matplotlib: learning curves, style, PNG."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -74,7 +74,7 @@ def figure_to_png(figure: Figure, dots_per_inch: int = 160) -> bytes:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches with its own canvas, so that nothing of pyplot's state is touched."""
+    """An empty figure, size in inches, with its own canvas: pyplot's state is not touched."""
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure

@@ -1,0 +1,117 @@
+"""Evaluation of classifiers: metrics through `evaluate`, labels matched by name, refusals."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from datasets import DatasetDict, Value
+from sklearn.metrics import top_k_accuracy_score
+
+import evaluate_classification
+import finetune_classification
+from hivit_hf.classification.evaluation import load_for_evaluation, targets_for
+from hivit_hf.classification.metrics import calibration
+from support.digit_folders import SMALL, evaluate_with_script, refusal, save_random_encoder
+
+
+def test_evaluation_through_evaluate(classifiers, data, tmp_path, capsys):
+    results = evaluate_with_script(
+        classifiers[:1], data, tmp_path, "--max_eval_samples", "60", "--per_device_eval_batch_size", "16"
+    )
+    model, processor = load_for_evaluation(classifiers[0])
+    images = DatasetDict.load_from_disk(data / "few")["test"].select(range(60))
+    inputs = processor([image.convert("RGB") for image in images["image"]], return_tensors="pt")
+    with torch.no_grad():
+        probabilities = model(**inputs).logits.softmax(dim=1).numpy()
+    labels = np.array(images["label"])
+    assert results["images"] == 60
+    assert results["accuracy"] == pytest.approx((probabilities.argmax(axis=1) == labels).mean())
+    assert results["top5_accuracy"] == pytest.approx(top_k_accuracy_score(labels, probabilities, k=5))
+    assert results["samples_per_second"] > 0
+    assert np.sum(results["confusion_matrix"]) == 60
+    assert np.trace(results["confusion_matrix"]) == pytest.approx(60 * results["accuracy"])
+    assert results["expected_calibration_error"] == pytest.approx(
+        calibration(probabilities, labels)["expected_calibration_error"], abs=1e-4
+    )
+    assert {path.name for path in tmp_path.glob("*.png")} == {"confusion_matrix.png", "calibration.png"}
+    assert "accuracy" in capsys.readouterr().out
+
+
+def test_labels_are_matched_by_name(classifiers, data):
+    images = DatasetDict.load_from_disk(data / "few")["test"].select(range(20))
+    model, _ = load_for_evaluation(classifiers[0])
+    model.config.label2id = {str(i): 9 - i for i in range(10)}
+    assert targets_for(model, images, "test").tolist() == [9 - label for label in images["label"]]
+
+
+def test_bare_numbers_are_named_as_in_finetuning(data, tmp_path, capsys):
+    """In reverse, so that a name in the wrong place would show."""
+    names = [f"digit {number}" for number in range(9, -1, -1)]
+    splits = DatasetDict.load_from_disk(data / "few").cast_column("label", Value("int64"))
+    splits.save_to_disk(tmp_path / "few")
+    flags = ["--dataset_name", str(tmp_path / "few"), "--label_names", *names, "--model", json.dumps(SMALL)]
+    flags += [
+        "--from_scratch",
+        "--architecture",
+        "tiny",
+        "--image_size",
+        "16",
+        "--epochs",
+        "1",
+        "--warmup_epochs",
+        "0",
+        "--num_workers",
+        "0",
+    ]
+    flags += ["--batch_size", "50", "--effective_batch_size", "50", "--mixed_precision", "no", "--output_dir"]
+    assert finetune_classification.main([*flags, str(tmp_path / "model")]) == 0
+    trained = json.loads((tmp_path / "model" / "eval_results.json").read_text())["eval_accuracy"]
+    evaluated = evaluate_with_script([str(tmp_path / "model")], tmp_path, tmp_path / "out", "--class_names", *names)
+    assert evaluated["accuracy"] == pytest.approx(trained)
+    both = [str(tmp_path / "model")] * 2
+    greedy = ("--soup", "greedy", "--soup_split_name", "test", "--class_names", *names)
+    accuracy = evaluate_with_script(both, tmp_path, tmp_path / "soup", *greedy)["soup"]["accuracy"]
+    assert accuracy[both[0]] == pytest.approx(trained)
+    model, _ = load_for_evaluation(both[0])
+    assert targets_for(model, splits["test"], "test", None, names).tolist() == list(splits["test"]["label"])
+    assert targets_for(model, splits["test"], "test", None, names[::-1]).tolist() == [
+        9 - label for label in splits["test"]["label"]
+    ]
+    arguments = ("--model_name_or_path", both[0], "--dataset_name", tmp_path / "few")
+    arguments += ("--output_dir", tmp_path / "other")
+    said = refusal(evaluate_classification.main, capsys, *arguments)
+    assert "the label '0', which the model does not know; its labels are digit 9, digit 8, digit 7, digit 6" in said
+    assert "name them with --class_names" in said
+    assert "there are 2 classes, 0 to 1" in refusal(
+        evaluate_classification.main, capsys, *arguments, "--class_names", *names[:2]
+    )
+
+
+def test_results_of_two_evaluations_do_not_mix(classifiers, data, tmp_path, capsys):
+    evaluate_with_script(classifiers[:1], data, tmp_path, "--max_eval_samples", "10")
+    before = (tmp_path / "results.json").read_bytes()
+    arguments = ("--model_name_or_path", classifiers[1], "--dataset_name", data / "digits", "--output_dir", tmp_path)
+    assert "holds results.json of another evaluation" in refusal(evaluate_classification.main, capsys, *arguments)
+    assert (tmp_path / "results.json").read_bytes() == before
+
+
+def test_bad_input(classifiers, data, tmp_path, capsys):
+    digits, output = data / "digits", ("--output_dir", tmp_path / "out")
+    encoder = save_random_encoder(tmp_path / "encoder")
+    for arguments, message in [
+        ((*classifiers, "--dataset_name", digits, *output), "make a soup: add --soup uniform"),
+        ((classifiers[0], "--soup", "uniform", "--dataset_name", digits, *output), "needs two folders or more, got 1"),
+        ((*classifiers, "--soup", "greedy", "--dataset_name", digits, *output), "There is no split 'validation'"),
+        ((classifiers[0], encoder, "--soup", "uniform", "--dataset_name", digits, *output), "is no classifier"),
+        ((encoder, "--dataset_name", digits, *output), "is no classifier: fine-tune it first"),
+        ((classifiers[0], "--dataset_name", data / "several", *output), "holds lists: give --problem_type"),
+        ((classifiers[0], "--dataset_name", digits, "--eval_split_name", "val", *output), "There is no split 'val'"),
+        (
+            (classifiers[0], "--dataset_name", digits, "--per_device_eval_batch_size", "0", *output),
+            "per_device_eval_batch_size must be a positive number, got 0",
+        ),
+        ((tmp_path / "none", "--dataset_name", digits, *output), "There is no folder"),
+    ]:
+        said = refusal(evaluate_classification.main, capsys, "--model_name_or_path", *arguments)
+        assert message in said
