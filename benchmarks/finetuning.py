@@ -53,7 +53,7 @@ def prepare(folder: Path, epochs: int) -> Path:
 def probe(folder: Path, start: str) -> dict:
     output = folder / f"probe-{start}"
     arguments = ["--model_name_or_path", str(folder / start), "--dataset_name", str(folder / "digits")]
-    assert linear_probe.main([*arguments, "--output_dir", str(output), "--num_workers", "0"]) == 0
+    assert linear_probe.main([*arguments, "--output_dir", str(output), "--dataloader_num_workers", "0"]) == 0
     return json.loads((output / "results.json").read_text())["accuracy"]
 
 

@@ -12,7 +12,8 @@ import evaluate_classification
 import finetune_classification
 from hivit_hf.classification.evaluation import load_for_evaluation, targets_for
 from hivit_hf.classification.metrics import calibration
-from support.digit_folders import SMALL, evaluate_with_script, refusal, save_random_encoder
+from support.digit_folders import SMALL, evaluate_with_script, save_random_encoder
+from support.refusals import refusal
 
 
 def test_evaluation_through_evaluate(classifiers, data, tmp_path, capsys):
@@ -50,22 +51,12 @@ def test_bare_numbers_are_named_as_in_finetuning(data, tmp_path, capsys):
     names = [f"digit {number}" for number in range(9, -1, -1)]
     splits = DatasetDict.load_from_disk(data / "few").cast_column("label", Value("int64"))
     splits.save_to_disk(tmp_path / "few")
-    flags = ["--dataset_name", str(tmp_path / "few"), "--label_names", *names, "--model", json.dumps(SMALL)]
-    flags += [
-        "--from_scratch",
-        "--architecture",
-        "tiny",
-        "--image_size",
-        "16",
-        "--epochs",
-        "1",
-        "--warmup_epochs",
-        "0",
-        "--num_workers",
-        "0",
-    ]
-    flags += ["--batch_size", "50", "--effective_batch_size", "50", "--mixed_precision", "no", "--output_dir"]
-    assert finetune_classification.main([*flags, str(tmp_path / "model")]) == 0
+    recipe = {"from_scratch": True, "architecture": "tiny", "config_overrides": json.dumps(SMALL), "image_size": 16}
+    recipe |= {"num_train_epochs": 1, "warmup_epochs": 0, "dataloader_num_workers": 0, "class_names": names}
+    recipe |= {"per_device_train_batch_size": 50, "effective_batch_size": 50}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    arguments = ["--config", str(tmp_path / "recipe.json"), "--dataset_name", str(tmp_path / "few")]
+    assert finetune_classification.main([*arguments, "--output_dir", str(tmp_path / "model")]) == 0
     trained = json.loads((tmp_path / "model" / "eval_results.json").read_text())["eval_accuracy"]
     evaluated = evaluate_with_script([str(tmp_path / "model")], tmp_path, tmp_path / "out", "--class_names", *names)
     assert evaluated["accuracy"] == pytest.approx(trained)

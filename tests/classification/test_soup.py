@@ -14,7 +14,8 @@ from digits.data import digits_processor
 from hivit_hf import HiViTConfig, HiViTForImageClassification
 from hivit_hf.classification.evaluation import accuracy_of, load_for_evaluation, targets_for
 from hivit_hf.classification.soup import soup
-from support.digit_folders import evaluate_with_script, refusal
+from support.digit_folders import evaluate_with_script
+from support.refusals import refusal
 
 
 def test_uniform_soup_is_the_mean(classifiers, data, tmp_path):

@@ -17,8 +17,10 @@ from hivit_hf.data.decoding import UnreadableImageError
 from hivit_hf.data.labels import find_labels
 from hivit_hf.data.seeding import seeded
 from hivit_hf.data.transforms import ClassificationCollator, training_transform
+from support.refusals import refusal
 
 
+BATCH = "per_device_train_batch_size"
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
 SMOKE = Path(__file__).parents[2] / "examples" / "recipes" / "finetune_smoke_cpu.yaml"
 CLASSES = ClassLabel(names=["cat", "dog"])
@@ -40,24 +42,10 @@ def saved(folder: Path, **splits: Dataset) -> str:
 
 def finetune(capsys, tmp_path, data: str, *flags) -> str:
     """What the script says when it refuses. It must be one sentence, with code 2, and nothing trained."""
-    arguments = [
-        "--recipe",
-        str(SMOKE),
-        "--dataset_name",
-        data,
-        "--output_dir",
-        str(tmp_path / "run"),
-        *map(str, flags),
-    ]
-    try:
-        code = finetune_classification.main(arguments)
-    except SystemExit as leaving:
-        code = leaving.code
-    assert code == 2
+    arguments = ["--config", SMOKE, "--dataset_name", data, "--output_dir", tmp_path / "run"]
+    said = refusal(finetune_classification.main, capsys, *arguments, *flags)
     assert not list(tmp_path.glob("run/checkpoint-*"))
-    said = capsys.readouterr().err.strip().splitlines()
-    assert "Traceback" not in "".join(said)
-    return said[-1]
+    return said
 
 
 @pytest.fixture
@@ -68,57 +56,57 @@ def good(tmp_path) -> str:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--label_column", "kind"], "train has no column 'kind'; its columns are image, label"),
-        (["--image_column", "photo"], "train has no column 'photo'; its columns are image, label"),
-        (["--image_column", "label"], "'label' holds ClassLabel(names=['cat', 'dog']), not images. Name another"),
-        (["--train_split", "training"], "There is no split 'training': the dataset has train, test"),
-        (["--eval_split", "val"], "There is no split 'val'"),
-        (["--eval_fraction", "0.01"], "train_val_split 0.01 of 40 images leaves one side empty"),
-        (["--eval_fraction", "1.5"], "eval_fraction must be in (0, 1), got 1.5"),
-        (["--eval_fraction", "0.5", "--eval_split", "test"], "not both"),
-        (["--mixup", "0.8", "--batch_size", "1"], "mix images in pairs, so batch_size must be even, got 1: use 2"),
-        (["--cutmix", "1", "--batch_size", "7"], "so batch_size must be even, got 7: use 8"),
+        (["--label_column_name", "kind"], "train has no column 'kind'; its columns are image, label"),
+        (["--image_column_name", "photo"], "train has no column 'photo'; its columns are image, label"),
+        (["--image_column_name", "label"], "'label' holds ClassLabel(names=['cat', 'dog']), not images. Name another"),
+        (["--train_split_name", "training"], "There is no split 'training': the dataset has train, test"),
+        (["--eval_split_name", "val"], "There is no split 'val'"),
+        (["--train_val_split", "0.01"], "train_val_split 0.01 of 40 images leaves one side empty"),
+        (["--train_val_split", "1.5"], "train_val_split must be in (0, 1), got 1.5"),
+        (["--train_val_split", "0.5", "--eval_split_name", "test"], "not both"),
+        (["--mixup", "0.8", f"--{BATCH}", "1"], f"images in pairs, so {BATCH} must be even, got 1: use 2"),
+        (["--cutmix", "1", f"--{BATCH}", "7", "--effective_batch_size", "7"], f"{BATCH} must be even, got 7: use 8"),
         (["--problem_type", MULTI], "Several labels per image are a column of lists, or several columns; 'label'"),
         (["--problem_type", REGRESSION], "Regression needs numbers, but 'label' of train holds ClassLabel"),
         (["--problem_type", MULTI, "--mixup", "1"], "mixup is for one label per image: leave it out"),
-        (["--problem_type", REGRESSION, "--label_smoothing", "0.1"], "label_smoothing is for one label"),
+        (["--problem_type", REGRESSION, "--label_smoothing_factor", "0.1"], "label_smoothing_factor is for one label"),
         (["--problem_type", "several"], "problem_type must be one of single_label_classification"),
-        (["--label_column", "a", "b"], "One label per image is one column, got a, b"),
-        (["--label_names", "a", "b"], "'label' has names of its own (cat, dog): leave out --class_names"),
+        (["--label_column_name", "a", "b"], "One label per image is one column, got a, b"),
+        (["--class_names", "a", "b"], "'label' has names of its own (cat, dog): leave out --class_names"),
         (["--auto_augment", "rnd-m9"], "auto_augment 'rnd-m9' is no policy: try rand-m9-mstd0.5-inc1"),
         (
-            ["--batch_size", "64", "--effective_batch_size", "64"],
-            "40 images to learn from are fewer than effective_batch_size 64: lower it",
+            ["--per_device_train_batch_size", "64", "--effective_batch_size", "64"],
+            "40 training images are fewer than effective_batch_size 64: lower it",
         ),
-        (["--batch_size", "12"], "effective_batch_size 32 is no multiple of 12 images on 1 processes"),
+        (["--per_device_train_batch_size", "12"], "effective_batch_size 32 is no multiple of 12 images on 1 processes"),
         (["--image_size", "30"], "image_size must be a positive multiple of patch_size 8"),
         (["--image_mean", "0.5"], "image_mean and image_std need 3 numbers"),
-        (["--lora_rank", "100"], "lora_rank 100 is more than the 64 channels: try 8 or 16"),
-        (["--lora_rank", "4", "--ema_decay", "0.9"], "--lora_rank keeps the weights as they are"),
+        (["--lora_r", "100"], "lora_r 100 is more than the 64 channels: try 8 or 16"),
+        (["--lora_r", "4", "--ema_decay", "0.9"], "--lora_r keeps the weights as they are"),
         (["--layer_decay", "1.5"], "layer_decay must be in (0, 1], got 1.5"),
         (["--crop_pct", "2"], "crop_pct must be in (0, 1], got 2.0"),
-        (["--epochs", "0"], "epochs must be a positive number, got 0.0"),
-        (["--warmup_epochs", "2"], "warmup_epochs must be less than epochs 2.0"),
-        (["--min_learning_rate", "1"], "min_learning_rate must not exceed the highest rate"),
-        (["--warmup_learning_rate", "1"], "warmup_learning_rate must not exceed the highest rate"),
+        (["--num_train_epochs", "0"], "epochs must be a positive number, got 0.0"),
+        (["--warmup_epochs", "2"], "warmup_epochs must be less than num_train_epochs 2.0"),
+        (["--min_learning_rate", "1"], "min_learning_rate must not exceed the peak learning rate"),
+        (["--warmup_learning_rate", "1"], "warmup_learning_rate must not exceed the peak learning rate"),
         (["--weight_decay", "-1"], "weight_decay must not be negative"),
-        (["--mixed_precision", "bf61"], "mixed_precision must be one of bf16, fp16, no, got 'bf61'"),
-        (["--tracker", "wandbb"], "tracker must be one of"),
-        (["--model", "{"], "--model must be a JSON object"),
-        (["--model", '{"drop_path_rate": 0.1}'], "--model sets drop_path_rate, which has a flag of its own"),
-        (["--model", '{"hiden_size": 64}'], "no keyword 'hiden_size'"),
-        (["--architecture", "huge"], "There is no architecture 'huge'"),
+        (["--bf16", "bf61"], "argument --bf16: Truthy value expected: got bf61"),
+        (["--report_to", "wandbb"], "wandbb is not supported, only"),
+        (["--config_overrides", "{"], "config_overrides must be a JSON object"),
+        (["--config_overrides", '{"drop_path_rate": 0.1}'], "--config_overrides sets drop_path_rate, which have flags"),
+        (["--config_overrides", '{"hiden_size": 64}'], "no keyword 'hiden_size'"),
+        (["--architecture", "huge"], "architecture must be one of tiny, small, base, large, base-mae, got 'huge'"),
         (["--hub_model_id", "me/mine"], "are for --push_to_hub: give it too"),
         (["--model_name_or_path", "somewhere"], "Give either --model_name_or_path, or --from_scratch"),
         (["--flip_probability", "2"], "flip_probability must be in [0, 1]"),
-        (["--mixup_probability", "2"], "mixup_probability must be in [0, 1]"),
-        (["--mixup_switch_probability", "-1"], "mixup_switch_probability must be in [0, 1]"),
-        (["--adam_betas", "0.9"], "adam_betas must be two numbers"),
-        (["--crop_scale", "0.5"], "crop_scale must be two shares"),
+        (["--mixup_prob", "2"], "mixup_prob must be in [0, 1]"),
+        (["--mixup_switch_prob", "-1"], "mixup_switch_prob must be in [0, 1]"),
+        (["--adam_beta1", "1.5"], "adam_beta1 must be in [0, 1), got 1.5"),
+        (["--crop_scale", "0.5"], "crop_scale must be two numbers"),
         (["--image_std", "0", "1", "1"], "image_std must be positive"),
         (["--early_stopping_patience", "0"], "early_stopping_patience must be a positive number"),
-        (["--resume", "latest"], "There is no checkpoint to resume"),
-        (["--recipe", "none.yaml"], "The recipe none.yaml cannot be read"),
+        (["--resume_from_checkpoint", "latest"], "There is no checkpoint to resume"),
+        (["--config", "none.yaml"], "The recipe none.yaml cannot be read"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -138,7 +126,7 @@ def test_initializations_that_cannot_be(good, tmp_path, capsys):
         (tmp_path / "empty", "There is no model at"),
         (tmp_path / "none", "There is no folder"),
     ]:
-        arguments = ("--recipe", base, "--model_name_or_path", weights, "--num_workers", "0")
+        arguments = ("--config", base, "--model_name_or_path", weights, "--dataloader_num_workers", "0")
         assert message in finetune(capsys, tmp_path, good, *arguments)
 
 
@@ -176,7 +164,7 @@ def test_labels_that_cannot_be(train, test, message, tmp_path, capsys):
 
 def test_more_labels_than_names(tmp_path, capsys):
     data = saved(tmp_path / "data", train=table([0, 1, 2] * 10, Value("int64")), test=table([0, 1], Value("int64")))
-    said = finetune(capsys, tmp_path, data, "--label_names", "cat", "dog")
+    said = finetune(capsys, tmp_path, data, "--class_names", "cat", "dog")
     assert "train has the label 2, but there are 2 classes, 0 to 1: correct the labels" in said
 
 
@@ -191,7 +179,7 @@ def test_more_labels_than_names(tmp_path, capsys):
 )
 def test_several_labels_that_cannot_be(labels, columns, message, tmp_path, capsys):
     split = table(labels, List(Value("int64")), a=[0, 0], b=[1, 3])
-    flags = ["--label_column", *columns] if columns else ["--label_names", "x", "y"]
+    flags = ["--label_column_name", *columns] if columns else ["--class_names", "x", "y"]
     data = saved(tmp_path / "data", train=split, test=split)
     assert message in finetune(capsys, tmp_path, data, "--problem_type", MULTI, *flags)
 
@@ -210,12 +198,14 @@ def broken_folder(folder: Path, count: int = 12) -> Path:
 
 def test_images_that_do_not_decode(tmp_path, capsys):
     folder = broken_folder(tmp_path / "data")
-    flags = ["--eval_fraction", "0.2", "--batch_size", "2", "--effective_batch_size", "2"]
+    flags = ["--train_val_split", "0.2", "--per_device_train_batch_size", "2", "--effective_batch_size", "2"]
     said = finetune(capsys, tmp_path, str(folder), *flags)
     assert "of train" in said or "of eval" in said
     assert "10.png) cannot be read, damaged" in said or "11.png) cannot be read, no bytes" in said
     for workers in (0, 2):  # found while training
-        late = finetune(capsys, tmp_path, str(folder), *flags, "--check_images", "0", "--num_workers", workers)
+        late = finetune(
+            capsys, tmp_path, str(folder), *flags, "--check_images", "0", "--dataloader_num_workers", workers
+        )
         assert "cannot be read" in late and late.startswith("error: Image")
 
 
@@ -286,7 +276,7 @@ def test_a_dataset_of_the_hub_is_asked_for_by_configuration_and_revision(tmp_pat
         raise ConnectionError("no network\nmore")
 
     monkeypatch.setattr(labeled, "load_dataset", load)
-    said = finetune(capsys, tmp_path, "some/data", "--dataset_config", "small", "--dataset_revision", "abc")
+    said = finetune(capsys, tmp_path, "some/data", "--dataset_config_name", "small", "--dataset_revision", "abc")
     assert asked == [("some/data", "small", "abc")]
     assert said == "error: The dataset some/data cannot be read: no network"
 
@@ -352,10 +342,10 @@ def test_a_head_for_a_classifier_of_other_labels_is_announced(tmp_path, capsys):
     numbers = {"image_size": 32, "patch_size": 8, "hidden_size": 64, "depths": [1, 1, 1], "num_attention_heads": 2}
     HiViTForImageClassification(HiViTConfig(**numbers, num_labels=7)).save_pretrained(tmp_path / "seven")
     data = saved(tmp_path / "good", train=table([0, 1] * 20), test=table([0, 1] * 4))
-    arguments = ["--model_name_or_path", str(tmp_path / "seven"), "--dataset_name", data, "--mixed_precision", "no"]
-    arguments += ["--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--num_workers", "0"]
-    assert finetune_classification.main([*arguments, "--batch_size", "8", "--effective_batch_size", "8"]) == 0
-    assert "has 7 labels that are not the 2 of this dataset: its head starts fresh" in capsys.readouterr().out
+    arguments = ["--model_name_or_path", str(tmp_path / "seven"), "--dataset_name", data, f"--{BATCH}", "8"]
+    arguments += ["--output_dir", str(tmp_path / "run"), "--stop_after_steps", "1", "--dataloader_num_workers", "0"]
+    assert finetune_classification.main(arguments) == 0
+    assert "has 7 labels that are not the 2 of this dataset: its head is re-initialized" in capsys.readouterr().out
 
 
 def test_a_missing_image_is_named(tmp_path, capsys):

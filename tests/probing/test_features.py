@@ -14,7 +14,7 @@ from hivit_hf import HiViTBackbone, HiViTForMaskedImageModeling
 from hivit_hf.image_processing import evaluation_processor
 from hivit_hf.probing import features
 from hivit_hf.probing.features import extract, load_encoder, stage_features
-from support.digit_folders import refusal
+from support.refusals import refusal
 
 
 def test_features_are_the_means_of_the_stages(random_encoder):

@@ -18,7 +18,7 @@ from hivit_hf.probing.neighbors import nearest_neighbors
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-DIGITS = ["--recipe", str(EXAMPLES / "recipes" / "finetune_digits.yaml")]
+DIGITS = ["--config", str(EXAMPLES / "recipes" / "finetune_digits.yaml")]
 MULTI, THRESHOLD = "multi_label_classification", 0.915
 
 
@@ -52,7 +52,15 @@ def test_several_labels_are_trained_from_a_pretraining(pretrained, random_encode
     """Whether digits are even, above four, prime, or have a hole, after two epochs: measured are 0.95 and 0.87."""
     areas = {}
     for name, encoder in (("pretrained", pretrained), ("random", random_encoder)):
-        arguments = [*DIGITS, "--problem_type", MULTI, "--epochs", "2", "--dataset_name", str(data / "several")]
+        arguments = [
+            *DIGITS,
+            "--problem_type",
+            MULTI,
+            "--num_train_epochs",
+            "2",
+            "--dataset_name",
+            str(data / "several"),
+        ]
         arguments += ["--model_name_or_path", str(encoder), "--output_dir", str(tmp_path / name)]
         assert finetune_classification.main(arguments) == 0
         areas[name] = json.loads((tmp_path / name / "eval_results.json").read_text())

@@ -1,4 +1,4 @@
-"""Folders of digits, encoders and classifiers, for the tests of probing and evaluation; and how scripts refuse."""
+"""Folders of digits, encoders and classifiers, for the tests of probing and evaluation."""
 
 import json
 from pathlib import Path
@@ -48,17 +48,6 @@ def save_classifiers(folder: Path) -> list[str]:
         digits_processor().save_pretrained(folder / str(index))
         folders.append(str(folder / str(index)))
     return folders
-
-
-def refusal(main, capsys, *arguments) -> str:
-    """The last line that a script prints when it refuses, with code 2."""
-    try:
-        code = main([str(argument) for argument in arguments])
-    except SystemExit as leaving:
-        code = leaving.code
-    said = capsys.readouterr().err.strip().splitlines()
-    assert code == 2 and "Traceback" not in "".join(said)
-    return said[-1]
 
 
 def evaluate_with_script(models: list[str], data: Path, output: Path, *flags: str) -> dict:
