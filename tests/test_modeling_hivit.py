@@ -5,7 +5,10 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.initialization import no_init_weights
 
 from hivit_hf import HiViTBackbone, HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling, HiViTModel
 from hivit_hf.modeling_hivit import HiViTAttention, image_to_pixels, pixels_to_image, sin_cos_position_embeddings
@@ -299,6 +302,16 @@ def test_initialization_is_the_published_one(tiny_config):
     assert abs(classifier.hivit.position_embeddings.std().item() - 0.02) < 0.002
 
 
+@pytest.mark.parametrize(
+    "model_class", [HiViTModel, HiViTForMaskedImageModeling, HiViTForImageClassification, HiViTBackbone]
+)
+def test_the_input_embedding_is_the_projection(model_class, tiny_config):
+    model, other = model_class(tiny_config()), torch.nn.Conv2d(3, 8, 4, 4)
+    assert model.get_input_embeddings() is model.base_model.embeddings.projection
+    model.set_input_embeddings(other)
+    assert model.base_model.embeddings.projection is other
+
+
 # -- precision, attention, compilation --------------------------------------------------------------------------
 
 
@@ -422,6 +435,44 @@ def test_compiles_without_graph_breaks(tiny_config, redraw, draw_masks):
     assert_close(loss, expected_loss, atol=1e-5, rtol=1e-5)
     for gradient, parameter in zip(gradients, (p for p in pretraining.parameters() if p.requires_grad)):
         assert_close(gradient, parameter.grad, atol=1e-5, rtol=1e-4)
+
+
+class Operations(TorchDispatchMode):
+    """Records the names of the operations that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("model_class", [HiViTModel, HiViTForMaskedImageModeling, HiViTForImageClassification])
+@pytest.mark.parametrize(("known", "asserted"), [(None, 1), (4, 0)], ids=["ratio", "number"])
+def test_a_mask_on_a_gpu_is_not_waited_for(known, asserted, model_class, tiny_config):
+    """Fake tensors have a device without a GPU, and refuse to be read, which is what would wait."""
+    with FakeTensorMode(allow_non_fake_inputs=True), no_init_weights():
+        model = model_class(tiny_config(mask_ratio=0.75))
+        for name, parameter in list(model.named_parameters()):
+            module, _, leaf = name.rpartition(".")
+            model.get_submodule(module)._parameters[leaf] = torch.nn.Parameter(parameter.detach().to("cuda"))
+        masks = torch.zeros(2, 16, dtype=torch.bool, device="cuda")
+        with Operations() as operations:
+            model(torch.zeros(2, 3, 64, 64, device="cuda"), bool_masked_pos=masks, num_visible_units=known)
+    assert operations.names.count("aten::_assert_async.msg") == asserted
+    assert "aten::_local_scalar_dense" not in operations.names
+
+
+@pytest.mark.parametrize("model_class", [HiViTForMaskedImageModeling, HiViTForImageClassification])
+def test_the_number_of_visible_units_may_be_given(model_class, tiny_config, draw_masks):
+    model = model_class(tiny_config()).eval()
+    pixel_values, masks = images(model.config, 2), draw_masks(2, 16, 6)
+    expected = model(pixel_values, bool_masked_pos=masks).logits
+    assert torch.equal(model(pixel_values, bool_masked_pos=masks, num_visible_units=10).logits, expected)
+    with pytest.raises(ValueError, match=r"num_visible_units \(10\) needs bool_masked_pos"):
+        model(pixel_values, num_visible_units=10)
 
 
 @pytest.mark.parametrize("num_masked", [8, 15])

@@ -262,6 +262,15 @@ def eager_attention_forward(
     return torch.matmul(probabilities.to(value.dtype), value).transpose(1, 2), probabilities
 
 
+def effective_attention(implementation: str, query: torch.Tensor) -> str:
+    """
+    The attention that runs where `config._attn_implementation` is `implementation`: `eager` in place of `sdpa` on CPUs
+    in bfloat16 and float16, where PyTorch's fused kernel is the slower one (benchmarks/results/attention.json).
+    """
+    half_on_cpu = query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16)
+    return "eager" if implementation == "sdpa" and half_on_cpu else implementation
+
+
 class HiViTAttention(nn.Module):
     """
     Attention over units, with a learned bias per head and relative position if `use_relative_position_bias`; over all
@@ -323,9 +332,7 @@ class HiViTAttention(nn.Module):
         """All units among each other: (B, V, 3 * channels) -> (B, V, channels), and the probabilities if eager."""
         # (B, V, 3 * channels) -> three of (B, heads, V, d), which are views
         query, key, value = (part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=2))
-        implementation = self.config._attn_implementation
-        if implementation == "sdpa" and query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16):
-            implementation = "eager"  # on CPUs SDPA is the faster one in float32 only: benchmarks/attention.py
+        implementation = effective_attention(self.config._attn_implementation, query)
         bias = None
         if self.relative_position_bias_table is not None:
             if "flash" in implementation:
@@ -505,14 +512,12 @@ class HiViTPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    _input_embed_layer = "projection"
     _can_record_outputs = {"hidden_states": HiViTMLPLayer, "attentions": HiViTAttention}
 
     def __init__(self, config: HiViTConfig, *args, **kwargs):
         config.check()
         super().__init__(config, *args, **kwargs)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.base_model.embeddings.projection
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -612,10 +617,12 @@ class HiViTModel(HiViTPreTrainedModel):
             pixel_values (`torch.Tensor` of shape `(B, num_channels, H, W)`):
                 Images whose height and width are multiples of `config.patch_size`.
             bool_masked_pos (`torch.BoolTensor` of shape `(B, N)`, *optional*):
-                Units that are left out, True = masked; as many in each row. Nothing is masked if not given.
+                Units that are left out, True = masked; the same number in each row. Nothing is masked if not given.
             num_visible_units (`int`, *optional*):
-                How many units of each row are visible, if known: the mask is then not checked, which would wait for
-                the device. Under `torch.compile` and `torch.export` it comes from `config.mask_ratio` if not given.
+                Number of visible units per row of `bool_masked_pos`, which is then not checked. If not given: a mask on
+                the CPU is counted and checked, also where the images are on another device. A mask on a CUDA device
+                must leave as many units visible as `config.mask_ratio` says; the device asserts it, without waiting.
+                Under `torch.compile` and `torch.export` the number follows from `config.mask_ratio`, unchecked.
             output_stage_hidden_states (`bool`, *optional*, defaults to `False`):
                 Whether to return the embedding and the output of each stage.
 
@@ -634,7 +641,7 @@ class HiViTModel(HiViTPreTrainedModel):
                 )
             if num_visible_units is None:
                 num_visible_units = self._count_visible_units(bool_masked_pos, pixel_values.shape[0], math.prod(grid))
-            visible = visible_indices(bool_masked_pos, num_visible_units)
+            visible = visible_indices(bool_masked_pos, num_visible_units).to(pixel_values.device)
 
         stem = self.embeddings(pixel_values, visible)
         stage1, hidden_states = self.stages[0](stem)
@@ -680,11 +687,20 @@ class HiViTModel(HiViTPreTrainedModel):
         return height // patch_size, width // patch_size
 
     def _count_visible_units(self, bool_masked_pos: torch.BoolTensor, batch_size: int, num_units: int) -> int:
-        """Visible units of each row of a mask that a user gave. ValueError if the rows differ or none is left."""
+        """Number of visible units per row of a mask that a user gave. ValueError if rows differ or none is left."""
         check_per_unit("bool_masked_pos", bool_masked_pos, (batch_size, num_units))
         if torch.compiler.is_compiling():
             return self.config.num_visible_units(num_units)
-        counts = sorted(set((bool_masked_pos == 0).sum(dim=1).tolist()))
+        counts = (bool_masked_pos == 0).sum(dim=1)
+        if bool_masked_pos.is_cuda:  # to read the counts is to wait for all that the device has still to do
+            expected = self.config.num_visible_units(num_units)
+            message = (
+                f"bool_masked_pos must leave {expected} of {num_units} units of each row visible, by config.mask_ratio "
+                f"{self.config.mask_ratio}: give num_visible_units for another number, or the mask on the CPU."
+            )
+            torch._assert_async((counts == expected).all(), message)
+            return expected
+        counts = sorted(set(counts.tolist()))
         if len(counts) > 1:
             raise ValueError(
                 f"Every row of bool_masked_pos must mask the same number of units, got rows with {counts} visible. "
@@ -725,6 +741,7 @@ class HiViTForMaskedImageModeling(HiViTPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         bool_masked_pos: torch.BoolTensor | None = None,
         noise: torch.Tensor | None = None,
+        num_visible_units: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> HiViTMaskedImageModelingOutput:
         """
@@ -732,16 +749,18 @@ class HiViTForMaskedImageModeling(HiViTPreTrainedModel):
             pixel_values (`torch.Tensor` of shape `(B, num_channels, H, W)`):
                 Images whose height and width are multiples of `config.patch_size`.
             bool_masked_pos (`torch.BoolTensor` of shape `(B, N)`, *optional*):
-                Units to predict, True = masked; as many in each row. Drawn from `config.mask_ratio` if not given.
+                Units to predict, True = masked; the same number in each row. Drawn with `config.mask_ratio` if not
+                given.
             noise (`torch.Tensor` of shape `(B, N)`, *optional*):
-                What the mask is drawn from, if it is drawn. The units with the smallest values stay visible.
+                Random numbers that the mask is drawn with: the units with the smallest stay visible.
+            num_visible_units (`int`, *optional*):
+                Number of visible units per row of `bool_masked_pos`, as in `HiViTModel`.
 
         Raises:
             ValueError: for images, masks and noise of other shapes, and masks that hide everything.
         """
         patch_size, grid = self.config.patch_size, self.hivit.check_pixel_values(pixel_values)
-        num_visible_units = None
-        if bool_masked_pos is None:
+        if bool_masked_pos is None and num_visible_units is None:
             bool_masked_pos = self.draw_mask(pixel_values, noise)
             num_visible_units = self.config.num_visible_units(math.prod(grid))
         encoded = self.hivit(
@@ -753,9 +772,10 @@ class HiViTForMaskedImageModeling(HiViTPreTrainedModel):
             **kwargs,
         )
         features = encoded.last_hidden_state
-        visible = visible_indices(bool_masked_pos, features.shape[1])
-        # what was masked indeed: under compilation a given mask is not checked
-        bool_masked_pos = torch.ones_like(bool_masked_pos, dtype=torch.bool).scatter(1, visible, False)
+        visible = visible_indices(bool_masked_pos, features.shape[1]).to(features.device)
+        # what was masked indeed: a given mask may not have been checked
+        bool_masked_pos = torch.ones_like(bool_masked_pos, dtype=torch.bool, device=visible.device)
+        bool_masked_pos = bool_masked_pos.scatter(1, visible, False)
         if self.config.fuse_stages:
             stages = [stage.flatten(2).to(features.device) for stage in encoded.stage_hidden_states[1:]]
             features = torch.cat(stages, dim=2)
@@ -829,6 +849,7 @@ class HiViTForImageClassification(HiViTPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         bool_masked_pos: torch.BoolTensor | None = None,
+        num_visible_units: int | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> ImageClassifierOutput:
         """
@@ -839,12 +860,14 @@ class HiViTForImageClassification(HiViTPreTrainedModel):
                 `(B,)` class indices, `(B, num_labels)` zeros and ones for multi-label classification, or `(B,)` or
                 `(B, num_labels)` numbers for regression.
             bool_masked_pos (`torch.BoolTensor` of shape `(B, N)`, *optional*):
-                Units to classify without, True = masked; as many in each row. The others are never computed.
+                Units to leave out, True = masked; the same number in each row. They are never computed.
+            num_visible_units (`int`, *optional*):
+                Number of visible units per row of `bool_masked_pos`, as in `HiViTModel`.
 
         Raises:
             ValueError: for images and masks of other shapes.
         """
-        encoded = self.hivit(pixel_values, bool_masked_pos, return_dict=True, **kwargs)
+        encoded = self.hivit(pixel_values, bool_masked_pos, num_visible_units, return_dict=True, **kwargs)
         logits = self.classifier(encoded.pooler_output)
         loss = None if labels is None else self.loss_function(labels, logits, self.config, **kwargs)
         return ImageClassifierOutput(

@@ -119,7 +119,6 @@ def robustness(
 
     def count(kind: str, strength, pixels: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor | None = None):
         inputs = normalize(pixels, mean, std).to(inner.device)
-        mask = None if mask is None else mask.to(inner.device)
         predicted = inner(inputs, bool_masked_pos=mask).logits.argmax(dim=1).cpu()
         row = hits.setdefault(kind, {})
         row[str(strength)] = row.get(str(strength), 0) + (predicted == labels).sum().item()
