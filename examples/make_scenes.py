@@ -2,8 +2,8 @@
 python examples/make_scenes.py --output FOLDER [--train 256] [--test 64] [--height 96] [--width 96] [--seed 0]
     [--digits 0 1 2 ...]
 
-Composes scenes of digits on photographs from what ships with scikit-learn; seconds, no network. Writes FOLDER/dataset
-(for examples/finetune_segmentation.py) and FOLDER/coco (for examples/finetune_detection.py).
+Composes scenes of digits on photographs, of data that scikit-learn ships, in seconds and without a network. Writes
+FOLDER/dataset (for examples/finetune_segmentation.py) and FOLDER/coco (for examples/finetune_detection.py).
 """
 
 import argparse
@@ -17,13 +17,13 @@ from scenes.data import ALL_DIGITS, scenes_dataset, write_coco
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="Write this folder.")
-    parser.add_argument("--train", type=int, default=256, help="Make so many scenes to learn from (256).")
-    parser.add_argument("--test", type=int, default=64, help="Make so many scenes to evaluate with (64).")
-    parser.add_argument("--height", type=int, default=96, help="Make scenes of this height in px (96).")
-    parser.add_argument("--width", type=int, default=96, help="Make scenes of this width in px (96).")
-    parser.add_argument("--seed", type=int, default=0, help="Seed the scenes; other seeds give others (0).")
-    parser.add_argument("--digits", type=int, nargs="+", default=ALL_DIGITS, help="Show these digits only (all).")
+    parser.add_argument("--output", type=Path, required=True, help="Output folder.")
+    parser.add_argument("--train", type=int, default=256, help="Number of training scenes (256).")
+    parser.add_argument("--test", type=int, default=64, help="Number of test scenes (64).")
+    parser.add_argument("--height", type=int, default=96, help="Height of the scenes in px (96).")
+    parser.add_argument("--width", type=int, default=96, help="Width of the scenes in px (96).")
+    parser.add_argument("--seed", type=int, default=0, help="Random seed of the scenes (0).")
+    parser.add_argument("--digits", type=int, nargs="+", default=ALL_DIGITS, help="Digits that may occur (all).")
     arguments = parser.parse_args(argv)
     datasets.disable_progress_bars()
     if arguments.output.is_dir() and any(arguments.output.iterdir()):

@@ -1,1 +1,1 @@
-"""Scenes to segment and to detect in: digits on photographs, with everything about them known exactly."""
+"""Scenes for segmentation and detection: digits on photographs, with exact annotations."""

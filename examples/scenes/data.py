@@ -1,9 +1,9 @@
 """
-Digits of scikit-learn on crops of its two photographs, with boxes, masks and class maps that are exact by construction.
+Scenes: digits of scikit-learn on crops of its two photographs, with exact boxes, masks and segmentation maps.
 
-A scene depends on the seed, its split and its number alone. Digits and photographs are split as well: scenes to learn
-from have the digits of the demonstration's training split on the left halves of the photographs, scenes to evaluate
-with have held-out digits on the right halves.
+A scene depends on the seed, its split and its number alone. Digits and photographs are split as well: training scenes
+have the digits of the demonstration's training split on the left halves of the photographs, test scenes have held-out
+digits on the right halves.
 """
 
 import json
@@ -31,14 +31,14 @@ _TRIES = 50  # to find a place for a digit
 @dataclass(frozen=True)
 class Scene:
     """
-    A image and what is on it.
+    An image and its objects.
 
     Args:
         name: `train_00007`, for example.
         image: (H, W, 3), uint8.
         masks: (digits, H, W), True where a digit is; they do not overlap.
         digits: (digits,), 0 to 9.
-        kinds: the digits that there may be, in ascending order.
+        kinds: the digits that may occur, in ascending order.
     """
 
     name: str
@@ -63,13 +63,13 @@ class Scene:
         return np.array(boxes)
 
     @property
-    def class_map(self) -> np.ndarray:
+    def segmentation_map(self) -> np.ndarray:
         """(H, W), uint8: 0 is background, 1 the first of `kinds`, as in `map_names`."""
         return ((self.classes[:, None, None] + 1) * self.masks).sum(axis=0).astype(np.uint8)
 
 
 def map_names(kinds: Sequence[int] = ALL_DIGITS) -> list[str]:
-    """What the numbers in class maps mean. ValueError for digits that do not exist."""
+    """The classes of segmentation maps, in the order of their numbers. ValueError for digits that do not exist."""
     if not len(kinds) or not set(kinds) <= set(ALL_DIGITS):
         raise ValueError(f"Scenes are of the digits 0 to 9, got {' '.join(map(str, kinds)) or 'none'}.")
     return ["background", *(CLASS_NAMES[digit] for digit in sorted(set(kinds)))]
@@ -87,11 +87,11 @@ def scenes(
     The first `number` scenes of `train` or `test`.
 
     Args:
-        split: which.
-        number: how many.
+        split: name of the split.
+        number: of scenes.
         height_px, width_px: of a scene.
         seed: other seeds give other scenes.
-        kinds: the digits that there may be.
+        kinds: the digits that may occur.
 
     Raises:
         ValueError: if there is no such split or digit, or no room for one.
@@ -147,7 +147,7 @@ def _free_place(generator: np.random.Generator, taken: np.ndarray, side: int) ->
 
 @cache
 def _digits(split: str, kinds: tuple[int, ...]) -> tuple[list[np.ndarray], list[int]]:
-    """The scans of these digits, (8, 8) uint8 each, and what they are."""
+    """The scans of these digits, (8, 8) uint8 each, and their numbers."""
     dataset = digits_dataset()[split]
     chosen = [(np.asarray(image), label) for image, label in zip(dataset["image"], dataset["label"]) if label in kinds]
     return [image for image, _ in chosen], [label for _, label in chosen]
@@ -167,8 +167,8 @@ def scenes_dataset(number: dict[str, int], **keywords) -> DatasetDict:
     """
     Scenes as a dataset.
 
-    Columns: `image_id`; `image`; `annotation`, the class map as a image of one channel; `objects`, lists of `bbox`
-    (left, top, width, height in px), `area` (px) and `category`.
+    Columns: `image_id`; `image`; `annotation`, the segmentation map as an image of one channel; `objects`, lists of
+    `bbox` (left, top, width, height in px), `area` (px) and `category`.
 
     Args:
         number: of scenes, by split.
@@ -188,13 +188,13 @@ def scenes_dataset(number: dict[str, int], **keywords) -> DatasetDict:
 
 def _row(scene: Scene) -> dict:
     objects = {"bbox": scene.boxes, "area": scene.masks.sum(axis=(1, 2)), "category": scene.classes}
-    return {"image_id": scene.name, "image": scene.image, "annotation": scene.class_map, "objects": objects}
+    return {"image_id": scene.name, "image": scene.image, "annotation": scene.segmentation_map, "objects": objects}
 
 
 def write_coco(folder: Path, number: dict[str, int], **keywords):
     """
-    Scenes as COCO has them: images in `folder/SPLIT`, and `folder/annotations/instances_SPLIT.json` with boxes and
-    with masks as uncompressed run lengths, which are exact. Categories are numbered from 1, as class maps are.
+    Scenes in COCO's format: images in `folder/SPLIT`, and `folder/annotations/instances_SPLIT.json` with boxes and
+    with masks as uncompressed run lengths, which are exact. Categories are numbered from 1, as in segmentation maps.
 
     Args:
         folder: to write.
@@ -220,7 +220,7 @@ def write_coco(folder: Path, number: dict[str, int], **keywords):
 
 
 def run_lengths(mask: np.ndarray) -> dict:
-    """A mask (H, W) as COCO's uncompressed run lengths: column by column, beginning with those outside."""
+    """A mask (H, W) as COCO's uncompressed run lengths: column by column, beginning with the pixels outside."""
     pixels = mask.T.ravel()
     borders = np.flatnonzero(np.diff(pixels, prepend=False)).tolist()
     return {"size": list(mask.shape), "counts": np.diff([0, *borders, len(pixels)]).tolist()}

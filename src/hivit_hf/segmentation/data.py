@@ -1,8 +1,8 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""Images with class maps: what is read, what is refused, and what training makes of both."""
+"""Images with segmentation maps: reading and checking them, random crops for training, the datasets of a run."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -11,27 +11,36 @@ from PIL import Image as PILImage
 from PIL import ImageOps
 from torchvision.transforms import v2
 
-from ..data.datasets import ImageDataset
+from ..data.datasets import (
+    ImageDataset,
+    check_column,
+    check_images,
+    evaluation_split,
+    open_splits,
+    sample_rows,
+    train_and_eval,
+)
 from ..data.decoding import MAX_PIXELS, UnreadableImageError, image_of, open_image, orientation
 from ..data.seeding import seed_of, seeded
+from .arguments import SegmentationDataArguments
+from .metrics import IGNORE_INDEX
 
 
-IGNORED = 255  # of pixels in class maps that nobody has labeled
 _ID_COLUMNS = ("image_id", "id", "file_name", "filename", "name", "__key__")
 _CROP_TRIES = 10  # as mmsegmentation
 
 
-class MappedImages(ImageDataset):
+class SegmentationDataset(ImageDataset):
     """
-    Images with their class maps, as items for `Trainer`: `pixel_values` (channels, H, W) and `labels` (H, W).
+    Images with their segmentation maps, as items for `Trainer`: `pixel_values` (channels, H, W) and `labels` (H, W).
 
     Args:
         dataset: one split.
-        column: where its images are.
-        map_column: where its class maps are, images of one channel.
-        transform: from a image and its map to `pixel_values` and `labels`.
+        column: of its images.
+        label_column: of its segmentation maps, images of one channel.
+        transform: from an image and its segmentation map to `pixel_values` and `labels`.
         num_labels: of the model.
-        reduce_labels: whether 0 means not labeled and classes are counted from 1 in the files, as in ADE20K.
+        do_reduce_labels: whether 0 means not labeled and classes are counted from 1 in the files, as in ADE20K.
         num_channels, seed, name: as in `ImageDataset`.
     """
 
@@ -39,24 +48,24 @@ class MappedImages(ImageDataset):
         self,
         dataset: Dataset,
         column: str,
-        map_column: str,
+        label_column: str,
         transform: "TrainingCrop | WholeImage",
         num_labels: int,
-        reduce_labels: bool = False,
+        do_reduce_labels: bool = False,
         num_channels: int = 3,
         seed: int | None = None,
         name: str = "train",
     ):
         super().__init__(dataset, column, transform, None, num_channels, seed, name)
-        self.map_column, self.num_labels, self.reduce_labels = map_column, num_labels, reduce_labels
-        maps = dataset.select_columns([map_column])
-        is_feature = isinstance(dataset.features[map_column], Image)
-        self.maps = maps.cast_column(map_column, Image(decode=False)) if is_feature else maps
-        found = [name for name in _ID_COLUMNS if name in dataset.features and name not in (column, map_column)]
+        self.label_column, self.num_labels, self.do_reduce_labels = label_column, num_labels, do_reduce_labels
+        maps = dataset.select_columns([label_column])
+        is_feature = isinstance(dataset.features[label_column], Image)
+        self.maps = maps.cast_column(label_column, Image(decode=False)) if is_feature else maps
+        found = [name for name in _ID_COLUMNS if name in dataset.features and name not in (column, label_column)]
         self.ids = dataset.select_columns(found[:1]) if found else None
 
     def called(self, row: int) -> str:
-        """How messages call a sample: by its row, and by its id if it has one, or the name of its file."""
+        """The name of a sample in messages: its row, and its id if it has one, or its file."""
         if self.ids is not None:
             known = next(iter(self.ids[row].values()))
         else:
@@ -66,26 +75,26 @@ class MappedImages(ImageDataset):
 
     def sample(self, row: int) -> tuple[PILImage.Image, np.ndarray]:
         """
-        The upright image and its map (H, W), int64, where `IGNORED` is not labeled. Both are turned as their EXIF
-        data say.
+        The image and its segmentation map (H, W), int64, where `IGNORE_INDEX` is not labeled. Both are rotated as their
+        EXIF orientation says.
 
         Raises:
             ValueError: if either cannot be read or they do not fit; it names the sample.
         """
-        (image, lies), who = self.image_and_orientation(row), self.called(row)
+        (image, image_orientation), who = self.image_and_orientation(row), self.called(row)
         try:
-            data, _ = image_of(self.maps[row], self.map_column)
+            data, _ = image_of(self.maps[row], self.label_column)
             labels = open_image(data, MAX_PIXELS)
             labels.load()
-            map_lies = orientation(labels)
+            map_orientation = orientation(labels)
         except (UnreadableImageError, OSError, SyntaxError) as error:
             raise UnreadableImageError(
                 f"The map of {who} cannot be read, {error}: repair it or leave it out."
             ) from error
-        if map_lies != lies:
+        if map_orientation != image_orientation:
             raise ValueError(
-                f"The EXIF orientation of {who} is {lies} and that of its map {map_lies}, so they lie differently: "
-                "save both upright, or leave the sample out."
+                f"The EXIF orientation of {who} is {image_orientation} and that of its map {map_orientation}: save "
+                "both upright, or leave the sample out."
             )
         labels = ImageOps.exif_transpose(labels)
         numbers = np.asarray(labels)
@@ -102,8 +111,8 @@ class MappedImages(ImageDataset):
         return image, self._checked(numbers.astype(np.int64), who)
 
     def _checked(self, numbers: np.ndarray, who: str) -> np.ndarray:
-        labeled = numbers != IGNORED
-        if self.reduce_labels:
+        labeled = numbers != IGNORE_INDEX
+        if self.do_reduce_labels:
             labeled &= numbers != 0
             numbers = numbers - 1
         classes = np.unique(numbers[labeled])
@@ -111,13 +120,13 @@ class MappedImages(ImageDataset):
             raise ValueError(f"The map of {who} has no labeled pixel: leave the sample out.")
         if classes[-1] >= self.num_labels or classes[0] < 0:
             wrong = classes[-1] if classes[-1] >= self.num_labels else classes[0]
-            first = int(self.reduce_labels)
+            first = int(self.do_reduce_labels)
             raise ValueError(
                 f"The map of {who} has the class {wrong + first}, but there are {self.num_labels} classes, {first} to "
-                f"{self.num_labels - 1 + first} ({IGNORED} is not labeled): correct it, or name all classes with "
-                "--label_names."
+                f"{self.num_labels - 1 + first} ({IGNORE_INDEX} is not labeled): correct it, or name all classes with "
+                "--class_names."
             )
-        return np.where(labeled, numbers, IGNORED)
+        return np.where(labeled, numbers, IGNORE_INDEX)
 
     def check(self, row: int):
         self.sample(row)
@@ -133,7 +142,7 @@ class MappedImages(ImageDataset):
 
 
 class WholeImage:
-    """What evaluations see: the image as it is, normalized, and its map."""
+    """Transform of evaluations: the image at its size, normalized, and its segmentation map."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
         self.mean, self.std = list(mean), list(std)
@@ -145,16 +154,16 @@ class WholeImage:
 
 class TrainingCrop(WholeImage):
     """
-    The published augmentation of segmenters: a random scale, a random square in which no class covers too much, a flip,
-    and changed colors. What lies beyond the image is the mean color, and not labeled.
+    The published augmentation for segmentation: a random scale, a random square crop that no class dominates, a flip,
+    and photometric distortion. Padding has the mean color and is not labeled.
 
     Args:
         crop_size: side of the square in px.
         mean, std: of each channel, of values in [0, 1].
         scale_range: of the shorter side, relative to `crop_size`.
-        max_class_share: of the labeled pixels that one class may cover; the last of ten tries is taken anyway.
+        max_class_fraction: of the labeled pixels that one class may cover; the last of ten tries is taken anyway.
         flip_probability: of a horizontal flip.
-        photometric: whether brightness, contrast, saturation and hue change; images of 3 channels only.
+        photometric: whether brightness, contrast, saturation and hue are distorted; images of 3 channels only.
     """
 
     def __init__(
@@ -163,19 +172,19 @@ class TrainingCrop(WholeImage):
         mean: Sequence[float],
         std: Sequence[float],
         scale_range: Sequence[float] = (0.5, 2.0),
-        max_class_share: float = 0.75,
+        max_class_fraction: float = 0.75,
         flip_probability: float = 0.5,
         photometric: bool = True,
     ):
         super().__init__(mean, std)
         self.crop_size, self.scale_range = crop_size, tuple(scale_range)
-        self.max_class_share, self.flip_probability = max_class_share, flip_probability
+        self.max_class_fraction, self.flip_probability = max_class_fraction, flip_probability
         self.distort = v2.RandomPhotometricDistort() if photometric else None
 
     def __call__(self, image: PILImage.Image, numbers: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         factor = random.uniform(*self.scale_range) * self.crop_size / min(image.size)
         scaled = _scaled_map(numbers, factor)
-        if (scaled == IGNORED).all():  # the few labeled pixels fell between those that were kept
+        if (scaled == IGNORE_INDEX).all():  # the few labeled pixels fell between those that were kept
             scaled = _scaled_map(numbers, max(factor, 1.0))
         top, left = self._place(scaled)
         labels = scaled[top : top + self.crop_size, left : left + self.crop_size]
@@ -191,7 +200,7 @@ class TrainingCrop(WholeImage):
         pixel_values, labels = super().__call__(image, np.ascontiguousarray(labels))
         missing = (0, self.crop_size - labels.shape[1], 0, self.crop_size - labels.shape[0])
         pad = torch.nn.functional.pad
-        return pad(pixel_values, missing), pad(labels, missing, value=IGNORED)
+        return pad(pixel_values, missing), pad(labels, missing, value=IGNORE_INDEX)
 
     def _place(self, numbers: np.ndarray) -> tuple[int, int]:
         """Top and left of a square with labeled pixels, and with not too much of one class if that can be found."""
@@ -200,13 +209,13 @@ class TrainingCrop(WholeImage):
         for _ in range(_CROP_TRIES):
             top, left = (random.randint(0, limit) for limit in limits)
             square = numbers[top : top + self.crop_size, left : left + self.crop_size]
-            _, counts = np.unique(square[square != IGNORED], return_counts=True)
+            _, counts = np.unique(square[square != IGNORE_INDEX], return_counts=True)
             if len(counts):
                 found = top, left
-                if counts.max() <= self.max_class_share * counts.sum():
+                if counts.max() <= self.max_class_fraction * counts.sum():
                     break
         if found is None:
-            pixels = np.argwhere(numbers != IGNORED)
+            pixels = np.argwhere(numbers != IGNORE_INDEX)
             pixel = pixels[random.randrange(len(pixels))]
             found = tuple(int(np.clip(p - self.crop_size // 2, 0, limit)) for p, limit in zip(pixel, limits))
         return found
@@ -216,3 +225,69 @@ def _scaled_map(numbers: np.ndarray, factor: float) -> np.ndarray:
     size = [max(round(length * factor), 1) for length in numbers.shape[::-1]]
     image = PILImage.fromarray(numbers.astype(np.int32))
     return np.asarray(image.resize(size, PILImage.Resampling.NEAREST)).astype(np.int64)
+
+
+def choose_splits(data_args: SegmentationDataArguments, do_train: bool, seed: int) -> dict[str, Dataset]:
+    """
+    The splits to train ("train") and to evaluate on ("eval"); an evaluation alone needs no training split.
+
+    Raises:
+        ValueError: if there is no such dataset, split or column.
+    """
+    opened = open_splits(
+        data_args.dataset_name,
+        data_args.dataset_config_name,
+        data_args.dataset_revision,
+        data_args.train_dir,
+        data_args.validation_dir,
+    )
+    if do_train or data_args.train_val_split is not None:
+        names = (data_args.train_split_name, data_args.eval_split_name, data_args.train_val_split)
+        splits = dict(zip(("train", "eval"), train_and_eval(opened, *names, seed)))
+    else:
+        splits = {"eval": evaluation_split(opened, data_args.eval_split_name)}
+    for name, split in splits.items():
+        check_column(split, data_args.image_column_name, name, "image_column_name")
+        check_column(split, data_args.label_column_name, name, "label_column_name")
+    return splits
+
+
+def make_datasets(
+    splits: Mapping[str, Dataset],
+    data_args: SegmentationDataArguments,
+    mean: Sequence[float],
+    std: Sequence[float],
+    seed: int,
+) -> dict[str, SegmentationDataset]:
+    """
+    Random crops of the split "train", and whole images of the split "eval".
+
+    Raises:
+        ValueError: for samples that cannot be read or do not fit.
+    """
+    crop = TrainingCrop(
+        data_args.crop_size,
+        mean,
+        std,
+        data_args.scale_range,
+        data_args.max_class_fraction,
+        data_args.flip_probability,
+        data_args.photometric,
+    )
+    transforms = {"train": crop, "eval": WholeImage(mean, std)}
+    limits = {"train": data_args.max_train_samples, "eval": data_args.max_eval_samples}
+    made = {}
+    for name, split in splits.items():
+        made[name] = SegmentationDataset(
+            split.select(sample_rows(len(split), limits[name], seed)),
+            data_args.image_column_name,
+            data_args.label_column_name,
+            transforms[name],
+            len(data_args.class_names),
+            data_args.do_reduce_labels,
+            len(mean),
+            seed if name == "train" else None,
+            name,
+        )
+        check_images(made[name], data_args.check_images)
+    return made

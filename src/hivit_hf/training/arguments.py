@@ -3,6 +3,7 @@
 
 import json
 from dataclasses import asdict, dataclass, fields
+from tempfile import gettempdir
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -217,6 +218,8 @@ class HiViTTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if not self.output_dir and not self.show_layer_table:
             raise ValueError("There is nowhere to write: give --output_dir.")
+        if self.show_layer_table:
+            self.output_dir = gettempdir()  # nothing is written, but Trainer makes the folder
         for item in fields(self):
             if item.name in self.REFUSED and getattr(self, item.name) != item.default:
                 raise ValueError(f"--{item.name} is refused: {self.REFUSED[item.name]}.")

@@ -26,7 +26,6 @@ class DenseTrainingArguments(HiViTTrainingArguments):
         "fp16_full_eval": "evaluations are in the precision of the training",
         "eval_accumulation_steps": "evaluations keep no predictions on the device",
         "batch_eval_metrics": "the metric is computed by the trainer",
-        "include_for_metrics": "the metric is computed by the trainer",
     }
 
 
