@@ -4,7 +4,8 @@ import numpy as np
 from PIL import Image as PILImage
 
 from hivit_hf.segmentation.metrics import IGNORE_INDEX
-from hivit_hf.segmentation.overlays import draw_segmentation, overlay, palette
+from hivit_hf.segmentation.overlays import draw_segmentation, overlay
+from hivit_hf.training.figures import palette
 from support.segmentation import NAMES
 
 

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 from torchvision.transforms.v2 import functional
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
-from ..segmentation.overlays import palette
+from ..training.figures import palette
 
 
 _COLUMNS, _TILE_PX, _TITLE_PX, _GAP_PX = 4, 320, 16, 6

@@ -1,7 +1,6 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
 """Overlays: segmentation maps in colors over their images, ground truth beside prediction, with a legend."""
 
-import colorsys
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,33 +11,11 @@ from PIL import Image as PILImage
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_segmentation_masks
 
-from ..training.figures import INK, new_figure
+from ..training.figures import INK, new_figure, palette
 from .metrics import IGNORE_INDEX
 
 
-_BACKGROUND = ("background", "other")  # names of classes that are no thing of their own
-_FAINT = (0.5, 0.5, 0.5, 0.3)
-_GOLDEN_ANGLE = 0.618034  # of a turn: hues that follow each other are far apart
 _LEGEND_COLUMNS = 6
-
-
-def palette(names: Sequence[str], opacity: float = 0.6) -> np.ndarray:
-    """
-    A color for each class: (classes, 4), uint8, the last of them the opacity. What is only background is a faint gray.
-
-    Args:
-        names: of the classes.
-        opacity: of all other classes.
-    """
-    colors = [
-        _FAINT if name.lower() in _BACKGROUND else (*_color(number), opacity) for number, name in enumerate(names)
-    ]
-    return np.round(np.array(colors) * 255).astype(np.uint8)
-
-
-def _color(number: int) -> tuple[float, float, float]:
-    saturation, value = (0.9, 0.55)[number // 12 % 2], (1.0, 0.75)[number // 24 % 2]
-    return colorsys.hsv_to_rgb(number * _GOLDEN_ANGLE % 1, saturation, value)
 
 
 def overlay(image: PILImage.Image, labels: np.ndarray, colors: np.ndarray) -> PILImage.Image:

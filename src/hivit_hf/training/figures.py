@@ -1,6 +1,7 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""Plots with matplotlib: learning curves, style, PNG."""
+"""Plots with matplotlib: learning curves, style, PNG, colors of classes."""
 
+import colorsys
 import io
 from collections.abc import Mapping, Sequence
 
@@ -11,6 +12,9 @@ from matplotlib.figure import Figure
 
 COLORS = ("#1d4ed8", "#c2410c", "#047857", "#7e22ce")  # dark enough for thin lines on white
 INK, FAINT = "#1f2933", "#d5dbe1"
+_BACKGROUND = ("background", "other")  # names of classes that are no thing of their own
+_GRAY = (0.5, 0.5, 0.5, 0.3)
+_GOLDEN_ANGLE = 0.618034  # of a turn: hues that follow each other are far apart
 
 
 def learning_curves(
@@ -78,3 +82,20 @@ def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure
+
+
+def palette(names: Sequence[str], opacity: float = 0.6) -> np.ndarray:
+    """
+    A color for each class: (classes, 4), uint8, the last of them the opacity. What is only background is a faint gray.
+
+    Args:
+        names: of the classes.
+        opacity: of all other classes.
+    """
+    colors = [_GRAY if name.lower() in _BACKGROUND else (*_color(number), opacity) for number, name in enumerate(names)]
+    return np.round(np.array(colors) * 255).astype(np.uint8)
+
+
+def _color(number: int) -> tuple[float, float, float]:
+    saturation, value = (0.9, 0.55)[number // 12 % 2], (1.0, 0.75)[number // 24 % 2]
+    return colorsys.hsv_to_rgb(number * _GOLDEN_ANGLE % 1, saturation, value)
