@@ -37,7 +37,7 @@ class EvaluationArguments(DatasetArguments):
     model_name_or_path: list[str] = required_argument("Folder or Hub name of the classifier; several for a soup.")
     soup: Literal["uniform", "greedy"] | None = argument(None, "Model soup of all classifiers, or of those that help.")
     soup_split_name: str = argument("validation", "Split that chooses the classifiers of a greedy soup.")
-    eval_split_name: str = argument("test", "Split to evaluate on.")
+    eval_split_name: str = argument("test", "Split to evaluate on; validation, for images of --validation_dir.")
     label_column_name: str | None = argument(None, "Column of the labels ('label' or the like).")
     class_names: list[str] = argument([], "Names of the classes, in the order of their numbers.")
     max_eval_samples: Annotated[int | None, positive] = argument(None, "Number of images, from the first one on.")

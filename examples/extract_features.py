@@ -23,7 +23,9 @@ class ExtractionArguments(EncoderArguments):
     """Features of images."""
 
     split_name: str = argument("train", "Split of the dataset.")
-    features: Annotated[list[str], some_of(*FEATURES)] = argument(["stage3"], f"Of {', '.join(FEATURES)}.")
+    features: Annotated[list[str], some_of(*FEATURES)] = argument(
+        ["stage3"], f"Kinds of features: {', '.join(FEATURES)}."
+    )
     output_file: str = required_argument("Parquet file to write.")
 
 

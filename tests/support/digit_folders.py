@@ -52,6 +52,6 @@ def save_classifiers(folder: Path) -> list[str]:
 
 def evaluate_with_script(models: list[str], data: Path, output: Path, *flags: str) -> dict:
     """The results.json of `evaluate_classification.py` on the dataset `few`."""
-    arguments = ["--model_name_or_path", *models, "--dataset_name", str(data / "few"), "--dataloader_num_workers", "0"]
+    arguments = ["--model_name_or_path", *models, "--dataset_name", str(data / "few")]
     assert evaluate_classification.main([*arguments, "--output_dir", str(output), *flags]) == 0
     return json.loads((output / "results.json").read_text())

@@ -1,5 +1,5 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""Arguments of the scripts that evaluate trained models: images and labels, data loading."""
+"""Arguments of the scripts that evaluate trained models: dataset, image column, batch size, encoder."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -12,7 +12,7 @@ from ..training.command_line import argument, check_fields, nonnegative, positiv
 
 @dataclass(kw_only=True)
 class DatasetArguments:
-    """The images, and how they are loaded."""
+    """Where the images are, and the size of their batches."""
 
     dataset_name: str | None = argument(None, "Dataset of the Hub, folder of images or Parquet files, saved dataset.")
     dataset_config_name: str | None = argument(None, "Configuration of the Hub dataset.")
@@ -22,7 +22,6 @@ class DatasetArguments:
     image_column_name: str | None = argument(None, "Column of the images (the only one of its kind).")
     check_images: Annotated[int, nonnegative] = argument(1000, "Number of images decoded first, to find bad ones.")
     per_device_eval_batch_size: Annotated[int, positive] = argument(64, "Batch size of the forward passes.")
-    dataloader_num_workers: Annotated[int, nonnegative] = argument(4, "Number of data loading workers.")
 
     def __post_init__(self):
         check_fields(self)
@@ -45,3 +44,4 @@ class EncoderArguments(DatasetArguments):
 
     model_name_or_path: str = required_argument("Folder or Hub name of the HiViT.")
     image_size: Annotated[int | None, positive] = argument(None, "Side of the input images in px (the model's).")
+    dataloader_num_workers: Annotated[int, nonnegative] = argument(4, "Number of data loading workers.")
