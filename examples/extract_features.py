@@ -23,9 +23,7 @@ class ExtractionArguments(EncoderArguments):
     """Features of images."""
 
     split_name: str = argument("train", "Split of the dataset.")
-    features: Annotated[list[str], some_of(*FEATURES)] = argument(
-        ["stage3"], f"Kinds of features: {', '.join(FEATURES)}."
-    )
+    features: Annotated[list[str], some_of(*FEATURES)] = argument(["stage3"], f"Features: {', '.join(FEATURES)}.")
     output_file: str = required_argument("Parquet file to write.")
 
 

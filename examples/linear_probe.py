@@ -45,9 +45,7 @@ class ProbeArguments(EncoderArguments):
         None, "Fraction of the training split that is held out for evaluation instead."
     )
     label_column_name: str | None = argument(None, "Column of the labels ('label' or the like).")
-    features: Annotated[list[str], some_of(*FEATURES)] = argument(
-        list(FEATURES), f"Kinds of features: {', '.join(FEATURES)}."
-    )
+    features: Annotated[list[str], some_of(*FEATURES)] = argument(list(FEATURES), f"Features: {', '.join(FEATURES)}.")
     methods: Annotated[list[str], some_of(*METHODS)] = argument(list(METHODS), f"Classifiers: {', '.join(METHODS)}.")
     neighbors: Annotated[int, positive] = argument(20, "Number of nearest neighbors.")
     strength: Annotated[float, positive] = argument(1.0, "L2 regularization of the L-BFGS probe.")

@@ -66,7 +66,7 @@ def make_datasets(
         ValueError: for a column that holds no images, and for images that cannot be read.
     """
     column = image_column(splits[0], data_args.image_column_name)
-    image_column(splits[1], column)
+    image_column(splits[1], column, "eval")
     augmentation = training_transform(
         config.image_size,
         processor.image_mean,
