@@ -29,11 +29,11 @@ def step_time_table(record: dict) -> list[str]:
                 f"{row['peak_memory_mib']:.0f}",
             ]
         lines.append(f"| {' | '.join(cells)} |")
-    shares = []
+    fractions = []
     for precision in PRECISIONS:
-        share, rate = (record[precision][key] for key in ("share_of_matrix_product_rate", "matrix_product_gflop_per_s"))
-        shares.append(f"{share:.0%} of {rate:.0f} GFLOP/s in {precision}")
-    return [*lines, "", f"Of the machine's own matrix-product rate, our step reaches {' and '.join(shares)}."]
+        fraction, rate = (record[precision][key] for key in ("share_of_matrix_product_rate", "matrix_product_gflop_per_s"))
+        fractions.append(f"{fraction:.0%} of {rate:.0f} GFLOP/s in {precision}")
+    return [*lines, "", f"Of the machine's own matrix-product rate, our step reaches {' and '.join(fractions)}."]
 
 
 def inference_table(record: dict) -> list[str]:
@@ -53,7 +53,7 @@ def deployment_table() -> str:
         for export, found in exports.items():
             lines.append(f"| {model}: {export} | {found['largest_difference']:.1e} | {found['megabytes']:.1f} |")
     sizes = {"speed_batch_1": 1, "speed": onnx["batch_size"]}
-    shares = {
+    fractions = {
         name: " and ".join(f"{onnx[key][name]['times_slower_than_ours']:.2f} at batch {sizes[key]}" for key in sizes)
         for name in ("onnxruntime", "PyTorch, eager")
     }
@@ -61,8 +61,8 @@ def deployment_table() -> str:
     lines += [
         "",
         f"- **onnxruntime against PyTorch** on the base classifier, float32, medians of ratios to PyTorch's time with "
-        f"SDPA, round by round: {shares['onnxruntime']}; PyTorch with attention written out (eager): "
-        f"{shares['PyTorch, eager']}.",
+        f"SDPA, round by round: {fractions['onnxruntime']}; PyTorch with eager attention: "
+        f"{fractions['PyTorch, eager']}.",
         f"- **8-bit** demo classifier: {cost['accuracy_int8']:.1%} of {cost['images']} held-out images, float32 "
         f"{cost['accuracy_float32']:.1%}.",
         f"- **Exporting** the base classifier takes {hub['export_without_onnx_s']:.1f} s, with its checked ONNX file "
@@ -110,9 +110,9 @@ def dense_table() -> str:
         cells = [name]
         for size in sizes:
             row = record[size]["models"][name]
-            share = 1 / row["times_slower_than_ours"]
+            fraction = 1 / row["times_slower_than_ours"]
             memory = (f"{row[f'peak_{kind}_mib']:.0f}" for kind in ("forward", "step"))
-            cells += [f"{row['median_s']:.2f}", f"{share:.2f} of it", *memory]
+            cells += [f"{row['median_s']:.2f}", f"{fraction:.2f} of it", *memory]
         lines.append(f"| {' | '.join(cells)} |")
     biased = json.loads((RESULTS / "dense_bias_cpu.json").read_text())["800x1344"]["models"]
     windows, everywhere = (biased[f"HiViT-B, {kind}"] for kind in ("windows", "global"))
@@ -127,7 +127,7 @@ def dense_table() -> str:
 
 
 def scene_table(task: str) -> str:
-    """What a segmenter or a detector has learned from scenes, from the result file."""
+    """What a segmenter or a detector has pretrained from scenes, from the result file."""
     record = json.loads((RESULTS / "scene_tasks_cpu.json").read_text())[task]
     starts = {
         "pretrained": "trained from the demonstration's weights",
@@ -153,15 +153,15 @@ def digits_tables() -> str:
     )
     lines = [about, "", "| features | L-BFGS, pre-trained | random | LARS, pre-trained | random | kNN | random |"]
     lines.append("|---|---|---|---|---|---|---|")
-    learned, random = (record["probes"][start] for start in ("pretrained", "random"))
-    for name in learned:
-        cells = [f"{100 * probes[name][m]:.1f} %" for m in ("lbfgs", "lars", "knn") for probes in (learned, random)]
+    pretrained, random = (record["probes"][start] for start in ("pretrained", "random"))
+    for name in pretrained:
+        cells = [f"{100 * probes[name][m]:.1f} %" for m in ("lbfgs", "lars", "knn") for probes in (pretrained, random)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += ["", "| after fine-tuning | pre-trained | random |", "|---|---|---|"]
     for key, name in (
         ("finetuned_accuracy", "accuracy, `finetune_digits.yaml`"),
         ("several_labels_mean_auc", "mean area under the curve of four labels, 2 epochs"),
-        ("lora_accuracy", "accuracy with `--lora_rank 8`"),
+        ("lora_accuracy", "accuracy with `--lora_r 8`"),
     ):
         values = [record[key][start]["mean"] for start in ("pretrained", "random")]
         unit = "{:.3f}" if key.endswith("auc") else "{:.1%}"
@@ -171,8 +171,8 @@ def digits_tables() -> str:
     error = 100 * record["evaluation"]["expected_calibration_error"]
     lines += [
         "",
-        f"With half of the units left out, the fine-tuned classifier is right for {half:.1f} %, with all of them "
-        f"shuffled for {shuffled:.1f} %; its expected calibration error is {error:.1f} %.",
+        f"With half of the units masked, the fine-tuned classifier has an accuracy of {half:.1f} %, with all of them "
+        f"shuffled of {shuffled:.1f} %; its expected calibration error is {error:.1f} %.",
     ]
     return "\n".join([*lines, ""])
 
