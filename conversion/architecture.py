@@ -163,8 +163,8 @@ def infer_config(
 def _encoder_values(key_map: KeyMap, shapes: Shapes, num_heads: int | None) -> dict:
     stage_layers = shapes.stage_layers()
     first_main = stage_layers[0] + stage_layers[1] + 2
-    stem_channels, num_channels, token_size, _ = shapes.of("hivit.embeddings.projection.weight", 4)
-    hidden_size, patch_size = 4 * stem_channels, 4 * token_size
+    embedding_channels, num_channels, token_size, _ = shapes.of("hivit.embeddings.projection.weight", 4)
+    hidden_size, patch_size = 4 * embedding_channels, 4 * token_size
     has_tables = _TABLE in shapes.blocks[first_main]
     published = _published(hidden_size, stage_layers)
     in_tables = shapes.of(_TABLE, 2, first_main)[1] if has_tables else None
@@ -175,7 +175,7 @@ def _encoder_values(key_map: KeyMap, shapes: Shapes, num_heads: int | None) -> d
         "hidden_size": hidden_size,
         **_depths(published, stage_layers),
         "num_attention_heads": _heads("--num-heads", num_heads, in_tables, published and published.num_attention_heads),
-        "stem_mlp_ratio": _ratio(shapes, "hivit.{block}.mlp.fc1.weight", 0),
+        "early_mlp_ratio": _ratio(shapes, "hivit.{block}.mlp.fc1.weight", 0),
         "mlp_ratio": _ratio(shapes, "hivit.{block}.mlp.fc1.weight", first_main),
         "qkv_bias": "hivit.{block}.attention.qkv.bias" in shapes.blocks[first_main],
         "use_absolute_position_embeddings": "hivit.position_embeddings" in shapes.whole,
@@ -204,10 +204,10 @@ def _decoder_values(shapes: Shapes, hidden_size: int, num_heads: int | None) -> 
 def _depths(published: HiViTConfig | None, stage_layers: list[int]) -> dict:
     """Stem blocks are written as a published network does, otherwise two per depth if their numbers are even."""
     if published:
-        return {"depths": published.depths, "stem_blocks_per_depth": published.stem_blocks_per_depth}
-    stem1, stem2, main = stage_layers
-    per_depth = 1 if stem1 % 2 or stem2 % 2 else 2
-    return {"depths": [stem1 // per_depth, stem2 // per_depth, main], "stem_blocks_per_depth": per_depth}
+        return {"depths": published.depths, "early_blocks_per_depth": published.early_blocks_per_depth}
+    stage1, stage2, main = stage_layers
+    per_depth = 1 if stage1 % 2 or stage2 % 2 else 2
+    return {"depths": [stage1 // per_depth, stage2 // per_depth, main], "early_blocks_per_depth": per_depth}
 
 
 def _heads(option: str, given: int | None, in_tables: int | None, published: int | None) -> int:

@@ -83,7 +83,7 @@ class Oracle:
                 stem[r, c] = self.norm("hivit.embeddings.norm", token)
         grids, grid, side = [stem], stem, 4
         for stage in (0, 1):
-            for layer in range(self.c.depths[stage] * self.c.stem_blocks_per_depth):
+            for layer in range(self.c.depths[stage] * self.c.early_blocks_per_depth):
                 grid = {at: self.mlp_block(f"hivit.stages.{stage}.layers.{layer}", x) for at, x in grid.items()}
             grids.append(grid)
             side //= 2

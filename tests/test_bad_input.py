@@ -53,7 +53,7 @@ def within_a_second():
         ({"out_features": []}, r"out_features is empty: choose from \['stem', "),
         ({"hidden_act": "gellu"}, r"hidden_act 'gellu'.*gelu"),
         ({"mlp_ratio": 0.001}, r"mlp_ratio 0.001 of 512 channels leaves an MLP without width: give 0.00195 or more"),
-        ({"stem_mlp_ratio": 0.005}, r"stem_mlp_ratio 0.005 of 128 channels leaves an MLP without width"),
+        ({"early_mlp_ratio": 0.005}, r"early_mlp_ratio 0.005 of 128 channels leaves an MLP without width"),
         ({"initializer_range": 0}, r"initializer_range must be positive, got 0"),
         ({"_note": "mine"}, r"no keyword '_note'"),
         ({"window_size": 0}, r"window_size must be positive, got 0. The published value is 14"),

@@ -23,8 +23,8 @@ VARIANTS = pytest.mark.parametrize(
         {"use_relative_position_bias": False, "fuse_stages": True},
         {"use_relative_position_bias": True, "fuse_stages": False},
         {"use_relative_position_bias": False, "fuse_stages": False, "norm_pix_loss": False},
-        {"use_absolute_position_embeddings": False, "qkv_bias": False, "stem_blocks_per_depth": 1},
-        {"patch_size": 8, "image_size": [32, 24], "num_channels": 1, "decoder_mlp_ratio": 2.0, "stem_mlp_ratio": 2.0},
+        {"use_absolute_position_embeddings": False, "qkv_bias": False, "early_blocks_per_depth": 1},
+        {"patch_size": 8, "image_size": [32, 24], "num_channels": 1, "decoder_mlp_ratio": 2.0, "early_mlp_ratio": 2.0},
     ],
     ids=["bias-fused", "fused", "bias", "plain", "no-positions", "small-units"],
 )

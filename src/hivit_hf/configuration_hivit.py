@@ -31,7 +31,7 @@ ARCHITECTURES = {
     "tiny": {"hidden_size": 384, "depths": [1, 1, 10], "num_attention_heads": 6},
     "small": {"hidden_size": 384, "depths": [2, 2, 20], "num_attention_heads": 6},
     "base": {"hidden_size": 512, "depths": [2, 2, 20], "num_attention_heads": 8},
-    "large": {"hidden_size": 768, "depths": [2, 2, 40], "num_attention_heads": 12, "stem_blocks_per_depth": 1},
+    "large": {"hidden_size": 768, "depths": [2, 2, 40], "num_attention_heads": 12, "early_blocks_per_depth": 1},
     "base-mae": {
         "hidden_size": 512,
         "depths": [2, 2, 20],
@@ -67,14 +67,14 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
         num_channels (`int`, *optional*, defaults to 3):
             Channels of the images.
         hidden_size (`int`, *optional*, defaults to 512):
-            Channels C of the main stage. The stem stages have C/4 and C/2.
+            Channels C of the main stage. Stages 1 and 2 have C/4 and C/2.
         depths (`list[int]`, *optional*, defaults to `[2, 2, 20]`):
             Depth of stage 1, stage 2 and the main stage.
-        stem_blocks_per_depth (`int`, *optional*, defaults to 2):
+        early_blocks_per_depth (`int`, *optional*, defaults to 2):
             MLP blocks per depth of stages 1 and 2; iTPN counts single blocks (1).
         num_attention_heads (`int`, *optional*, defaults to 8):
             Attention heads of the main stage.
-        stem_mlp_ratio (`float`, *optional*, defaults to 3.0):
+        early_mlp_ratio (`float`, *optional*, defaults to 3.0):
             Width of the MLPs of stages 1 and 2, relative to their channels.
         mlp_ratio (`float`, *optional*, defaults to 4.0):
             Width of the MLPs of the main stage, relative to `hidden_size`.
@@ -151,9 +151,9 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
     num_channels: int = 3
     hidden_size: int = 512
     depths: list[int] | tuple[int, ...] = (2, 2, 20)
-    stem_blocks_per_depth: int = 2
+    early_blocks_per_depth: int = 2
     num_attention_heads: int = 8
-    stem_mlp_ratio: float | int = 3.0
+    early_mlp_ratio: float | int = 3.0
     mlp_ratio: float | int = 4.0
     hidden_act: str = "gelu"
     qkv_bias: bool = True
@@ -231,14 +231,14 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def stage_channels(self) -> list[int]:
-        """Channels of the stem embedding and of the three stages."""
+        """Channels of the embedding and of the three stages."""
         return [self.hidden_size // 4, self.hidden_size // 4, self.hidden_size // 2, self.hidden_size]
 
     @property
     def stage_layers(self) -> list[int]:
         """Layers of each stage: MLP blocks in the first two, attention + MLP blocks in the main stage."""
-        stem1, stem2, main = self.depths
-        return [stem1 * self.stem_blocks_per_depth, stem2 * self.stem_blocks_per_depth, main]
+        stage1, stage2, main = self.depths
+        return [stage1 * self.early_blocks_per_depth, stage2 * self.early_blocks_per_depth, main]
 
     @property
     def num_hidden_layers(self) -> int:
@@ -284,9 +284,9 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
         """
         if len(self.depths) != 3 or min(self.depths, default=0) < 1:
             raise ValueError(f"depths must be three positive numbers like [2, 2, 20], got {self.depths}.")
-        positive = ["patch_size", "num_channels", "hidden_size", "stem_blocks_per_depth", "num_attention_heads"]
+        positive = ["patch_size", "num_channels", "hidden_size", "early_blocks_per_depth", "num_attention_heads"]
         positive += ["decoder_hidden_size", "decoder_num_hidden_layers", "decoder_num_attention_heads"]
-        positive += ["stem_mlp_ratio", "mlp_ratio", "decoder_mlp_ratio", "layer_norm_eps", "initializer_range"]
+        positive += ["early_mlp_ratio", "mlp_ratio", "decoder_mlp_ratio", "layer_norm_eps", "initializer_range"]
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
@@ -296,12 +296,12 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
         if self.hidden_act not in ACT2FN:
             close = difflib.get_close_matches(self.hidden_act, ACT2FN, n=3) or ["gelu"]
             raise ValueError(f"hidden_act {self.hidden_act!r} does not exist; did you mean {' or '.join(close)}?")
-        widths = {"stem_mlp_ratio": self.stage_channels[0], "mlp_ratio": self.hidden_size}
+        widths = {"early_mlp_ratio": self.stage_channels[0], "mlp_ratio": self.hidden_size}
         for name, channels in (widths | {"decoder_mlp_ratio": self.decoder_hidden_size}).items():
             if int(channels * getattr(self, name)) < 1:
                 raise ValueError(
                     f"{name} {getattr(self, name)} of {channels} channels leaves an MLP without width: "
-                    f"give {1 / channels:.3g} or more; the published values are 3 in the stem and 4 elsewhere."
+                    f"give {1 / channels:.3g} or more; the published values are 3 in stages 1 and 2, and 4 elsewhere."
                 )
         self._check_windows()
         self._check_stages(self.out_features)

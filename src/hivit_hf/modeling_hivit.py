@@ -392,7 +392,7 @@ class HiViTAttention(nn.Module):
 
 
 class HiViTMLPLayer(GradientCheckpointingLayer):
-    """A layer of the stem stages: one MLP block on the tokens of each unit, of any shape (..., channels)."""
+    """A layer of stages 1 and 2: one MLP block on the tokens of each unit, of any shape (..., channels)."""
 
     def __init__(self, config: HiViTConfig, channels: int, mlp_ratio: float, drop_path_rate: float = 0.0):
         super().__init__()
@@ -457,8 +457,8 @@ class HiViTDecoder(nn.Module):
     def __init__(self, config: HiViTConfig):
         super().__init__()
         channels, eps = config.decoder_hidden_size, config.layer_norm_eps
-        stem1, stem2, main = config.stage_channels[1:]
-        features = 16 * stem1 + 4 * stem2 + main if config.fuse_stages else main
+        stage1, stage2, main = config.stage_channels[1:]
+        features = 16 * stage1 + 4 * stage2 + main if config.fuse_stages else main
         self.grid_size = config.grid_size
         self.norm = nn.LayerNorm(features, eps=eps) if config.fuse_stages else nn.Identity()
         self.embed = nn.Linear(features, channels)
@@ -563,19 +563,19 @@ class HiViTModel(HiViTPreTrainedModel):
         super().__init__(config)
         self.sin_cos_start = sin_cos_start
         self.embeddings = HiViTEmbeddings(config)
-        stem1, stem2, main = config.stage_channels[1:]
+        stage1, stage2, main = config.stage_channels[1:]
         num_layers = config.num_hidden_layers
         rates = [config.drop_path_rate * i / max(num_layers - 1, 1) for i in range(num_layers)]
         first, second = config.stage_layers[0], sum(config.stage_layers[:2])
         self.stages = nn.ModuleList(
             [
                 HiViTStage(
-                    [HiViTMLPLayer(config, stem1, config.stem_mlp_ratio, rate) for rate in rates[:first]],
-                    HiViTMerge(config, stem1),
+                    [HiViTMLPLayer(config, stage1, config.early_mlp_ratio, rate) for rate in rates[:first]],
+                    HiViTMerge(config, stage1),
                 ),
                 HiViTStage(
-                    [HiViTMLPLayer(config, stem2, config.stem_mlp_ratio, rate) for rate in rates[first:second]],
-                    HiViTMerge(config, stem2),
+                    [HiViTMLPLayer(config, stage2, config.early_mlp_ratio, rate) for rate in rates[first:second]],
+                    HiViTMerge(config, stage2),
                 ),
                 HiViTStage(
                     [

@@ -108,7 +108,7 @@ def test_layer_ids_of_base_are_the_published_ones(base):
         assert layer_id(f"base_model.model.{name}", base.config) == expected  # as PEFT names it
     ids = {layer_id(name, base.config) for name, _ in base.named_parameters()}
     assert ids == set(range(30))
-    dense = {name: layer_id(name, base.config, count_stem=False) for name, _ in base.named_parameters()}
+    dense = {name: layer_id(name, base.config, count_early_layers=False) for name, _ in base.named_parameters()}
     assert set(dense.values()) == set(range(22))
     for name, expected in dense.items():
         if "stages.2" in name:
@@ -135,18 +135,20 @@ def test_scales_and_decay_of_base(base):
     assert table[-1].split()[:4] == ["29", "1.0000", "2.000e-03", "0"]
 
 
-@pytest.mark.parametrize("count_stem", [True, False])
-def test_layer_decay_changes_the_step_that_is_taken(count_stem, make_run):
+@pytest.mark.parametrize("count_early_layers", [True, False])
+def test_layer_decay_changes_the_step_that_is_taken(count_early_layers, make_run):
     """The first step of AdamW has the length of its learning rate, whatever the gradient."""
-    run = make_run(layer_decay=0.5, count_stem=count_stem, weight_decay=0.0, max_steps=1, effective_batch_size=8)
+    run = make_run(
+        layer_decay=0.5, count_early_layers=count_early_layers, weight_decay=0.0, max_steps=1, effective_batch_size=8
+    )
     before = {name: parameter.detach().clone() for name, parameter in run.model.named_parameters()}
     run.train()
     largest = {}
     for name, parameter in run.model.named_parameters():
-        layer = layer_id(name, run.config, count_stem)
+        layer = layer_id(name, run.config, count_early_layers)
         largest.setdefault(layer, []).append((parameter.detach() - before[name]).abs().max().item())
     last = max(largest)
-    assert last == (7 if count_stem else 3)
+    assert last == (7 if count_early_layers else 3)
     rate = run.recipe.learning_rate
     for layer, steps in largest.items():
         assert max(steps) == pytest.approx(rate * 0.5 ** (last - layer), rel=1e-2), layer

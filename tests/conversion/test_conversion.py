@@ -144,7 +144,7 @@ def test_full_size(name, run, tmp_path):
     config = HiViTConfig.from_pretrained(tmp_path / "converted")
     if architecture:
         expected = HiViTConfig.from_architecture(architecture)
-        for field in ("depths", "stem_blocks_per_depth", "num_attention_heads", "use_relative_position_bias"):
+        for field in ("depths", "early_blocks_per_depth", "num_attention_heads", "use_relative_position_bias"):
             assert getattr(config, field) == getattr(expected, field)
         if layout != "mmpretrain":
             assert report["model"]["parameters"] == parameters
@@ -767,9 +767,9 @@ def test_what_a_layout_and_a_shape_imply(run, small, tmp_path):
         assert run(small(name)[0], tmp_path / name)[0] == 0
         config = HiViTConfig.from_pretrained(tmp_path / name)
         assert (config.layer_norm_eps, config.pooler_layernorm) == (eps, pooler)
-        assert (config.depths, config.stem_blocks_per_depth) == ([1, 1, 2], 2)
+        assert (config.depths, config.early_blocks_per_depth) == ([1, 1, 2], 2)
     assert run(small("odd")[0], tmp_path / "odd")[0] == 0
     config = HiViTConfig.from_pretrained(tmp_path / "odd")
-    assert (config.depths, config.stem_blocks_per_depth) == ([3, 3, 2], 1)
+    assert (config.depths, config.early_blocks_per_depth) == ([3, 3, 2], 1)
     processor = AutoImageProcessor.from_pretrained(tmp_path / "odd")
     assert processor.size["shortest_edge"] == 73 and processor.resample == 3

@@ -238,12 +238,12 @@ def test_recipes_are_complete(path, scenes, tmp_path):
 
 
 def test_the_published_recipe_is_the_papers(tmp_path):
-    """Checked on the real network: windows, drop path, one id for the stem, 0.9 from layer to layer."""
+    """Checked on the real network: windows, drop path, one id before the main stage, 0.9 from layer to layer."""
     values = read_recipe(EXAMPLES / "recipes" / "detection_base_coco_3x.yaml", DetectionRecipe)
     recipe = DetectionRecipe(**values)
     expected = {"learning_rate": 1e-4, "weight_decay": 0.05, "layer_decay": 0.9, "epochs": 36, "drop_path_rate": 0.2}
     assert {name: getattr(recipe, name) for name in expected} == expected
-    assert recipe.decay_epochs == [27, 33] and recipe.effective_batch_size == 16 and recipe.count_stem is False
+    assert recipe.decay_epochs == [27, 33] and recipe.effective_batch_size == 16 and recipe.count_early_layers is False
     config = HiViTConfig.from_architecture("base-mae", **recipe.model_changes())
     assert config.window_size == 14 and config.global_attention_layers == [4, 9, 14, 19]
     assert not config.use_relative_position_bias
@@ -259,7 +259,7 @@ def test_steps_of_the_schedule_come_from_epochs(scenes, tmp_path):
     run.train()
     history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     rates = [record["learning_rate"] for record in history if "loss" in record]
-    head = [rate / 0.9**3 for rate in rates]  # the first group is that of the stem
+    head = [rate / 0.9**3 for rate in rates]  # the first group is all before the main stage
     assert_close(head, [0.5e-3, 1e-3, 1e-3, 1e-3, 1e-4, 1e-4]) if len(rates) == 6 else pytest.fail(str(rates))
 
 

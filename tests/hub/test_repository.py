@@ -286,7 +286,7 @@ def test_a_card_is_of_its_own_network_only(classifier, tmp_path):
 def test_measured_figures_are_of_the_whole_network():
     about, results = CHECKPOINTS["hivit-base"], ROOT / "benchmarks" / "results"
     for changes, quoted in [({}, True), ({"drop_path_rate": 0.1}, True), ({"num_attention_heads": 4}, False),
-                            ({"stem_mlp_ratio": 2.0}, False), ({"num_labels": 10}, False)]:  # fmt: skip
+                            ({"early_mlp_ratio": 2.0}, False), ({"num_labels": 10}, False)]:  # fmt: skip
         card = render_card(about, HiViTConfig(**{**about.arguments, **changes}), results_dir=results)
         assert ("inference_cpu.json" in card) == quoted, changes
 

@@ -13,7 +13,7 @@ from support.segmentation import NAMES, SMALL, model_folder
 def test_the_dense_numbering_reaches_into_the_segmenter():
     start = new_segmenter(pyramid_start(None, "tiny"), NAMES, **SMALL)
     config = start.model.backbone.config
-    groups = layerwise_parameter_groups(start.model, config, 0.05, 1e-3, 0.75, count_stem=False)
+    groups = layerwise_parameter_groups(start.model, config, 0.05, 1e-3, 0.75, count_early_layers=False)
     layers = {name: group["layer_id"] for group in groups for name in group["names"]}
     prefix = "backbone.hivit"
     assert layers[f"{prefix}.stages.1.merge.reduction.weight"] == layers[f"{prefix}.position_embeddings"] == 0

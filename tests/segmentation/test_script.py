@@ -32,7 +32,7 @@ def test_a_run_by_the_command_line(small_scenes, tmp_path, capsys):
     assert 0 <= metrics["eval_mean_iou"] <= 1 and "eval_iou_background" in metrics
     history = json.loads((tmp_path / "whole" / "trainer_state.json").read_text())["log_history"]
     learning_rates = [record["learning_rate"] for record in history if "loss" in record]
-    # of the first group, the stem: two layers below the last of the main stage, three below the heads
+    # of the first group, all before the main stage: two layers below the last of the main stage, three below the heads
     assert_close(learning_rates, [2e-3 * 0.9**3 * f for f in (0, 0.75, 0.5, 0.25)], rtol=1e-6, atol=0)
     assert sum("eval_mean_iou" in record for record in history) >= 2
     sheet = PILImage.open(tmp_path / "whole" / "overlays.png")

@@ -35,16 +35,16 @@ def merge(name, channels):
     return {**norm(f"{name}.norm", 4 * channels), **linear(f"{name}.reduction", 2 * channels, 4 * channels, bias=False)}
 
 
-def encoder(channels, stem1, stem2, main, heads=None, side=14, position="absolute_pos_embed", index=()):
+def encoder(channels, stage1, stage2, main, heads=None, side=14, position="absolute_pos_embed", index=()):
     """
-    `heads` set means relative tables; `index` says where their index buffers lie: "model", "block" or both. `stem1` and
-    `stem2` count blocks.
+    `heads` set means relative tables; `index` says where their index buffers lie: "model", "block" or both. `stage1`
+    and `stage2` count blocks.
     """
     c, n = channels // 4, side * side
     shapes = {position: (1, n, channels), "patch_embed.proj.weight": (c, 3, 4, 4), "patch_embed.proj.bias": (c,)}
     shapes |= norm("patch_embed.norm", c)
     block = 0
-    for blocks, width in ((stem1, c), (stem2, 2 * c)):
+    for blocks, width in ((stage1, c), (stage2, 2 * c)):
         for _ in range(blocks):
             shapes |= mlp_block(f"blocks.{block}", width, 3)
             block += 1
@@ -96,8 +96,8 @@ def prefixed(prefix, shapes):
     return {prefix + name: shape for name, shape in shapes.items()}
 
 
-def mmpretrain(channels, stem1, stem2, main, heads):
-    return encoder(channels, stem1, stem2, main, heads, position="pos_embed", index=("model", "block"))
+def mmpretrain(channels, stage1, stage2, main, heads):
+    return encoder(channels, stage1, stage2, main, heads, position="pos_embed", index=("model", "block"))
 
 
 # name of a real file -> (its tensors, entries, parameters)

@@ -80,7 +80,9 @@ class ClassificationTrainingArguments(HiViTTrainingArguments):
     label_smoothing_factor: Annotated[float, decay_rate] = argument(
         0.0, "Fraction of the target that is spread over all classes."
     )
-    count_stem: bool = argument(True, "Give each layer of the stem an id of its own for --layer_decay; else all are 0.")
+    count_early_layers: bool = argument(
+        True, "Give each layer of stages 1 and 2 an id of its own for --layer_decay; else all are 0."
+    )
 
     def __post_init__(self):
         super().__post_init__()

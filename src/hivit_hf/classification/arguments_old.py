@@ -39,7 +39,7 @@ class FinetuneRecipe(DatasetRecipe):
     base_learning_rate: float = argument(5e-4, "Reach this learning rate for 256 images per step; it grows with them.")
     min_learning_rate: float = argument(0.0, "End the cosine at this learning rate.")
     warmup_learning_rate: float = argument(0.0, "Begin the warm-up with this learning rate.")
-    count_stem: bool = argument(True, "Count each layer of the stem for the decay; else the whole stem is layer 0.")
+    count_early_layers: bool = argument(True, "Count each layer of stages 1 and 2 for the decay; else all are layer 0.")
 
     evaluate_only = False  # examples/evaluate_classification.py does that
 

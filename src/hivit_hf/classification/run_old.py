@@ -65,7 +65,7 @@ class ClassifierTrainer(Trainer):
                 recipe.weight_decay,
                 recipe.learning_rate,
                 recipe.layer_decay,
-                recipe.count_stem,
+                recipe.count_early_layers,
             )
             groups = [{key: group[key] for key in ("params", "lr", "weight_decay")} for group in groups]
             self.optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=tuple(recipe.adam_betas))
@@ -191,7 +191,7 @@ class FinetuneRun:
                 recipe.weight_decay,
                 recipe.learning_rate,
                 recipe.layer_decay,
-                recipe.count_stem,
+                recipe.count_early_layers,
             )
         )
 

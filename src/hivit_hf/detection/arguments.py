@@ -48,7 +48,7 @@ class DetectionRecipe(TrainerRecipe):
     image_threshold: float = argument(0.5, "Draw what has at least this score.")
 
     # what other fine-tunings choose and this one does not
-    count_stem = False  # the dense numbering of layers
+    count_early_layers = False  # the dense numbering of layers
     compile = False  # proposals have a new shape in every step
 
     RUNTIME = RUNTIME | {"eval_batch_size", "num_images", "image_threshold", "evaluate_only"}

@@ -9,7 +9,7 @@ from ..configuration_hivit import ARCHITECTURES
 HIVIT_PAPER = "arXiv 2205.14949"
 ITPN_PAPER = "arXiv 2211.12735"
 # iTPN-B's encoder. It never had a name of its own, so it is no entry of ARCHITECTURES.
-ITPN_BASE = {"hidden_size": 512, "depths": [3, 3, 24], "num_attention_heads": 8, "stem_blocks_per_depth": 1}
+ITPN_BASE = {"hidden_size": 512, "depths": [3, 3, 24], "num_attention_heads": 8, "early_blocks_per_depth": 1}
 
 
 @dataclass(frozen=True)

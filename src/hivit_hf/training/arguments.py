@@ -213,7 +213,7 @@ class HiViTTrainingArguments(TrainingArguments):
     )
 
     REFUSED: ClassVar[dict[str, str]] = REFUSED
-    count_stem: ClassVar[bool] = False  # the layer numbering of dense tasks, see `optim.layer_id`
+    count_early_layers: ClassVar[bool] = False  # the layer numbering of dense tasks, see `optim.layer_id`
 
     def __post_init__(self):
         if not self.output_dir and not self.show_layer_table:

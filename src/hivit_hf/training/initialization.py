@@ -17,7 +17,7 @@ from ..modeling_hivit import HiViTAttention, HiViTBackbone, HiViTForImageClassif
 from .arguments import ImageArguments
 
 
-_SIZES = ("hidden_size", "depths", "stem_blocks_per_depth", "num_attention_heads")
+_SIZES = ("hidden_size", "depths", "early_blocks_per_depth", "num_attention_heads")
 
 
 @dataclass(frozen=True)

@@ -42,23 +42,23 @@ def _is_decayed(name: str, parameter: nn.Parameter, exempt: tuple[str, ...] = ()
     return parameter.ndim > 1 and not name.endswith(("bias", *exempt))
 
 
-def number_of_layer_ids(config: HiViTConfig, count_stem: bool = True) -> int:
+def number_of_layer_ids(config: HiViTConfig, count_early_layers: bool = True) -> int:
     """How many ids `layer_id` gives: the embedding, each counted layer, and the head."""
-    return (config.num_hidden_layers if count_stem else config.depths[2]) + 2
+    return (config.num_hidden_layers if count_early_layers else config.depths[2]) + 2
 
 
-def layer_id(name: str, config: HiViTConfig, count_stem: bool = True) -> int:
+def layer_id(name: str, config: HiViTConfig, count_early_layers: bool = True) -> int:
     """
     The layer of a parameter for layer-wise decay, as in one of the two numberings of the original.
 
-    The patch and the position embedding are 0. With `count_stem`, as in fine-tuning for classification, every layer
-    counts (1 to 28 in base), a merge has the id of the layer before it, and the rest is the head (29). Without, as in
-    detection and segmentation, the whole stem is 0, merges included, and only the main stage counts (1 to 20, head 21).
+    The patch and the position embedding are 0. With `count_early_layers`, as in fine-tuning for classification, every
+    layer counts (1 to 28 in base), a merge has the id of the layer before it, and the rest is the head (29). Without,
+    as in detection and segmentation, all before the main stage is 0, and only the main stage counts (1 to 20, head 21).
 
     Args:
         name: of the parameter, with or without prefixes such as that of PEFT.
         config: of the network.
-        count_stem: which numbering.
+        count_early_layers: which numbering.
     """
     if "decoder." not in name:
         if re.search(r"(?:^|\.)(?:embeddings\.|position_embeddings$)", name):
@@ -66,10 +66,10 @@ def layer_id(name: str, config: HiViTConfig, count_stem: bool = True) -> int:
         if found := _LAYER.search(name):
             stage, layers = int(found[1]), config.stage_layers
             layer = layers[stage] if found[2] is None else int(found[2]) + 1
-            if count_stem:
+            if count_early_layers:
                 return sum(layers[:stage]) + layer
             return layer if stage == 2 else 0
-    return number_of_layer_ids(config, count_stem) - 1
+    return number_of_layer_ids(config, count_early_layers) - 1
 
 
 def layerwise_parameter_groups(
@@ -78,7 +78,7 @@ def layerwise_parameter_groups(
     weight_decay: float,
     learning_rate: float,
     layer_decay: float = 1.0,
-    count_stem: bool = True,
+    count_early_layers: bool = True,
 ) -> list[dict]:
     """
     The trainable parameters by layer, each with the rate `learning_rate * layer_decay ** (last id - its id)`.
@@ -91,7 +91,7 @@ def layerwise_parameter_groups(
         weight_decay: of the matrices.
         learning_rate: of the head.
         layer_decay: factor from one layer to the one below.
-        count_stem: which numbering, see `layer_id`.
+        count_early_layers: which numbering, see `layer_id`.
 
     Returns:
         Groups for an optimizer, in the order of their ids; also with `layer_id`, `scale` and `names` for people.
@@ -102,11 +102,11 @@ def layerwise_parameter_groups(
     if not 0 < layer_decay <= 1:
         raise ValueError(f"layer_decay must be in (0, 1], got {layer_decay}. Published: 0.85 for base; 1 for none.")
     parameter_groups(model, weight_decay)  # refuses the same
-    last, groups = number_of_layer_ids(config, count_stem) - 1, {}
+    last, groups = number_of_layer_ids(config, count_early_layers) - 1, {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        layer, decayed = layer_id(name, config, count_stem), _is_decayed(name, parameter, POSITION_PARAMETERS)
+        layer, decayed = layer_id(name, config, count_early_layers), _is_decayed(name, parameter, POSITION_PARAMETERS)
         scale = layer_decay ** (last - layer)
         numbers = {"lr": learning_rate * scale, "weight_decay": weight_decay if decayed else 0.0}
         group = groups.setdefault(

@@ -86,7 +86,12 @@ class HiViTTrainer(Trainer):
         """The trainable parameters by layer, with learning rates and weight decay."""
         args = self.args
         return layerwise_parameter_groups(
-            self.model, self.hivit_config, args.weight_decay, args.learning_rate, args.layer_decay, args.count_stem
+            self.model,
+            self.hivit_config,
+            args.weight_decay,
+            args.learning_rate,
+            args.layer_decay,
+            args.count_early_layers,
         )
 
     def layer_table(self) -> str:
