@@ -15,7 +15,7 @@ from ..training.figures import INK, new_figure, palette
 from .metrics import IGNORE_INDEX
 
 
-_LEGEND_COLUMNS = 6
+_WIDTH = 7.5  # of the figure, in inches
 
 
 def overlay(image: PILImage.Image, labels: np.ndarray, colors: np.ndarray) -> PILImage.Image:
@@ -50,7 +50,8 @@ def draw_segmentation(samples: Sequence[tuple[PILImage.Image, np.ndarray, np.nda
         for number in occurring
         if number != IGNORE_INDEX
     ]
-    figure = new_figure(width=7.5, height=2.5 * sum(ratios) + 0.6 + 0.25 * -(-len(patches) // _LEGEND_COLUMNS))
+    columns = max(1, int(_WIDTH / (0.6 + 0.07 * max(len(patch.get_label()) for patch in patches))))
+    figure = new_figure(_WIDTH, height=_WIDTH / 3 * sum(ratios) + 0.6 + 0.2 * -(-len(patches) // columns))
     axes = figure.subplots(len(samples), 3, squeeze=False, height_ratios=ratios)
     for row, (image, *maps) in zip(axes, samples):
         for cell, drawn in zip(row, (image, *(overlay(image, labels, colors) for labels in maps))):
@@ -58,5 +59,5 @@ def draw_segmentation(samples: Sequence[tuple[PILImage.Image, np.ndarray, np.nda
             cell.axis("off")
     for cell, title in zip(axes[0], ("image", "ground truth", "prediction")):
         cell.set_title(title, fontsize=11, color=INK)
-    figure.legend(handles=patches, loc="outside lower center", ncols=_LEGEND_COLUMNS, frameon=False)
+    figure.legend(handles=patches, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
     return figure
