@@ -1,9 +1,11 @@
 """Arguments of segmentation: refusals at once, flags that reach what they are about, recipes with published numbers."""
 
+import json
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import load_from_disk
 from transformers import EarlyStoppingCallback
 
@@ -186,13 +188,32 @@ def test_columns_and_checks_are_those_that_were_asked_for(small_scenes, tmp_path
         assert checked == rows
 
 
+def test_folders_of_images_and_maps(small_scenes, tmp_path):
+    splits = {"train": "train", "validation": "test"}
+    for name, split in splits.items():
+        lines = []
+        for number, row in enumerate(load_from_disk(small_scenes)[split]):
+            files = {"file_name": f"images/{number}.png", "annotation_file_name": f"maps/{number}.png"}
+            for path, image in zip(files.values(), (row["image"], row["annotation"])):
+                (tmp_path / name / path).parent.mkdir(parents=True, exist_ok=True)
+                image.save(tmp_path / name / path)
+            lines.append(json.dumps(files) + "\n")
+        (tmp_path / name / "metadata.jsonl").write_text("".join(lines))
+    folders = {"train_dir": tmp_path / "train", "validation_dir": tmp_path / "validation"}
+    found = trainer_for(None, tmp_path / "run", **folders)
+    expected = trainer_for(small_scenes, tmp_path / "other")
+    assert (len(found.train_dataset), len(found.eval_dataset)) == (10, 2)
+    for one, other in zip(found.eval_dataset, expected.eval_dataset):
+        assert torch.equal(one["labels"], other["labels"]) and torch.equal(one["pixel_values"], other["pixel_values"])
+
+
 def test_every_flag_is_tested():
     # whole runs, and what they begin with: test_script.py
     elsewhere = {"architecture", "model_name_or_path", "from_scratch", "dataset_name", "do_train", "ema_decay"}
     elsewhere |= {"image_column_name", "label_column_name", "check_images", "show_layer_table", "num_train_epochs"}
     elsewhere |= {"per_device_eval_batch_size", "eval_strategy"}
     # what all trainings share: tests/data, tests/training
-    elsewhere |= {"dataset_config_name", "dataset_revision", "train_dir", "validation_dir", "do_eval"}
+    elsewhere |= {"train_dir", "validation_dir", "dataset_config_name", "dataset_revision", "do_eval"}
     elsewhere |= {"base_learning_rate", "optim", "logging_first_step", "logging_nan_inf_filter", "label_names"}
     elsewhere |= {"remove_unused_columns", "restore_callback_states_from_checkpoint", "hub_strategy"}
     own = {item.name for kind in (SegmentationModelArguments, SegmentationDataArguments) for item in fields(kind)}

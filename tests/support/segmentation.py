@@ -34,9 +34,11 @@ def model_folder(folder: Path, kind=HiViTForMaskedImageModeling, **changes) -> s
 
 
 def flags_of(values: dict) -> list[str]:
-    """A command line."""
+    """A command line, without what is None."""
     flags = []
     for name, value in values.items():
+        if value is None:
+            continue
         items = value if isinstance(value, list) else [value]
         flags += [f"--{name}", *(json.dumps(i) if isinstance(i, (bool, dict)) else str(i) for i in items)]
     return flags
@@ -51,7 +53,7 @@ def run(dataset: str, output: Path, *flags: str) -> int:
     return finetune_segmentation.main([*flags_of(small), *flags, *flags_of(where)])
 
 
-def trainer_for(dataset: str, output: Path, **changes) -> SegmentationTrainer:
+def trainer_for(dataset: str | None, output: Path, **changes) -> SegmentationTrainer:
     """The trainer that the script makes, at the moment when it begins to train."""
 
     made = []
