@@ -6,14 +6,18 @@ OLDEST_VERSIONS := torch==2.11.0 torchvision==0.26.0 transformers==5.17.0
 RUN := $(VENV)/bin/python
 BROWSER := examples/browser/node_modules/installed
 DEMO := demo_output/index.html
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-oldest conformance check bench cards kill-test clean
+.PHONY: demo test test-all test-oldest conformance check bench cards kill-test clean
 
 demo: $(VENV)/installed   ## HiViT pre-trains, fine-tunes and predicts on real digits: demo_output/index.html
 	$(RUN) examples/demo_digits.py
 
-test: $(VENV)/installed $(BROWSER)  ## The whole test suite
-	$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+test: $(VENV)/installed $(BROWSER)  ## The quick tests
+	$(RUN) -m pytest $(PARALLEL) -m "not slow"
+
+test-all: $(VENV)/installed $(BROWSER)  ## All tests, the slow ones too
+	$(RUN) -m pytest $(PARALLEL)
 
 test-oldest: $(OLDEST)/installed  ## Exported folders and conformance with the oldest supported versions, in an environment of its own
 	$(OLDEST)/bin/python -m pytest tests/hub/test_remote_code.py
