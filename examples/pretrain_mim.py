@@ -2,57 +2,101 @@
 accelerate launch examples/pretrain_mim.py --config examples/recipes/mae_base_1600ep.yaml \
     --dataset_name DATASET --output_dir runs/mae-base
 
-Masked pre-training on streams: a dataset of the Hub, or a folder of Parquet files, tars or images. Kill it at any
-moment; the same command with --resume latest goes on with the next sample. A recipe file gives the numbers, flags
-change them. Several CPU processes: torchrun --nproc_per_node 2 examples/pretrain_mim.py ...
+Masked pre-training on streams: a dataset of the Hub, or a folder of Parquet files, tars or images. It can be killed at
+any moment: the same command with --resume_from_checkpoint latest resumes with the next sample. A recipe file gives the
+numbers, flags win. Several CPU processes: torchrun --nproc_per_node 2 examples/pretrain_mim.py ...
 """
 
-import os
 import sys
 import warnings
+from pathlib import Path
 
-import datasets
 from accelerate import Accelerator
-from accelerate.utils import is_wandb_available
+from transformers import set_seed
 
-from hivit_hf.pretraining.arguments import PretrainRecipe
-from hivit_hf.pretraining.run import PretrainRun
-from hivit_hf.training.recipe_old import one_sentence, parse_recipe
+from hivit_hf import HiViTForMaskedImageModeling
+from hivit_hf.pretraining.arguments import (
+    PretrainingArguments,
+    PretrainingDataArguments,
+    PretrainingModelArguments,
+    check_arguments,
+)
+from hivit_hf.pretraining.checkpoint import Checkpoints, find_resumption
+from hivit_hf.pretraining.data import open_stream, read_validation_images
+from hivit_hf.pretraining.run import PretrainingRun, make_accelerator
+from hivit_hf.pretraining.step import MaskedTraining, Schedule
+from hivit_hf.training.command_line import parse_arguments, run_script
 
 
 def main(argv: list[str] | None = None) -> int:
-    recipe = parse_recipe(PretrainRecipe, __doc__, argv)
-    datasets.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
+    classes = (PretrainingModelArguments, PretrainingDataArguments, PretrainingArguments)
+    return run_script(pretrain, *parse_arguments(classes, __doc__, argv))
+
+
+def pretrain(
+    model_args: PretrainingModelArguments, data_args: PretrainingDataArguments, training_args: PretrainingArguments
+) -> bool:
+    """A whole pre-training. Returns whether it got to its end, or was stopped by a signal."""
     warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata's, in every run
-    try:
-        if recipe.tracker == "wandb" and not is_wandb_available():
-            raise ValueError("tracker wandb is not installed: pip install wandb, or give --tracker tensorboard.")
-        accelerator = Accelerator(
-            mixed_precision=recipe.mixed_precision,
-            dynamo_backend="inductor" if recipe.compile else None,
-            log_with=None if recipe.tracker == "none" else recipe.tracker,
-            project_dir=recipe.output_dir,
-        )
-    except (ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    try:
-        run = PretrainRun(recipe, accelerator)
-        accelerator.init_trackers("hivit")
-        finished = run.train()
-    except (ValueError, RuntimeError, FloatingPointError, OSError) as error:
-        if accelerator.num_processes == 1:
-            print(f"error: {one_sentence(error)}", file=sys.stderr)
-            return 2
-        # The others may wait for this process in a collective: leave at once, and the launcher stops them.
-        print(f"error in process {accelerator.process_index}: {one_sentence(error)}", file=sys.stderr, flush=True)
-        os._exit(2)
-    accelerator.wait_for_everyone()  # a process that leaves first may take the others with it
-    accelerator.end_training()
+    accelerator = make_accelerator(training_args)
+    run = prepare(accelerator, model_args, data_args, training_args)
+
+    # train
+    accelerator.init_trackers("hivit")
+    finished = run.train()
+
+    # save
     if finished:
-        run.finish_upload()
-    return 0
+        run.save_model()
+    run.end()
+    return finished
+
+
+def prepare(
+    accelerator: Accelerator,
+    model_args: PretrainingModelArguments,
+    data_args: PretrainingDataArguments,
+    training_args: PretrainingArguments,
+) -> PretrainingRun:
+    """Everything of a run before its first step."""
+    check_arguments(accelerator, model_args, data_args, training_args)
+    checkpoints = Checkpoints(
+        Path(training_args.output_dir) / "checkpoints",
+        accelerator,
+        training_args.save_total_limit,
+        training_args.keep_every_steps,
+    )
+    resumed = find_resumption(checkpoints, training_args, data_args, model_args)
+
+    # data
+    config = model_args.config()
+    stream = open_stream(data_args, training_args, config, accelerator, resumed)
+    validation = read_validation_images(data_args, config, stream, resumed)
+
+    # model
+    set_seed(training_args.seed)
+    model = HiViTForMaskedImageModeling(config)
+    if training_args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+
+    # step
+    schedule = Schedule(
+        training_args.num_steps(data_args.images_per_epoch),
+        training_args.num_warmup_steps(data_args.images_per_epoch),
+        training_args.peak_learning_rate,
+        training_args.min_learning_rate,
+    )
+    training = MaskedTraining(
+        model,
+        accelerator,
+        schedule,
+        training_args.weight_decay,
+        (training_args.adam_beta1, training_args.adam_beta2),
+        training_args.max_grad_norm,
+        training_args.ema_decay,
+    )
+    set_seed(training_args.seed + accelerator.process_index)  # the same weights, but not the same dropped paths
+    return PretrainingRun(training, stream, validation, checkpoints, resumed, model_args, data_args, training_args)
 
 
 if __name__ == "__main__":

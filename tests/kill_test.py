@@ -1,9 +1,9 @@
 """
 python tests/kill_test.py [--kills 20] [--processes 1 2] [--formats parquet tar] [--workers 0 2]
 
-Trains a small network once without interruption, and once with SIGKILL at random moments and --resume latest after
-each; then holds both against each other: samples, crops, masks and losses of every step, and the final weights, bit
-for bit. Also kills 0, 1 and 2 steps after a resumption.
+Trains a small network once without interruption, and once with SIGKILL at random moments and
+--resume_from_checkpoint latest after each; then compares both: samples, crops, masks and losses of every step, and the
+final weights, bit for bit. Also kills 0, 1 and 2 steps after a resumption.
 """
 
 import argparse
@@ -32,7 +32,7 @@ SHARDS, IMAGES = 8, 160
 
 
 def jpeg(number: int) -> bytes:
-    """A image that is like no other."""
+    """An image that is like no other."""
     generator = np.random.default_rng(number)
     blocks = generator.integers(0, 255, (6, 8, 3), dtype=np.uint8)
     file = io.BytesIO()
@@ -67,12 +67,12 @@ def command(data: Path, output: Path, processes: int, workers: int, steps: int) 
         "config": ROOT / "examples" / "recipes" / "smoke_cpu.yaml",
         "dataset_name": data,
         "output_dir": output,
-        "num_workers": workers,
-        "batch_size": 16 // (2 * processes),
+        "dataloader_num_workers": workers,
+        "per_device_train_batch_size": 16 // (2 * processes),
         "images_per_epoch": IMAGES,
-        "epochs": steps * 16 / IMAGES,
-        "checkpoint_every_steps": 7,
-        "resume": "latest",
+        "num_train_epochs": steps * 16 / IMAGES,
+        "save_steps": 7,
+        "resume_from_checkpoint": "latest",
         "log_samples": "true",
         "drop_path_rate": 0.1,
     }
@@ -101,7 +101,7 @@ def kill(process: subprocess.Popen):
 
 
 def records(output: Path) -> list[dict[int, list[dict]]]:
-    """For each process: step -> what was logged of it, once for every time that it was done."""
+    """For each rank: step -> its records, one for every time that it was taken."""
     found = []
     for path in sorted(output.glob("samples_rank*.jsonl")):
         steps: dict[int, list[dict]] = {}
@@ -141,7 +141,7 @@ def kill_test(scratch: Path, layout: str, processes: int, workers: int, kills: i
     output, done = scratch / "interrupted", 0
     while done < kills:
         process, before = start(command(data, output, processes, workers, steps)), num_logged(output)
-        # by turns at any time, the start included, and 0, 1, 2 or some more steps after the first new one
+        # by turns at any time, startup included, and 0, 1, 2 or some more steps after the first new one
         any_time = done % 4 == 0
         new_steps = 40 if any_time else 1 + moments.choice([0, 1, 2, moments.randrange(25)])
         deadline = time.monotonic() + (moments.uniform(0.5, 12) if any_time else 600)
@@ -164,8 +164,8 @@ def main():
     parser.add_argument("--kills", type=int, default=20, help="SIGKILLs of each combination.")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="Numbers of processes.")
     parser.add_argument("--formats", nargs="+", default=["parquet", "tar"], help="Formats of the data.")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="Numbers of workers.")
-    parser.add_argument("--seed", type=int, default=0, help="Of the moments.")
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="Numbers of data loading workers.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the moments.")
     arguments = parser.parse_args()
     for layout, processes, workers in product(arguments.formats, arguments.processes, arguments.workers):
         with tempfile.TemporaryDirectory() as scratch:

@@ -1,25 +1,22 @@
 """
-torchrun --nproc_per_node 2 tests/parallel_steps.py OUTPUT [--fsdp | --zero STAGE]
+torchrun --nproc_per_node 2 tests/support/parallel_steps.py OUTPUT [--fsdp] [--clip]
 
-Takes a few steps of masked training on fixed batches, each process on its share, and writes losses and final weights.
+Takes a few steps of masked training on fixed batches, each rank on its part, and writes losses and final weights.
 """
 
 import argparse
 import json
 import math
-import os
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from accelerate.utils import FullyShardedDataParallelPlugin
 from safetensors.torch import save_file
 
 from hivit_hf import HiViTConfig, HiViTForMaskedImageModeling
-from hivit_hf.pretraining.arguments import PretrainRecipe
 from hivit_hf.pretraining.step import MaskedTraining, Schedule
-from hivit_hf.pretraining.zero import configure_deepspeed
 
 
 NETWORK = {"image_size": 64, "hidden_size": 64, "depths": [1, 1, 2], "num_attention_heads": 2}
@@ -39,14 +36,9 @@ def use_fsdp2():
     AcceleratorState._shared_state["fsdp_plugin"] = plugin
 
 
-def make_accelerator(fsdp: bool, zero: int | None, precision: str = "no") -> Accelerator:
+def make_accelerator(fsdp: bool) -> Accelerator:
     """One on CPUs."""
-    if zero:
-        os.environ.pop("ACCELERATE_USE_CPU")  # Accelerate leaves DeepSpeed out where a CPU is asked for
-        backend = InitProcessGroupKwargs(backend="gloo")
-        plugin = DeepSpeedPlugin(zero_stage=zero)
-        return Accelerator(deepspeed_plugin=plugin, mixed_precision=precision, kwargs_handlers=[backend])
-    accelerator = Accelerator(cpu=True, mixed_precision=precision)
+    accelerator = Accelerator(cpu=True)
     if fsdp:
         use_fsdp2()
         assert accelerator.is_fsdp2
@@ -55,24 +47,17 @@ def make_accelerator(fsdp: bool, zero: int | None, precision: str = "no") -> Acc
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path)
+    parser.add_argument("output", type=Path, help="Folder of losses and weights.")
     parser.add_argument("--fsdp", action="store_true", help="Shard with FSDP2 instead of copying with DDP.")
-    parser.add_argument("--zero", type=int, choices=(1, 2), help="Shard with DeepSpeed.")
     parser.add_argument("--clip", action="store_true", help="Clip at a norm that the gradients exceed.")
-    parser.add_argument("--precision", default="no", help="bf16 or no.")
     arguments = parser.parse_args()
-    clip_norm = 0.05 if arguments.clip else 1.0
-    accelerator = make_accelerator(arguments.fsdp, arguments.zero, arguments.precision)
-    if arguments.zero:
-        numbers = {"dataset_name": ["none"], "output_dir": "none", "images_per_epoch": 16, "clip_norm": clip_norm}
-        numbers |= {"batch_size": 8 // accelerator.num_processes, "effective_batch_size": 16}
-        configure_deepspeed(accelerator, PretrainRecipe(**numbers, mixed_precision=arguments.precision))
+    max_grad_norm = 0.05 if arguments.clip else 1.0
+    accelerator = make_accelerator(arguments.fsdp)
     torch.manual_seed(0)
     model = HiViTForMaskedImageModeling(HiViTConfig(**NETWORK))
-    training = MaskedTraining(model, accelerator, Schedule(8, 2, 1e-3), clip_norm=clip_norm)
+    training = MaskedTraining(model, accelerator, Schedule(8, 2, 1e-3), max_grad_norm=max_grad_norm)
     kinds = {type(module).__name__ for module in training.model.modules()}
     assert any(kind.startswith("FSDP") for kind in kinds) == arguments.fsdp
-    assert ("DeepSpeedEngine" in kinds) == bool(arguments.zero)
     generator, losses = torch.Generator().manual_seed(1), []
     for step in range(8):
         pixels, noise = (torch.randn(shape, generator=generator) for shape in ((16, 3, 64, 64), (16, 16)))
@@ -87,7 +72,7 @@ def main():
         losses.append(training.step(step, batches, stop=step == 5 and rank == world - 1))
     assert [result.stop for result in losses] == [step == 5 for step in range(8)]
     assert training.is_finite()
-    assert (max(result.gradient_norm for result in losses) > clip_norm) == arguments.clip
+    assert (max(result.gradient_norm for result in losses) > max_grad_norm) == arguments.clip
     weights = accelerator.get_state_dict(training.model)
     if accelerator.is_main_process:
         arguments.output.mkdir()

@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader
 
 from hivit_hf import HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling
 from hivit_hf.classification.figures import confusion_matrix_figure
-from hivit_hf.pretraining.monitor import reconstruction_grid
 from hivit_hf.pretraining.step import pretrain
 from hivit_hf.training.figures import figure_to_png, learning_curves
 from hivit_hf.training.optim import cosine_learning_rate, parameter_groups
@@ -217,24 +216,13 @@ def test_finetuning_refuses_empty_datasets():
 # -- monitor --------------------------------------------------------------------------------------------------------
 
 
-def test_images_are_png_files():
-    images, mask = torch.rand(3, 3, 16, 16), torch.rand(3, 16) > 0.5
+def test_figures_are_png_files():
     figures = [
-        reconstruction_grid(images, mask, images, patch_size=4),
         learning_curves({"one": [([1, 2], [3, 4]), ([1, 2], [5, 6])]}, "step", "loss"),
         confusion_matrix_figure([[3, 1], [0, 4]], ["a", "b"]),
     ]
     for figure in figures:
         assert figure_to_png(figure, dots_per_inch=50).startswith(b"\x89PNG")
-
-
-def test_reconstruction_grid_grays_the_masked_units():
-    images, mask = torch.zeros(1, 3, 8, 8), torch.tensor([[True, False, False, False]])
-    figure = reconstruction_grid(images, mask, images, patch_size=4)
-    masked = figure.axes[1].images[0].get_array()
-    assert (masked[:4, :4] > 0.5).all()
-    assert (masked[4:, :] == 0).all()
-    assert (masked[:, 4:] == 0).all()
 
 
 def test_learning_curves_draw_each_run_and_their_mean():
@@ -243,12 +231,7 @@ def test_learning_curves_draw_each_run_and_their_mean():
     assert drawn == [[3, 4], [5, 8], [4, 6]]
 
 
-def test_images_refuse_what_does_not_fit():
-    images = torch.rand(2, 3, 16, 16)
-    with pytest.raises(ValueError, match="bool_masked_pos"):
-        reconstruction_grid(images, torch.zeros(2, 9, dtype=torch.bool), images, patch_size=4)
-    with pytest.raises(ValueError, match="both have the shape"):
-        reconstruction_grid(images, torch.zeros(2, 16, dtype=torch.bool), images[:1], patch_size=4)
+def test_figures_refuse_what_does_not_fit():
     with pytest.raises(ValueError, match="at least one run"):
         learning_curves({}, "step", "loss")
     with pytest.raises(ValueError, match="share their x values"):

@@ -1,195 +1,330 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""Arguments of masked pre-training."""
+"""Arguments of masked pre-training: network, images, training. The defaults are those of the published recipe."""
 
+import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+from accelerate import Accelerator, DistributedType
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
 
 from ..configuration_hivit import ARCHITECTURES, HiViTConfig
 from ..data.streaming import Source
-from ..training.recipe_old import Recipe, argument
+from ..training.arguments import accumulation_steps, refuse_overridden
+from ..training.command_line import (
+    MAY_CHANGE,
+    ResumptionChange,
+    all_finite,
+    all_positive,
+    argument,
+    ascending_pair,
+    check_fields,
+    decay_rate,
+    fraction,
+    json_object,
+    nonnegative,
+    one_of,
+    positive,
+    proper_fraction,
+    within,
+)
 
 
-# What may differ between a run and its resumption: what the recipe says of itself, and where and how often it writes.
-RUNTIME = {"title", "source", "cost", "expected_result", "max_steps", "output_dir", "resume", "checkpoint_every_steps"}
-RUNTIME |= {"keep_last", "keep_every_steps", "log_every_steps", "log_samples", "tracker", "monitor_every_steps"}
-RUNTIME |= {"eval_dataset_name", "eval_split", "label_column", "monitor_images", "hub_model_id", "hub_private"}
-RUNTIME |= {"eval_config", "eval_image_column", "allow_topology_change", "allow_recipe_change", "max_bad_fraction"}
-TOPOLOGY = {"num_workers", "batch_size"}  # may differ if that is asked for
+CHANGES_TOPOLOGY = ResumptionChange()  # may differ with --allow_topology_change
+CHANGES_RECIPE = ResumptionChange()  # may differ with --allow_recipe_change
+
+
+def known_trackers(names: list[str]):
+    """Trackers of Accelerate, or none."""
+    for name in names:
+        one_of(*(tracker.value for tracker in LoggerType), "none")(name)
 
 
 @dataclass
-class PretrainRecipe(Recipe):
-    """A masked pre-training. Every field is a flag of `examples/pretrain_mim.py` and a key of a recipe file."""
+class PretrainingModelArguments:
+    """The network."""
 
-    architecture: str = argument("base-mae", f"Train this network: {', '.join(ARCHITECTURES)}.")
-    model: str = argument("{}", "Change the configuration by this JSON, for example '{\"patch_size\": 8}'.")
-    image_size: int = argument(224, "Train with images of this side in px.")
-    mask_ratio: float = argument(0.75, "Hide this share of the units.")
-    drop_path_rate: float = argument(0.0, "Drop paths of the last layer at this rate (stochastic depth).")
+    _argument_group_name = "model"
 
-    dataset_name: list[str] = argument([], "Read datasets of the Hub, or folders of Parquet files, tars or images.")
-    dataset_weights: list[float] = argument([], "Read each of them this often; all are read alike if not given.")
-    dataset_config: str | None = argument(None, "Take this configuration of the Hub datasets.")
-    dataset_split: str = argument("train", "Read this split of Hub datasets, or sub-folder of folders that have some.")
-    dataset_revision: str | None = argument(None, "Take this commit of the Hub datasets.")
-    image_column: str | None = argument(None, "Find the images in this column, if it cannot be told.")
-    images_per_epoch: int | None = argument(None, "Count so many images as an epoch; a stream knows no length.")
-    crop_scale: list[float] = argument([0.2, 1.0], "Crop from the first to the second of these shares of a image.")
-    image_mean: list[float] = argument([0.485, 0.456, 0.406], "Subtract these means of the channels, in [0, 1].")
-    image_std: list[float] = argument([0.229, 0.224, 0.225], "Divide by these standard deviations of the channels.")
-    flip_probability: float = argument(0.5, "Flip images horizontally with this probability.")
-    shuffle_window: int = argument(256, "Shuffle so many images among each other; each worker holds them in memory.")
-    max_bad_fraction: float = argument(0.01, "Skip images that cannot be read, up to this share.")
-    num_workers: int = argument(4, "Read and decode in so many processes, for each training process.")
-
-    eval_dataset_name: str | None = argument(None, "Look at this dataset's held-out images; else at training ones.")
-    eval_split: str = argument("validation", "Look at this split of a Hub dataset, or sub-folder of a folder.")
-    eval_config: str | None = argument(None, "Take this configuration of that Hub dataset.")
-    eval_image_column: str | None = argument(None, "Find its images in this column, if it cannot be told.")
-    label_column: str | None = argument(None, "Probe held-out images by nearest neighbors with this column of labels.")
-    monitor_images: int = argument(256, "Look at so many held-out images.")
-    monitor_every_steps: int = argument(1000, "Look at them every so many steps.")
-
-    epochs: float = argument(1600, "Train for so many epochs.")
-    warmup_epochs: float = argument(40, "Reach the highest learning rate after so many epochs.")
-    max_steps: int | None = argument(None, "Stop after so many steps; the schedule stays that of all epochs.")
-    batch_size: int = argument(64, "Take so many images per process and forward pass.")
-    effective_batch_size: int = argument(4096, "Accumulate so many images, over all processes, for an optimizer step.")
-    base_learning_rate: float = argument(1e-4, "Reach this learning rate for 256 images per step; it grows with them.")
-    min_learning_rate: float = argument(0.0, "End the cosine at this learning rate.")
-    weight_decay: float = argument(0.05, "Decay matrices this much; vectors are not decayed.")
-    adam_betas: list[float] = argument([0.9, 0.95], "Set both betas of AdamW.")
-    clip_norm: float | None = argument(None, "Limit the norm of the gradient to this; it is unlimited if not given.")
-    ema_decay: float | None = argument(None, "Keep a moving average of the weights with this decay, if given.")
-    mixed_precision: str = argument("bf16", "Choose the mixed precision: bf16, fp16 (with a gradient scaler) or no.")
-    compile: bool = argument(False, "Compile the network with torch.compile.")
-    gradient_checkpointing: bool = argument(False, "Compute activations again in the backward pass, to save memory.")
-    seed: int = argument(0, "Seed everything random with this number.")
-
-    output_dir: str | None = argument(None, "Write checkpoints, logs, images and the model to this folder.")
-    resume: str | None = argument(None, "Resume from 'latest', or from the folder of a checkpoint.")
-    allow_topology_change: bool = argument(
-        False, "Resume with other processes, workers or batch_size; shards that were not finished are read again."
+    architecture: Annotated[str, one_of(*ARCHITECTURES)] = argument(
+        "base-mae", f"Architecture of the network: {', '.join(ARCHITECTURES)}."
     )
-    allow_recipe_change: bool = argument(
-        False, "Resume with another learning rate, warm-up, decay, clipping or precision, after a run has diverged."
+    config_overrides: Annotated[str, json_object] = argument(
+        "{}", "Changes of the configuration as JSON, for example '{\"patch_size\": 8}'."
     )
-    checkpoint_every_steps: int = argument(1000, "Write a checkpoint every so many steps.")
-    keep_last: int = argument(2, "Keep so many of the newest checkpoints.")
-    keep_every_steps: int = argument(0, "Keep checkpoints of multiples of so many steps for good; 0 for none.")
-    log_every_steps: int = argument(20, "Write a line of the log and the trackers every so many steps.")
-    log_samples: bool = argument(False, "Write what each process read, step by step, to samples_rank*.jsonl.")
-    tracker: str = argument("tensorboard", "Track the run with tensorboard, wandb or none.")
-    hub_model_id: str | None = argument(None, "Upload checkpoints to this repository of the Hub, in the background.")
-    hub_private: bool = argument(True, "Make that repository private, if it has to be made.")
+    image_size: Annotated[int, positive] = argument(224, "Side of the training images in px.")
+    mask_ratio: Annotated[float, within(0, 1, high_included=False)] = argument(
+        0.75, "Fraction of the patches that are masked."
+    )
+    norm_pix_loss: bool = argument(True, "Normalize the target pixels of each patch.")
+    drop_path_rate: Annotated[float, decay_rate] = argument(0.0, "Stochastic depth rate of the last layer.")
 
-    def check(self):
-        """
-        Everything that can be known before anything is read.
-
-        Raises:
-            ValueError: what does not fit, what was given, and what would do.
-        """
-        if not self.dataset_name:
-            raise ValueError("There is nothing to read: give --dataset_name.")
-        if not self.output_dir:
-            raise ValueError("There is nowhere to write: give --output_dir.")
-        if self.dataset_weights and len(self.dataset_weights) != len(self.dataset_name):
-            raise ValueError(f"{len(self.dataset_name)} datasets need as many weights, got {self.dataset_weights}.")
-        if any(not weight > 0 for weight in self.dataset_weights):
-            raise ValueError(f"dataset_weights must be positive, got {self.dataset_weights}.")
-        if self.mixed_precision not in ("bf16", "fp16", "no"):
-            raise ValueError(f"mixed_precision must be bf16, fp16 or no, got {self.mixed_precision!r}.")
-        if self.tracker not in ("tensorboard", "wandb", "none"):
-            raise ValueError(f"tracker must be tensorboard, wandb or none, got {self.tracker!r}.")
-        positive = ["epochs", "batch_size", "effective_batch_size", "base_learning_rate", "shuffle_window"]
-        positive += ["checkpoint_every_steps", "keep_last", "log_every_steps", "monitor_every_steps", "monitor_images"]
-        positive += [name for name in ("max_steps", "images_per_epoch", "clip_norm") if getattr(self, name) is not None]
-        for name in positive:
-            if not (getattr(self, name) > 0 and math.isfinite(getattr(self, name))):
-                raise ValueError(f"{name} must be a positive number, got {getattr(self, name)}.")
-        for name in ("num_workers", "keep_every_steps", "weight_decay", "min_learning_rate"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
-        for name in ("flip_probability", "max_bad_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
-        if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
-            raise ValueError(f"adam_betas must be two numbers in [0, 1), got {self.adam_betas}. Published: 0.9 0.95.")
-        if not all(value > 0 and math.isfinite(value) for value in self.image_std):
-            raise ValueError(f"image_std must be positive, got {self.image_std}.")
-        if not all(math.isfinite(value) for value in self.image_mean):
-            raise ValueError(f"image_mean must be numbers, got {self.image_mean}.")
-        if self.min_learning_rate > self.learning_rate:
-            raise ValueError(f"min_learning_rate must not exceed the highest rate, {self.learning_rate:.3g}.")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"ema_decay must be in (0, 1), got {self.ema_decay}. Try 0.9999.")
-        if not 0 <= self.warmup_epochs < self.epochs:
-            raise ValueError(f"warmup_epochs must be less than epochs {self.epochs}, got {self.warmup_epochs}.")
-        if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise ValueError(f"crop_scale must be two shares such as 0.2 1.0, got {self.crop_scale}.")
-        if self.images_per_epoch is None:
-            raise ValueError("A stream does not know its length: give --images_per_epoch (ImageNet-1k: 1281167).")
-        if self.label_column and not self.eval_dataset_name:
-            raise ValueError("label_column is of the held-out images: give --eval_dataset_name as well.")
-        for name in ("dataset_config", "dataset_revision"):
-            if getattr(self, name) is not None and all(Path(folder).is_dir() for folder in self.dataset_name):
-                raise ValueError(f"{name} is of datasets of the Hub, but {', '.join(self.dataset_name)} are folders.")
-        for name in ("allow_topology_change", "allow_recipe_change"):
-            if getattr(self, name) and not self.resume:
-                raise ValueError(f"{name} is about resumptions: give --resume as well.")
-        if self.keep_every_steps % self.checkpoint_every_steps:
-            raise ValueError(
-                f"keep_every_steps {self.keep_every_steps} must be a multiple of checkpoint_every_steps "
-                f"{self.checkpoint_every_steps}, as only those exist."
-            )
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must be in [0, 2**32), got {self.seed}.")
-        config = self.model_config()
-        for name in ("image_mean", "image_std"):
-            if len(getattr(self, name)) != config.num_channels:
-                raise ValueError(f"{name} needs {config.num_channels} numbers, got {getattr(self, name)}.")
+    def __post_init__(self):
+        check_fields(self)
+        config = self.config()
         config.num_visible_units(math.prod(config.grid_size))
 
-    def model_config(self) -> HiViTConfig:
-        """The network. Raises ValueError if its numbers do not fit."""
-        changes = self.model_changes()
-        own = {"image_size": self.image_size, "mask_ratio": self.mask_ratio, "drop_path_rate": self.drop_path_rate}
-        twice = sorted(set(changes) & set(own))
-        if twice:
-            raise ValueError(f"--model sets {', '.join(twice)}, which have flags of their own: use those.")
-        relative = {} if "use_relative_position_bias" in changes else {"use_relative_position_bias": False}
-        return HiViTConfig.from_architecture(self.architecture, **relative, **changes, **own)
+    def config(self) -> HiViTConfig:
+        """The configuration of the network. Raises ValueError if its numbers do not fit."""
+        overrides = json.loads(self.config_overrides)
+        own = ("image_size", "mask_ratio", "norm_pix_loss", "drop_path_rate")
+        refuse_overridden(overrides, own)
+        changes = {"use_relative_position_bias": False, **overrides, **{name: getattr(self, name) for name in own}}
+        return HiViTConfig.from_architecture(self.architecture, **changes)
 
-    def sources(self) -> list[Source]:
-        """What is read."""
-        weights = self.dataset_weights or [1.0] * len(self.dataset_name)
-        where = (self.dataset_config, self.dataset_split, self.dataset_revision, self.image_column)
-        return [Source(name, *where, weight) for name, weight in zip(self.dataset_name, weights)]
 
-    def held_out(self) -> Source | None:
-        """What is looked at now and then."""
-        if self.eval_dataset_name is None:
+@dataclass
+class PretrainingDataArguments:
+    """The images."""
+
+    _argument_group_name = "data"
+
+    dataset_name: list[str] = argument([], "Datasets of the Hub, or folders of Parquet files, tars or images.")
+    dataset_weights: Annotated[list[float], all_positive] = argument(
+        [], "How often each dataset is read, relative to the others (all alike)."
+    )
+    dataset_config_name: str | None = argument(None, "Configuration of the Hub datasets.")
+    dataset_revision: str | None = argument(None, "Commit, branch or tag of the Hub datasets.")
+    train_dir: str | None = argument(None, "Folder of training images, instead of --dataset_name.")
+    train_split_name: str = argument("train", "Split of Hub datasets, or sub-folder of folders, to train on.")
+    image_column_name: str | None = argument(None, "Column of the images (the only one with images).")
+    images_per_epoch: Annotated[int | None, positive] = argument(
+        None, "Number of images of an epoch; a stream does not know its length."
+    )
+    crop_scale: Annotated[list[float], ascending_pair("0.2 1.0", high=1.0)] = argument(
+        [0.2, 1.0], "Lower and upper bound of the random crop's area, as fractions of the image."
+    )
+    image_mean: Annotated[list[float], all_finite] = argument([0.485, 0.456, 0.406], "Mean of each channel, in [0, 1].")
+    image_std: Annotated[list[float], all_positive] = argument(
+        [0.229, 0.224, 0.225], "Standard deviation of each channel."
+    )
+    flip_probability: Annotated[float, fraction] = argument(0.5, "Probability of a horizontal flip.")
+    shuffle_window: Annotated[int, positive] = argument(256, "Shuffle buffer size, in images, per worker.")
+    max_bad_fraction: Annotated[float, fraction, MAY_CHANGE] = argument(
+        0.01, "Maximum fraction of unreadable images, which are skipped."
+    )
+
+    eval_dataset_name: Annotated[str | None, MAY_CHANGE] = argument(
+        None, "Dataset of the validation images (the first training dataset)."
+    )
+    eval_dataset_config_name: Annotated[str | None, MAY_CHANGE] = argument(
+        None, "Configuration of the Hub dataset of validation images."
+    )
+    eval_split_name: Annotated[str, MAY_CHANGE] = argument(
+        "validation", "Split of a Hub dataset, or sub-folder of a folder, of validation images."
+    )
+    eval_image_column_name: Annotated[str | None, MAY_CHANGE] = argument(None, "Column of the validation images.")
+    validation_dir: Annotated[str | None, MAY_CHANGE] = argument(
+        None, "Folder of validation images, instead of --eval_dataset_name."
+    )
+    label_column_name: Annotated[str | None, MAY_CHANGE] = argument(
+        None, "Column of class numbers, for the kNN accuracy of the validation images."
+    )
+    max_eval_samples: Annotated[int, positive, MAY_CHANGE] = argument(256, "Number of validation images.")
+
+    def __post_init__(self):
+        check_fields(self)
+        if bool(self.dataset_name) == bool(self.train_dir):
+            raise ValueError("There is nothing to read: give either --dataset_name, or --train_dir.")
+        if self.dataset_weights and len(self.dataset_weights) != len(self.names):
+            raise ValueError(f"{len(self.names)} datasets need as many weights, got {self.dataset_weights}.")
+        if self.images_per_epoch is None:
+            raise ValueError("A stream does not know its length: give --images_per_epoch (ImageNet-1k: 1281167).")
+        if self.eval_dataset_name and self.validation_dir:
+            raise ValueError("Give --eval_dataset_name or --validation_dir, not both.")
+        if self.label_column_name and not (self.eval_dataset_name or self.validation_dir):
+            raise ValueError("label_column_name is of the validation images: give --eval_dataset_name as well.")
+        for name in ("dataset_config_name", "dataset_revision"):
+            if getattr(self, name) is not None and all(Path(folder).is_dir() for folder in self.names):
+                raise ValueError(f"{name} is of datasets of the Hub, but {', '.join(self.names)} are folders.")
+
+    @property
+    def names(self) -> list[str]:
+        """Names and folders of the training datasets."""
+        return self.dataset_name or [self.train_dir]
+
+    def train_sources(self) -> list[Source]:
+        """Where the training images come from."""
+        weights = self.dataset_weights or [1.0] * len(self.names)
+        where = (self.dataset_config_name, self.train_split_name, self.dataset_revision, self.image_column_name)
+        return [Source(name, *where, weight) for name, weight in zip(self.names, weights)]
+
+    def eval_source(self) -> Source | None:
+        """Where the validation images come from, if not from the training datasets."""
+        name = self.eval_dataset_name or self.validation_dir
+        if name is None:
             return None
-        config, column, revision = self.eval_config, self.eval_image_column, None
-        if self.eval_dataset_name in self.dataset_name:
-            config, column, revision = config or self.dataset_config, column or self.image_column, self.dataset_revision
-        return Source(self.eval_dataset_name, config, self.eval_split, revision, column, label_column=self.label_column)
+        config, column, revision = self.eval_dataset_config_name, self.eval_image_column_name, None
+        if name in self.names:
+            config, column = config or self.dataset_config_name, column or self.image_column_name
+            revision = self.dataset_revision
+        return Source(name, config, self.eval_split_name, revision, column, label_column=self.label_column_name)
+
+
+@dataclass
+class PretrainingArguments:
+    """The training. Names that `TrainingArguments` of transformers has mean what they mean there."""
+
+    _argument_group_name = "training"
+
+    output_dir: Annotated[str | None, MAY_CHANGE] = argument(None, "Folder of checkpoints, logs, images and the model.")
+    num_train_epochs: Annotated[float, positive] = argument(1600, "Number of training epochs.")
+    max_steps: int = argument(-1, "Number of optimizer steps, instead of --num_train_epochs, if positive.")
+    stop_after_steps: Annotated[int | None, positive, MAY_CHANGE] = argument(
+        None, "Save and stop after this optimizer step; the schedule remains that of the whole training."
+    )
+    per_device_train_batch_size: Annotated[int, positive, CHANGES_TOPOLOGY] = argument(
+        64, "Training batch size per device and forward pass."
+    )
+    effective_batch_size: Annotated[int, positive] = argument(
+        4096, "Number of images per optimizer step over all devices; gradients are accumulated to reach it."
+    )
+    learning_rate: Annotated[float | None, positive, CHANGES_RECIPE] = argument(
+        None, "Peak learning rate (--base_learning_rate times the images per step / 256)."
+    )
+    base_learning_rate: Annotated[float, positive, CHANGES_RECIPE] = argument(
+        1e-4, "Peak learning rate for 256 images per step."
+    )
+    min_learning_rate: Annotated[float, nonnegative, CHANGES_RECIPE] = argument(
+        0.0, "Learning rate at the end of the cosine schedule."
+    )
+    warmup_epochs: Annotated[float, nonnegative, CHANGES_RECIPE] = argument(40, "Number of warmup epochs.")
+    weight_decay: Annotated[float, nonnegative, CHANGES_RECIPE] = argument(
+        0.05, "Weight decay of matrices; vectors have none."
+    )
+    adam_beta1: Annotated[float, decay_rate] = argument(0.9, "First beta of AdamW.")
+    adam_beta2: Annotated[float, decay_rate] = argument(0.95, "Second beta of AdamW.")
+    max_grad_norm: Annotated[float, nonnegative, CHANGES_RECIPE] = argument(
+        0.0, "Maximum norm of the gradient; 0 for no clipping."
+    )
+    ema_decay: Annotated[float | None, proper_fraction] = argument(
+        None, "Decay of a moving average of the weights, which is saved beside them."
+    )
+    bf16: Annotated[bool, CHANGES_RECIPE] = argument(True, "Mixed precision in bfloat16.")
+    fp16: Annotated[bool, CHANGES_RECIPE] = argument(False, "Mixed precision in float16, with a gradient scaler.")
+    torch_compile: bool = argument(False, "Compile the network with torch.compile.")
+    gradient_checkpointing: bool = argument(False, "Recompute activations in the backward pass, to save memory.")
+    seed: Annotated[int, within(0, 2**32, high_included=False)] = argument(42, "Random seed.")
+    dataloader_num_workers: Annotated[int, nonnegative, CHANGES_TOPOLOGY] = argument(
+        4, "Number of data loading workers per process."
+    )
+
+    eval_steps: Annotated[int, positive, MAY_CHANGE] = argument(1000, "Number of steps between two evaluations.")
+    logging_steps: Annotated[int, positive, MAY_CHANGE] = argument(20, "Number of steps between two lines of the log.")
+    log_samples: Annotated[bool, MAY_CHANGE] = argument(
+        False, "Log the samples of each step, by rank, in samples_rank*.jsonl."
+    )
+    report_to: Annotated[list[str], known_trackers, MAY_CHANGE] = argument(
+        ["tensorboard"], "Trackers: tensorboard, wandb, none, ..."
+    )
+    disable_tqdm: Annotated[bool, MAY_CHANGE] = argument(False, "No progress bar.")
+    save_steps: Annotated[int, positive, MAY_CHANGE] = argument(1000, "Number of steps between two checkpoints.")
+    save_total_limit: Annotated[int, positive, MAY_CHANGE] = argument(2, "Number of newest checkpoints to keep.")
+    keep_every_steps: Annotated[int, nonnegative, MAY_CHANGE] = argument(
+        0, "Checkpoints at multiples of this step are always kept; 0 for none."
+    )
+    resume_from_checkpoint: Annotated[str | None, MAY_CHANGE] = argument(
+        None, "Folder of the checkpoint to resume from, or latest."
+    )
+    allow_topology_change: Annotated[bool, MAY_CHANGE] = argument(
+        False,
+        "Resume with another number of processes or workers, or batch size; unfinished shards are read again.",
+    )
+    allow_recipe_change: Annotated[bool, MAY_CHANGE] = argument(
+        False, "Resume with another learning rate, warmup, weight decay, clipping or precision, after a divergence."
+    )
+    push_to_hub: Annotated[bool, MAY_CHANGE] = argument(False, "Upload checkpoints to the Hub, in the background.")
+    hub_model_id: Annotated[str | None, MAY_CHANGE] = argument(
+        None, "Repository of the uploads (the name of the output folder)."
+    )
+    hub_private_repo: Annotated[bool, MAY_CHANGE] = argument(True, "Make a new repository private.")
+
+    def __post_init__(self):
+        check_fields(self)
+        if not self.output_dir:
+            raise ValueError("There is nowhere to write: give --output_dir.")
+        if self.bf16 and self.fp16:
+            raise ValueError("Give --bf16 or --fp16, not both: --bf16 false --fp16 true for float16.")
+        if self.min_learning_rate > self.peak_learning_rate:
+            raise ValueError(
+                f"min_learning_rate must not exceed the peak learning rate, {self.peak_learning_rate:.3g}, got "
+                f"{self.min_learning_rate}."
+            )
+        if self.max_steps <= 0 and self.warmup_epochs >= self.num_train_epochs:
+            raise ValueError(
+                f"warmup_epochs must be less than num_train_epochs {self.num_train_epochs}, got {self.warmup_epochs}."
+            )
+        for name in ("allow_topology_change", "allow_recipe_change"):
+            if getattr(self, name) and not self.resume_from_checkpoint:
+                raise ValueError(f"{name} is about resumptions: give --resume_from_checkpoint as well.")
+        if self.keep_every_steps % self.save_steps:
+            raise ValueError(
+                f"keep_every_steps {self.keep_every_steps} must be a multiple of save_steps {self.save_steps}, as only "
+                "those exist."
+            )
+        missing = sorted({*self.report_to} - {"none", "all"} - {tracker.value for tracker in get_available_trackers()})
+        if missing:
+            raise ValueError(
+                f"report_to {missing[0]} is not installed: pip install {missing[0]}, or give --report_to tensorboard."
+            )
+        if self.hub_model_id and not self.push_to_hub:
+            raise ValueError("--hub_model_id is for --push_to_hub: give it too.")
 
     @property
-    def steps_per_epoch(self) -> float:
-        return self.images_per_epoch / self.effective_batch_size
+    def peak_learning_rate(self) -> float:
+        """The learning rate after the warmup."""
+        return self.learning_rate or self.base_learning_rate * self.effective_batch_size / 256
 
     @property
-    def total_steps(self) -> int:
-        """Steps of the whole schedule."""
-        return max(1, round(self.epochs * self.steps_per_epoch))
+    def mixed_precision(self) -> str:
+        """As Accelerate names it."""
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else "no"
 
     @property
-    def warmup_steps(self) -> float:
-        return min(self.warmup_epochs * self.steps_per_epoch, self.total_steps - 1)
+    def trackers(self) -> list[str]:
+        """As Accelerate takes them."""
+        return [name for name in self.report_to if name != "none"]
 
-    def identity(self) -> dict:
-        """The numbers that a resumption must share with its run."""
-        return {name: value for name, value in asdict(self).items() if name not in RUNTIME | TOPOLOGY}
+    def accumulation_steps(self, num_processes: int) -> int:
+        """Forward passes per optimizer step. Raises ValueError if they do not come out even."""
+        return accumulation_steps(self.effective_batch_size, self.per_device_train_batch_size, num_processes)
+
+    def steps_per_epoch(self, images_per_epoch: int) -> float:
+        """Optimizer steps of an epoch."""
+        return images_per_epoch / self.effective_batch_size
+
+    def num_steps(self, images_per_epoch: int) -> int:
+        """Optimizer steps of the whole training."""
+        if self.max_steps > 0:
+            return self.max_steps
+        return max(1, round(self.num_train_epochs * self.steps_per_epoch(images_per_epoch)))
+
+    def num_warmup_steps(self, images_per_epoch: int) -> float:
+        """Optimizer steps of the warmup, less than all. Raises ValueError if --max_steps leaves no room for it."""
+        warmup = self.warmup_epochs * self.steps_per_epoch(images_per_epoch)
+        steps = self.num_steps(images_per_epoch)
+        if self.max_steps > 0 and warmup >= steps:
+            raise ValueError(f"warmup_epochs {self.warmup_epochs} are {warmup:.6g} steps, but max_steps is {steps}.")
+        return min(warmup, steps - 1)
+
+
+def check_arguments(
+    accelerator: Accelerator,
+    model_args: PretrainingModelArguments,
+    data_args: PretrainingDataArguments,
+    training_args: PretrainingArguments,
+):
+    """ValueError for arguments that do not fit together, or not these processes."""
+    channels = model_args.config().num_channels
+    for name in ("image_mean", "image_std"):
+        if len(getattr(data_args, name)) != channels:
+            raise ValueError(f"{name} needs {channels} numbers, got {getattr(data_args, name)}.")
+    training_args.num_warmup_steps(data_args.images_per_epoch)
+    training_args.accumulation_steps(accelerator.num_processes)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        for name, value in (("ema_decay", training_args.ema_decay), ("label_column_name", data_args.label_column_name)):
+            if value is not None:  # both use weights outside of a training step
+                raise ValueError(f"{name} needs the whole weights in each process: leave it out with FSDP.")

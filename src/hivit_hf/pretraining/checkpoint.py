@@ -1,33 +1,30 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
 """
-Checkpoints that are there whole or not at all.
+Checkpoints of pre-training: saved atomically, loaded, and compared with the run that resumes from them.
 
 A checkpoint is written beside the others under another name, flushed to the disk, and only then renamed; the file
-`latest` is replaced after that. Whatever dies on the way, the last one named there can be read.
+`latest` is replaced after that. Whatever is interrupted, the checkpoint named there can be read.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
 from transformers.utils import logging
 
-from .zero import save_deepspeed
+from ..training.arguments import identity
+from ..training.command_line import annotations_of
+from ..training.folders import flush_folder, replace_file, replace_folder
+from ..training.resumption import check_same_arguments, refuse_existing_run
+from .arguments import CHANGES_RECIPE, CHANGES_TOPOLOGY, PretrainingArguments
 
 
 logger = logging.get_logger(__name__)
-CHANGEABLE = {
-    "base_learning_rate",
-    "min_learning_rate",
-    "warmup_epochs",
-    "weight_decay",
-    "clip_norm",
-    "mixed_precision",
-}
 
 
 class Checkpoints:
@@ -36,23 +33,23 @@ class Checkpoints:
 
     Args:
         folder: holds `step-00001000` and so on, and `latest`.
-        accelerator: saves and loads model, optimizer, scaler and random states, each process its own.
-        keep_last: how many of the newest are kept.
-        keep_every_steps: those of multiples of it are kept as well; 0 for none.
+        accelerator: saves and loads model, optimizer, scaler and random states, of each rank its own.
+        save_total_limit: number of newest checkpoints to keep.
+        keep_every_steps: checkpoints at multiples of this step are kept as well; 0 for none.
     """
 
-    def __init__(self, folder: Path, accelerator: Accelerator, keep_last: int = 2, keep_every_steps: int = 0):
+    def __init__(self, folder: Path, accelerator: Accelerator, save_total_limit: int = 2, keep_every_steps: int = 0):
         self.folder, self.accelerator = folder, accelerator
-        self.keep_last, self.keep_every_steps = keep_last, keep_every_steps
+        self.save_total_limit, self.keep_every_steps = save_total_limit, keep_every_steps
         self.in_use: Path | None = None  # being uploaded, so not to be deleted
 
     def save(self, step: int, manifest: dict, loader_state: dict, write_config: Callable[[Path], None]) -> bool:
         """
-        Saves the run as it is after `step` steps. Called by all processes; returns whether all of them could.
+        Saves the run after `step` steps. Called by all ranks; returns whether all of them could.
 
         Args:
             manifest: what a resumption must agree with; `step` is added.
-            loader_state: of this process's data loader.
+            loader_state: of this rank's data loader.
             write_config: writes the model's configuration into a folder, which makes the checkpoint loadable with
                 `from_pretrained`.
         """
@@ -65,10 +62,7 @@ class Checkpoints:
                 partial.mkdir(parents=True)
 
         def write():
-            if accelerator.distributed_type == DistributedType.DEEPSPEED:
-                save_deepspeed(accelerator, str(partial))
-            else:
-                accelerator.save_state(str(partial))
+            accelerator.save_state(str(partial))
             torch.save(loader_state, partial / f"loader_rank{accelerator.process_index:05d}.pt")
             if accelerator.is_main_process:
                 write_config(partial)
@@ -78,8 +72,8 @@ class Checkpoints:
             if accelerator.is_main_process:
                 self._install(partial, final)
 
-        # each is done by all processes before any begins the next: nobody flushes what another still writes
-        for do in (make_room, write, lambda: _flush(partial), install):
+        # each is done by all ranks before any begins the next: none flushes what another still writes
+        for do in (make_room, write, lambda: flush_folder(partial), install):
             problem = None
             try:
                 do()
@@ -87,7 +81,7 @@ class Checkpoints:
                 problem = error
             if problem is not None:
                 logger.error(
-                    f"The checkpoint of step {step} could not be written ({problem}); the run goes on without it."
+                    f"The checkpoint of step {step} could not be written ({problem}); the run continues without it."
                 )
             if not self._all_well(problem):
                 if accelerator.is_main_process:
@@ -100,20 +94,8 @@ class Checkpoints:
         return self.accelerator.reduce(flag, "sum").item() == 0
 
     def _install(self, partial: Path, final: Path):
-        aside = self._aside(final)
-        if final.exists():  # of an earlier run of the same steps
-            shutil.rmtree(aside, ignore_errors=True)
-            os.replace(final, aside)
-        try:
-            os.replace(partial, final)
-        except OSError:
-            os.replace(aside, final)
-            raise
-        pointer = self.folder / ".latest.partial"
-        pointer.write_text(final.name + "\n")
-        _flush(pointer)
-        os.replace(pointer, self.folder / "latest")
-        _flush_folder(self.folder)
+        replace_folder(partial, final, aside=self._aside(final))  # an earlier attempt may have left the same step
+        replace_file(self.folder / "latest", f"{final.name}\n")
         for old in [*self.folder.glob(".step-*.old"), *self._superfluous(final)]:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -122,11 +104,11 @@ class Checkpoints:
         return self.folder / f".{checkpoint.name}.old"
 
     def _superfluous(self, newest: Path) -> list[Path]:
-        """Older ones beyond what is kept, and later ones, which an earlier attempt has left on another path."""
+        """Older ones beyond the limit, and later ones, which an earlier attempt has left on another path."""
         every, earlier = self.keep_every_steps, [path for path in self.all() if path.name <= newest.name]
         later = [path for path in self.all() if path.name > newest.name]
         kept = [path for path in later + earlier if every and step_of(path) % every == 0]
-        return [path for path in later + earlier[: -self.keep_last] if path not in kept and path != self.in_use]
+        return [path for path in later + earlier[: -self.save_total_limit] if path not in kept and path != self.in_use]
 
     def all(self) -> list[Path]:
         """The checkpoints, oldest first."""
@@ -141,7 +123,7 @@ class Checkpoints:
         return checkpoint if checkpoint.exists() or not self._aside(checkpoint).exists() else self._aside(checkpoint)
 
     def load(self, path: Path):
-        """Loads model, optimizer and scaler, and the random state that this process saved, if it did."""
+        """Loads model, optimizer and scaler, and the random state that this rank saved, if it did."""
         self.accelerator.load_state(str(path))
 
 
@@ -156,13 +138,13 @@ def step_of(path: Path) -> int:
 
 
 def loader_states(path: Path) -> list[dict]:
-    """What the data loaders of all processes saved in a checkpoint, by rank."""
+    """The states of the data loaders of all ranks in a checkpoint, by rank."""
     return [torch.load(file, weights_only=True) for file in sorted(path.glob("loader_rank*.pt"))]
 
 
 def read_manifest(path: Path) -> dict:
     """
-    What was written about a checkpoint.
+    The manifest of a checkpoint.
 
     Raises:
         ValueError: if the folder is no checkpoint.
@@ -173,64 +155,81 @@ def read_manifest(path: Path) -> dict:
         raise ValueError(f"{path} is no checkpoint: manifest.json cannot be read ({error}).") from error
 
 
-def check_resumption(
-    path: Path, manifest: dict, now: dict, allow_topology_change: bool = False, allow_recipe_change: bool = False
-) -> bool:
+@dataclass(frozen=True)
+class Resumption:
     """
-    Holds a run against the manifest of the checkpoint that it shall go on from.
+    The checkpoint that a run resumes from.
 
     Args:
-        manifest: of the checkpoint.
-        now: what the run would write; entries that it does not know yet are left out.
-        allow_topology_change: whether other processes, workers and batches may go on.
-        allow_recipe_change: whether what a run that diverges needs may be another: see `CHANGEABLE`.
+        path: its folder.
+        manifest: what is written about it.
+        changed_topology: whether it was made by another number of ranks or workers, or with another batch size.
+        changed_recipe: whether it was made with another learning rate or the like.
+    """
 
-    Returns:
-        Whether the topology is another one.
+    path: Path
+    manifest: dict
+    changed_topology: bool
+    changed_recipe: bool
+
+
+def describe(accelerator: Accelerator, *arguments: Any) -> dict:
+    """The part of a manifest that is known before data are opened."""
+    return {
+        "arguments": identity(*arguments),
+        "num_processes": accelerator.num_processes,
+        "sharded_by": "FSDP" if accelerator.distributed_type == DistributedType.FSDP else None,
+    }
+
+
+def find_resumption(checkpoints: Checkpoints, training_args: PretrainingArguments, *others: Any) -> Resumption | None:
+    """
+    The checkpoint to resume from, or None for a new run.
+
+    Raises:
+        ValueError: for an output folder that holds another run, and a resumption that does not fit its run.
+    """
+    given, latest = training_args.resume_from_checkpoint, checkpoints.latest()
+    if given is None:
+        refuse_existing_run(checkpoints.folder.parent, latest)
+    path = latest if given in (None, "latest") else Path(given)
+    if path is None:
+        return None
+    return compare(path, read_manifest(path), checkpoints.accelerator, training_args, *others)
+
+
+def compare(
+    path: Path, manifest: dict, accelerator: Accelerator, training_args: PretrainingArguments, *others: Any
+) -> Resumption:
+    """
+    Compares a run with the manifest of the checkpoint that it resumes from.
 
     Raises:
         ValueError: what does not fit, and what would.
     """
-    for name, value in manifest["recipe"].items():
-        if now["recipe"].get(name) != value and not (allow_recipe_change and name in CHANGEABLE):
-            hint = " Or give --allow_recipe_change true." if name in CHANGEABLE else ""
-            raise ValueError(
-                f"{path} was made with {name}={value}, now it is {now['recipe'].get(name)}: a resumption must be of "
-                f"the same recipe. Set it back, or begin a new run in another --output_dir.{hint}"
-            )
-    sharded_by = manifest["sharded_by"]
-    if sharded_by != now["sharded_by"]:
-        how = f"with {sharded_by}" if sharded_by else f"without {now['sharded_by']}"
+    arguments = (training_args, *others)
+    marks = {name: annotated for part in arguments for name, annotated in annotations_of(part).items()}
+    topology = [name for name, annotated in marks.items() if CHANGES_TOPOLOGY in annotated]
+    recipe = [name for name, annotated in marks.items() if CHANGES_RECIPE in annotated]
+    now, was = describe(accelerator, *arguments), manifest["arguments"]
+    free = topology + (recipe if training_args.allow_recipe_change else [])
+    check_same_arguments(
+        path,
+        {name: value for name, value in was.items() if name not in free},
+        now["arguments"],
+        dict.fromkeys(recipe, " Or give --allow_recipe_change."),
+    )
+    if manifest["sharded_by"] != now["sharded_by"]:
+        how = f"with {manifest['sharded_by']}" if manifest["sharded_by"] else f"without {now['sharded_by']}"
         raise ValueError(f"{path} was made {how}: resume it {how}.")
-    changed = {name: value for name, value in manifest["topology"].items() if now["topology"][name] != value}
-    if changed and not allow_topology_change:
-        there = ", ".join(f"{name}={value}" for name, value in changed.items())
-        here = ", ".join(f"{name}={now['topology'][name]}" for name in changed)
+    before = {"num_processes": manifest["num_processes"], **{name: was[name] for name in topology}}
+    after = {"num_processes": now["num_processes"], **{name: now["arguments"][name] for name in topology}}
+    changed = [name for name in before if before[name] != after[name]]
+    if changed and not training_args.allow_topology_change:
+        there, here = (", ".join(f"{name}={values[name]}" for name in changed) for values in (before, after))
         raise ValueError(
             f"{path} was made with {there}, now it is {here}: each reader has its own place in the data. Resume with "
-            "the same, or give --allow_topology_change true, which reads the unfinished shards again."
+            "the same, or give --allow_topology_change, which reads the unfinished shards again."
         )
-    if sharded_by == "DeepSpeed" and "processes" in changed:
-        raise ValueError(
-            f"{path} was made with {changed['processes']} processes, now there are {now['topology']['processes']}: "
-            "DeepSpeed resumes with as many as before only."
-        )
-    return bool(changed)
-
-
-def _flush(path: Path):
-    """To the disk, not only to the system's cache."""
-    for file in [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]:
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _flush_folder(folder: Path):
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    changed_recipe = any(was[name] != now["arguments"][name] for name in recipe)
+    return Resumption(path, manifest, bool(changed), changed_recipe)

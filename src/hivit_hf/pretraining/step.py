@@ -1,5 +1,5 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""Masked pre-training with Accelerate: one process or many, on whatever device there is."""
+"""Optimizer steps of masked pre-training, with Accelerate: schedule, accumulation, clipping, moving average."""
 
 import math
 import time
@@ -19,7 +19,7 @@ from ..training.optim import cosine_learning_rate, parameter_groups
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rates: linear to `learning_rate` in the warm-up, then a cosine to `min_learning_rate`."""
+    """The learning rate: linear warmup to `learning_rate`, then a cosine to `min_learning_rate`."""
 
     total_steps: int
     warmup_steps: float
@@ -36,14 +36,13 @@ class Schedule:
 @dataclass(frozen=True)
 class StepResult:
     """
-    One step, the same in all processes.
+    The result of a step, the same in all ranks.
 
     Args:
-        loss: mean over the processes and the accumulated batches. If it is not finite, nothing was changed; with
-            DeepSpeed, that holds if the gradient was not finite either.
-        learning_rate: what was used.
+        loss: mean over the ranks and the accumulated batches. If it is not finite, nothing was changed.
+        learning_rate: of this step.
         gradient_norm: before clipping; None without clipping.
-        stop: whether a process was asked to stop.
+        stop: whether a rank was asked to stop.
     """
 
     loss: float
@@ -54,15 +53,15 @@ class StepResult:
 
 class MaskedTraining:
     """
-    A masked autoencoder in training: AdamW, one optimizer step at a time.
+    A masked autoencoder and its AdamW, one optimizer step at a time.
 
     Args:
         model: trained in place.
-        accelerator: decides device, precision and processes.
+        accelerator: decides device, precision and ranks.
         schedule: the learning rate of each step.
-        weight_decay: of the matrices; vectors are not decayed.
+        weight_decay: of matrices; vectors have none.
         betas: of AdamW.
-        clip_norm: largest norm of the gradient.
+        max_grad_norm: maximum norm of the gradient; 0 for no clipping.
         ema_decay: decay of a moving average of the weights, which `ema` then holds.
     """
 
@@ -73,11 +72,10 @@ class MaskedTraining:
         schedule: Schedule,
         weight_decay: float = 0.05,
         betas: Sequence[float] = (0.9, 0.95),
-        clip_norm: float | None = None,
+        max_grad_norm: float = 0.0,
         ema_decay: float | None = None,
     ):
-        self.accelerator, self.schedule, self.clip_norm = accelerator, schedule, clip_norm
-        self.zero = accelerator.distributed_type == DistributedType.DEEPSPEED
+        self.accelerator, self.schedule, self.max_grad_norm = accelerator, schedule, max_grad_norm
         self.bare = model  # shares its weights with the prepared one, which may be wrapped or compiled
         groups = parameter_groups(model, weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=schedule.learning_rate, betas=tuple(betas))
@@ -103,9 +101,9 @@ class MaskedTraining:
         One optimizer step over the accumulated batches.
 
         Args:
-            number: steps taken before, which decides the learning rate.
-            batches: arguments of the model, all of the same number of images.
-            stop: whether this process was asked to stop, which all of them learn.
+            number: number of steps before, which decides the learning rate.
+            batches: arguments of the model, all with the same number of images.
+            stop: whether this rank was asked to stop; the result says whether any was.
         """
         rate = self.schedule(number)
         for group in self.optimizer.param_groups:
@@ -114,36 +112,25 @@ class MaskedTraining:
         total = torch.zeros((), device=self.accelerator.device)
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
-            with nullcontext() if last or self.zero else self.accelerator.no_sync(self.model):
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
                 loss = self.model(**batch).loss / len(batches)
-                self._backward(loss, last)
+                self.accelerator.backward(loss)
             total += loss.detach()
         told = self.accelerator.reduce(torch.stack([total, torch.full_like(total, float(stop))]), "sum").tolist()
         mean_loss, stop = told[0] / self.accelerator.num_processes, told[1] > 0
         norm = None
-        if self.zero:
-            self.model.step()  # also if the loss is not finite, as only this forgets the gradient
-            norm = None if self.clip_norm is None else float(self.model.get_global_grad_norm())
-            mean_loss = math.nan if self.optimizer.step_was_skipped else mean_loss
-        elif self.clip_norm is not None and math.isfinite(mean_loss):
-            norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_norm))
+        if self.max_grad_norm and math.isfinite(mean_loss):
+            norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm))
             if not math.isfinite(norm) and self.accelerator.scaler is None:  # a scaler skips such steps by itself
                 mean_loss = math.nan
         if math.isfinite(mean_loss):
-            self.optimizer.step()  # nothing with DeepSpeed, which has done it
+            self.optimizer.step()
             if self.ema is not None:
                 self.ema.update_parameters(self.bare)
         return StepResult(mean_loss, rate, norm, stop)
 
-    def _backward(self, loss: torch.Tensor, last: bool):
-        if not self.zero:
-            self.accelerator.backward(loss)
-            return
-        self.model.set_gradient_accumulation_boundary(last)  # by Accelerate, the last one would take the step as well
-        self.model.backward(loss, scale_wrt_gas=False)
-
     def is_finite(self) -> bool:
-        """Whether all weights of all processes are numbers: a gradient can be NaN where the loss is not."""
+        """Whether all weights of all ranks are finite: a gradient can be NaN where the loss is not."""
         bad = sum((~torch.isfinite(parameter)).any().float() for parameter in self.model.parameters())
         bad = bad.full_tensor() if hasattr(bad, "full_tensor") else bad
         return self.accelerator.reduce(bad, "sum").item() == 0
@@ -189,8 +176,6 @@ def pretrain(
     """
     _check_settings(dataloader, epochs, learning_rate, warmup_epochs)
     accelerator = accelerator or Accelerator()
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # which would clip by itself
-        raise ValueError("DeepSpeed needs the numbers of a recipe: use hivit_hf.pretraining.run.PretrainRun.")
     dataloader = accelerator.prepare(dataloader)
     steps_per_epoch = len(dataloader)  # after prepare: it is the share of one process now
     schedule = Schedule(epochs * steps_per_epoch, warmup_epochs * steps_per_epoch, learning_rate)

@@ -257,13 +257,18 @@ class HiViTTrainingArguments(TrainingArguments):
 
     def accumulation_steps(self, batch_size: int) -> int:
         """Forward passes per optimizer step. Raises ValueError if they do not come out even."""
-        together = batch_size * self.world_size
-        if self.effective_batch_size % together:
-            raise ValueError(
-                f"effective_batch_size {self.effective_batch_size} is no multiple of {batch_size} images on "
-                f"{self.world_size} processes: choose per_device_train_batch_size so that it is."
-            )
-        return self.effective_batch_size // together
+        return accumulation_steps(self.effective_batch_size, batch_size, self.world_size)
+
+
+def accumulation_steps(effective_batch_size: int, batch_size: int, num_processes: int) -> int:
+    """Forward passes per optimizer step. Raises ValueError if they do not come out even."""
+    together = batch_size * num_processes
+    if effective_batch_size % together:
+        raise ValueError(
+            f"effective_batch_size {effective_batch_size} is no multiple of {batch_size} images on {num_processes} "
+            "processes: choose per_device_train_batch_size so that it is."
+        )
+    return effective_batch_size // together
 
 
 def identity(*arguments: Any) -> dict:

@@ -203,7 +203,7 @@ def read_recipe(path: str | Path) -> dict:
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"The recipe {path} cannot be read: {error}") from error
+        raise ValueError(f"The recipe {path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"The recipe {path} must hold keys and values, got a {type(values).__name__}.")
     return values

@@ -2,7 +2,10 @@
 """Output folders of trainings: what a run must find there, and whether it resumes the run that it says."""
 
 import json
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from transformers.trainer_utils import get_last_checkpoint
@@ -42,35 +45,56 @@ def find_checkpoint(args: HiViTTrainingArguments, *others: Any) -> str | None:
     return found
 
 
-def _refuse_used(output: Path, latest: str | None):
+def refuse_existing_run(output: Path, latest: str | Path | None):
+    """ValueError if an output folder has a checkpoint, the latest of which is given, although nothing is resumed."""
     if latest is not None:
         raise ValueError(
             f"{output} holds a run, at {Path(latest).name}: give --resume_from_checkpoint latest, or another "
             "--output_dir."
         )
+
+
+def _refuse_used(output: Path, latest: str | None):
+    refuse_existing_run(output, latest)
     for path in sorted(output.iterdir()) if output.is_dir() else []:
         if path.name in RESULTS or path.name.startswith("checkpoint-"):
             raise ValueError(f"{output} holds {path.name} of another run: give another --output_dir.")
 
 
 def _check_arguments(path: Path, now: dict):
-    if not path.exists():
-        return
-    was = json.loads(path.read_text())
+    if path.exists():
+        check_same_arguments(path.parent, json.loads(path.read_text()), now)
+
+
+def check_same_arguments(run: Path, was: dict, now: dict, hints: Mapping[str, str] = MappingProxyType({})):
+    """
+    Compares the arguments of a resumption with those of its run, by name.
+
+    Args:
+        run: folder of the run or checkpoint.
+        was: what the run was begun with.
+        now: what the resumption says.
+        hints: what else can be done about an argument.
+
+    Raises:
+        ValueError: if one differs.
+    """
     if not was.keys() <= now.keys():
-        raise ValueError(f"{path.parent} holds another kind of run: resume it with the script that began it.")
+        raise ValueError(f"{run} holds another kind of run: resume it with the script that began it.")
     for name, value in was.items():
         if now[name] != value:
             raise ValueError(
-                f"{path.parent} was begun with {name}={value}, now it is {now[name]}: a resumption must have the same "
-                "arguments. Set it back, or begin a new run in another --output_dir."
+                f"{run} was begun with {name}={value}, now it is {now[name]}: a resumption must have the same "
+                f"arguments. Set it back, or begin a new run in another --output_dir.{hints.get(name, '')}"
             )
 
 
 def make_output_dir(output: Path):
-    """Makes the output folder. Raises ValueError if it cannot be made."""
+    """Makes the output folder. Raises ValueError if it cannot be made or written."""
     try:
         output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
     except OSError as error:
         raise ValueError(f"{output} cannot be written ({error.strerror}). Choose another --output_dir.") from error
 

@@ -1,0 +1,65 @@
+"""What the tests of pre-training share: images, and runs of the smoke recipe."""
+
+import signal
+from pathlib import Path
+
+import pytest
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+import kill_test
+from hivit_hf.pretraining.arguments import PretrainingArguments, PretrainingDataArguments, PretrainingModelArguments
+from hivit_hf.pretraining.run import PretrainingRun
+from hivit_hf.training.command_line import parse_arguments
+
+
+SMOKE = Path(__file__).parents[2] / "examples" / "recipes" / "smoke_cpu.yaml"
+CLASSES = (PretrainingModelArguments, PretrainingDataArguments, PretrainingArguments)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """Folder of Parquet files with 153 images."""
+    return kill_test.write_images(tmp_path_factory.mktemp("data") / "parquet", "parquet")
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate's state and the handlers of signals as in a new process."""
+    yield
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    PartialState._reset_state()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+
+
+@pytest.fixture
+def make_arguments(data, tmp_path):
+    """A function that makes the arguments of the smoke recipe: 24 steps, a checkpoint every 5."""
+
+    def make(**changes):
+        numbers = {"images_per_epoch": 48, "num_train_epochs": 8, "save_steps": 5, "log_samples": True}
+        numbers |= {"dataset_name": str(data), "output_dir": str(tmp_path / "run"), "max_eval_samples": 16}
+        flags = {**numbers, **changes}
+        argv = [f"--config={SMOKE}"]
+        for name, value in flags.items():
+            if isinstance(value, list):
+                argv += [f"--{name}", *map(str, value)]
+            elif value is not None:
+                argv.append(f"--{name}={value}")
+        return parse_arguments(CLASSES, None, argv)
+
+    return make
+
+
+@pytest.fixture
+def make_run(make_arguments):
+    """A function that makes such a run."""
+    import pretrain_mim
+
+    def make(accelerator: Accelerator | None = None, **changes) -> PretrainingRun:
+        arguments = make_arguments(**changes)
+        return pretrain_mim.prepare(accelerator or Accelerator(cpu=True), *arguments)
+
+    return make

@@ -1,0 +1,35 @@
+"""The monitor of pre-training: reconstructions and kNN accuracy."""
+
+import pytest
+import torch
+
+from hivit_hf.pretraining.monitor import reconstruction_grid
+from hivit_hf.probing.neighbors import nearest_neighbor_accuracy
+from hivit_hf.training.figures import figure_to_png
+
+
+def test_nearest_neighbors_find_what_is_alike():
+    labels = torch.arange(60) % 3
+    features = torch.nn.functional.one_hot(labels, 8).float() + 0.1 * torch.randn(60, 8)
+    assert nearest_neighbor_accuracy(features, labels) > 0.95
+    assert nearest_neighbor_accuracy(torch.randn(60, 8), labels) < 0.7
+
+
+def test_reconstruction_grid_grays_the_masked_patches():
+    images, mask = torch.zeros(1, 3, 8, 8), torch.tensor([[True, False, False, False]])
+    figure = reconstruction_grid(images, mask, images, patch_size=4)
+    row = 2 + 8 + 2  # below the original and two margins
+    masked = figure.axes[0].images[0].get_array()[row : row + 8, 2:10]
+    assert (abs(masked[:4, :4] - 0.55) < 1e-6).all()
+    assert (masked[4:, :] == 0).all()
+    assert (masked[:, 4:] == 0).all()
+
+
+def test_reconstruction_grid_is_a_png_file_and_refuses_what_does_not_fit():
+    images, mask = torch.rand(3, 3, 16, 16), torch.rand(3, 16) > 0.5
+    figure = reconstruction_grid(images, mask, images, patch_size=4)
+    assert figure_to_png(figure, dots_per_inch=50).startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="bool_masked_pos"):
+        reconstruction_grid(images, torch.zeros(3, 9, dtype=torch.bool), images, patch_size=4)
+    with pytest.raises(ValueError, match="both have the shape"):
+        reconstruction_grid(images, mask, images[:1], patch_size=4)
