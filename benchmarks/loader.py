@@ -59,7 +59,7 @@ def make_images(folder: Path, width: int, height: int, number: int, noise: int) 
 
 
 def on_pil():
-    """What everyone does: torchvision's transforms on PIL images."""
+    """The usual way: torchvision's transforms on PIL images."""
     crop = v2.RandomResizedCrop(224, (0.2, 1.0), interpolation=BICUBIC, antialias=True)
     end = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
     return v2.Compose([crop, v2.RandomHorizontalFlip(), *end])
@@ -92,7 +92,7 @@ def plain_stream(folder: Path):
 
 
 def reader(batches, number: int):
-    """A contender that reads so many batches and returns the CPU seconds they took."""
+    """A contender that reads a number of batches and returns the CPU seconds."""
 
     def run() -> float:
         start = time.process_time()
@@ -120,7 +120,7 @@ def difference_from_pil(folder: Path) -> float:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7, help="Counted rounds.")
+    parser.add_argument("--rounds", type=int, default=7, help="Number of measured rounds.")
     rounds = parser.parse_args().rounds
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()

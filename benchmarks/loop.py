@@ -1,15 +1,16 @@
 """
 python benchmarks/loop.py [--steps 12]
 
-What a pre-training step costs beside forward, backward and optimizer: the whole loop of `PretrainRun` on base-mae, with
-images read by a worker, against the bare step on a batch that is there, in turn. Also the share of time spent waiting
-for data. Writes benchmarks/results/loop_DEVICE.json.
+The overhead of a pre-training step beside forward, backward and optimizer: the loop of examples/pretrain_mim.py on
+base-mae, with images read by a data loading worker, against the bare step on a batch in memory, in turn. Also the
+fraction of time spent waiting for data. Writes benchmarks/results/loop_DEVICE.json.
 """
 
 import argparse
 import io
 import json
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -18,14 +19,19 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from accelerate import Accelerator
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from tqdm.auto import tqdm
 
-from hivit_hf.pretraining.arguments import PretrainRecipe
-from hivit_hf.pretraining.run import PretrainRun, WaitClock
+from hivit_hf.pretraining.arguments import PretrainingArguments, PretrainingDataArguments, PretrainingModelArguments
+from hivit_hf.pretraining.data import to_device
+from hivit_hf.pretraining.log import WaitClock
+from hivit_hf.pretraining.run import make_accelerator
 from measure import write
+
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from pretrain_mim import prepare
 
 
 def write_images(folder: Path, number: int = 256):
@@ -44,25 +50,26 @@ def write_images(folder: Path, number: int = 256):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=12, help="Counted steps of each.")
+    parser.add_argument("--steps", type=int, default=12, help="Number of measured steps of each.")
     parser.add_argument("--batch_size", type=int, default=8, help="Images per step.")
     arguments = parser.parse_args()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as scratch:
         write_images(Path(scratch) / "data")
-        recipe = PretrainRecipe(
-            dataset_name=[str(Path(scratch) / "data")],
+        training_args = PretrainingArguments(
             output_dir=str(Path(scratch) / "run"),
-            images_per_epoch=256,
-            batch_size=arguments.batch_size,
+            per_device_train_batch_size=arguments.batch_size,
             effective_batch_size=arguments.batch_size,
-            mixed_precision="bf16" if torch.cuda.is_available() else "no",
-            num_workers=1,
-            monitor_images=8,
-            tracker="none",
+            bf16=torch.cuda.is_available(),
+            dataloader_num_workers=1,
+            report_to=["none"],
+            seed=0,
         )
-        run = PretrainRun(recipe, Accelerator(mixed_precision=recipe.mixed_precision))
+        data_args = PretrainingDataArguments(
+            dataset_name=[str(Path(scratch) / "data")], images_per_epoch=256, max_eval_samples=8
+        )
+        run = prepare(make_accelerator(training_args), PretrainingModelArguments(), data_args, training_args)
         device = run.accelerator.device
         batches, clock, ready = iter(run.loader), WaitClock(), None
         loop_s, bare_s, waited_s = [], [], []
@@ -76,10 +83,10 @@ def main():
             start = time.perf_counter()
             clock.waited_s = 0.0
             raw = clock.wait_for(batches)
-            ready = run._to_device(raw)
+            ready = to_device(raw, device, data_args)
             result = run.training.step(step, [ready])
             run.step += 1
-            run._log_samples([raw], result)
+            run.log.add_samples(run.step, [raw], result.loss)
             synchronize()
             middle = time.perf_counter()
             run.training.optimizer.zero_grad()

@@ -91,8 +91,8 @@ def peak_memory_mib(model, pixel_values: torch.Tensor, dtype: torch.dtype) -> fl
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch_size", type=int, default=8, help="Images per step.")
-    parser.add_argument("--rounds", type=int, default=7, help="Counted rounds.")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="Where to run.")
+    parser.add_argument("--rounds", type=int, default=7, help="Number of measured rounds.")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="Device.")
     arguments = parser.parse_args()
     batch_size, device = arguments.batch_size, arguments.device
     torch.manual_seed(0)

@@ -1,10 +1,10 @@
 """
 python benchmarks/training.py [--batch_size 256] [--rounds 20] [--device cuda]
 
-Whole training steps of base-mae, optimizer included, on images that are already there: as examples/pretrain_mim.py
+Whole training steps of base-mae, optimizer included, on images in memory: as examples/pretrain_mim.py
 takes them (bfloat16, compiled), against the same weights as the original takes them (float16 autocast with a gradient
 scaler, not compiled, its order of operations and its written-out softmax). In one process, in turn; medians, and ratios
-round by round. Writes benchmarks/results/training_DEVICE.json: images per second, share of the device's own
+round by round. Writes benchmarks/results/training_DEVICE.json: images per second, fraction of the device's own
 matrix-product rate, and peak memory.
 """
 
@@ -62,7 +62,7 @@ def original_step(pixel_values: torch.Tensor) -> Callable[[], None]:
 
 
 def peak_memory_mib(run: Callable[[], None], device: str) -> float:
-    """What a step takes at most beyond what is alive before it (weights and optimizer), MiB."""
+    """Peak memory of a step beyond what is allocated before it (weights and optimizer), MiB."""
     if device == "cpu":
         return peak_allocated_mib(run)
     before = torch.cuda.memory_allocated()
@@ -74,7 +74,7 @@ def peak_memory_mib(run: Callable[[], None], device: str) -> float:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch_size", type=int, default=256, help="Images per step.")
-    parser.add_argument("--rounds", type=int, default=20, help="Counted rounds.")
+    parser.add_argument("--rounds", type=int, default=20, help="Number of measured rounds.")
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"], help="Where to run.")
     arguments = parser.parse_args()
     batch_size, device = arguments.batch_size, arguments.device

@@ -19,7 +19,6 @@ from hivit_hf.data.labels import SINGLE, check_same_labels, find_labels
 from hivit_hf.probing.arguments import EncoderArguments
 from hivit_hf.probing.features import FEATURES, cached_features, load_encoder
 from hivit_hf.probing.linear import probe_lars, probe_lbfgs
-from hivit_hf.probing.neighbors import nearest_neighbor_accuracy
 from hivit_hf.training.command_line import (
     argument,
     parse_arguments,
@@ -29,6 +28,7 @@ from hivit_hf.training.command_line import (
     run_script,
     some_of,
 )
+from hivit_hf.training.neighbors import nearest_neighbor_accuracy
 
 
 METHODS = ("lbfgs", "lars", "knn")

@@ -15,7 +15,6 @@ import torch
 from hivit_hf import ARCHITECTURES, HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling
 from hivit_hf.classification.arguments_old import FinetuneRecipe
 from hivit_hf.detection.arguments import DetectionRecipe
-from hivit_hf.pretraining.arguments import PretrainRecipe
 from hivit_hf.segmentation.arguments import SegmentationRecipe
 
 
@@ -105,7 +104,7 @@ def test_help_texts_are_sentences(script, monkeypatch):
         assert action.help and action.help[0].isupper() and action.help.endswith("."), action
 
 
-@pytest.mark.parametrize("recipe", [PretrainRecipe, FinetuneRecipe, SegmentationRecipe, DetectionRecipe])
+@pytest.mark.parametrize("recipe", [FinetuneRecipe, SegmentationRecipe, DetectionRecipe])
 def test_help_texts_of_recipes_say_what_to_do(recipe):
     for field in fields(recipe):
         assert field.metadata["help"].split()[0] in IMPERATIVES.split(), field.name

@@ -1,18 +1,10 @@
-"""The monitor of pre-training: reconstructions and kNN accuracy."""
+"""The monitor of pre-training: reconstructions of validation images."""
 
 import pytest
 import torch
 
 from hivit_hf.pretraining.monitor import reconstruction_grid
-from hivit_hf.probing.neighbors import nearest_neighbor_accuracy
 from hivit_hf.training.figures import figure_to_png
-
-
-def test_nearest_neighbors_find_what_is_alike():
-    labels = torch.arange(60) % 3
-    features = torch.nn.functional.one_hot(labels, 8).float() + 0.1 * torch.randn(60, 8)
-    assert nearest_neighbor_accuracy(features, labels) > 0.95
-    assert nearest_neighbor_accuracy(torch.randn(60, 8), labels) < 0.7
 
 
 def test_reconstruction_grid_grays_the_masked_patches():

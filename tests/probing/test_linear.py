@@ -14,7 +14,7 @@ from digits.labels import PROPERTIES
 from hivit_hf.classification.metrics import top_k_accuracy
 from hivit_hf.probing import features
 from hivit_hf.probing.linear import probe_lars, probe_lbfgs
-from hivit_hf.probing.neighbors import nearest_neighbors
+from hivit_hf.training.neighbors import nearest_neighbors
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

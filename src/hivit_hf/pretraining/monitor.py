@@ -11,8 +11,8 @@ from transformers.utils import logging
 
 from ..data.transforms import denormalize
 from ..modeling_hivit import HiViTForMaskedImageModeling
-from ..probing.neighbors import nearest_neighbor_accuracy
 from ..training.figures import INK, figure_to_png, new_figure
+from ..training.neighbors import nearest_neighbor_accuracy
 from .arguments import PretrainingDataArguments
 from .data import ValidationImages, to_device
 
