@@ -1,9 +1,8 @@
 """
 python benchmarks/attention.py [--rounds 15]
 
-Times attention as the network calls it, written out and through SDPA, on the shapes of the base models at 224 px: why
-the network writes attention out on CPUs in bfloat16 and calls SDPA everywhere else. Writes
-benchmarks/results/attention.json.
+Times eager attention ("written out") and SDPA on the shapes of the base models at 224 px: why the network replaces SDPA
+by eager attention on CPUs in bfloat16 (`effective_attention`). Writes benchmarks/results/attention.json.
 """
 
 import argparse

@@ -23,7 +23,7 @@ def deterministic():
 
 @pytest.fixture(scope="session")
 def demo_pretrained(tmp_path_factory):
-    """The folder with the weights that `make demo` pre-trains, for the tests that learn from them."""
+    """The folder with the weights that `make demo` pre-trains, for the tests that fine-tune them."""
     from digits import experiment
     from digits.data import DigitPixels, digits_dataset, digits_processor
 
@@ -47,7 +47,7 @@ def tiny_config():
 
 @pytest.fixture(scope="session")
 def redraw():
-    """A function that draws every parameter anew, so that zeros and ones of the initialization hide nothing."""
+    """A function that gives every parameter random values: zeros and ones would hide mistakes."""
 
     def draw(model):
         generator = torch.Generator().manual_seed(1)
@@ -75,7 +75,7 @@ def tiny_network(redraw):
 
 @pytest.fixture
 def draw_masks():
-    """A function that draws masks (batch, units), True = masked, with as many in each row."""
+    """A function that draws masks (batch, units), True = masked, the same number in each row."""
 
     def draw(batch_size, num_units, num_masked):
         order = torch.rand(batch_size, num_units).argsort(dim=1)

@@ -28,9 +28,9 @@ class Oracle:
         return y + self.w[f"{name}.bias"] if f"{name}.bias" in self.w else y
 
     def norm(self, name, x):
-        centerd = x - x.sum() / len(x)
-        variance = (centerd * centerd).sum() / len(x)
-        return centerd / (variance + self.c.layer_norm_eps) ** 0.5 * self.w[f"{name}.weight"] + self.w[f"{name}.bias"]
+        centered = x - x.sum() / len(x)
+        variance = (centered * centered).sum() / len(x)
+        return centered / (variance + self.c.layer_norm_eps) ** 0.5 * self.w[f"{name}.weight"] + self.w[f"{name}.bias"]
 
     def mlp(self, name, x):
         h = self.linear(f"{name}.fc1", x)

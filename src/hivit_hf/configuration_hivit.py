@@ -61,13 +61,14 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
     Args:
         image_size (`int` or pair `(height, width)`, *optional*, defaults to 224):
-            Size in px that the position embedding and the relative tables are made for. Other sizes interpolate them.
+            Image size in px of the position embedding and the relative position bias. They are interpolated for others.
         patch_size (`int`, *optional*, defaults to 16):
-            Side of a unit in px, a multiple of 4: a unit is a 4x4 grid of tokens, and is masked or kept as a whole.
+            Side in px of a patch, which is masked or kept as a whole ("unit" in the paper) and embedded as 4x4 tokens:
+            a multiple of 4.
         num_channels (`int`, *optional*, defaults to 3):
             Channels of the images.
         hidden_size (`int`, *optional*, defaults to 512):
-            Channels C of the main stage. Stages 1 and 2 have C/4 and C/2.
+            Channels of the main stage, C. Stages 1 and 2 have C/4 and C/2.
         depths (`list[int]`, *optional*, defaults to `[2, 2, 20]`):
             Depth of stage 1, stage 2 and the main stage.
         early_blocks_per_depth (`int`, *optional*, defaults to 2):
@@ -83,9 +84,9 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
         qkv_bias (`bool`, *optional*, defaults to `True`):
             Whether query, key and value have a bias.
         use_absolute_position_embeddings (`bool`, *optional*, defaults to `True`):
-            Whether a learned position embedding is added when the main stage begins.
+            Whether a learned position embedding is added to the input of the main stage.
         use_relative_position_bias (`bool`, *optional*, defaults to `True`):
-            Whether each attention layer learns a bias per relative position. The published masked autoencoder does not.
+            Whether attention layers have a learned relative position bias. The published masked autoencoder has none.
         hidden_dropout_prob (`float`, *optional*, defaults to 0.0):
             Dropout after the position embedding, in the MLPs and after the attention.
         attention_probs_dropout_prob (`float`, *optional*, defaults to 0.0):
@@ -95,7 +96,7 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
         layer_norm_eps (`float`, *optional*, defaults to 1e-6):
             Epsilon of the layer norms.
         initializer_range (`float`, *optional*, defaults to 0.02):
-            Standard deviation of the truncated normal that weights are drawn from.
+            Standard deviation of the truncated normal distribution that weights are initialized with.
         pooler_layernorm (`bool`, *optional*, defaults to `True`):
             Whether the mean over the units is normalized. mmpretrain's models do not.
         window_size (`int`, *optional*):
@@ -107,7 +108,7 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
             What happens to windows that an image does not fill: they are smaller, or, as in the original's detection
             code, filled up with zeros (before the norm) that the others attend to.
         mask_ratio (`float`, *optional*, defaults to 0.75):
-            Share of the units that masked image modeling hides, in [0, 1).
+            Fraction of patches that masked image modeling masks, in [0, 1).
         norm_pix_loss (`bool`, *optional*, defaults to `True`):
             Whether the loss compares pixels normalized per unit.
         fuse_stages (`bool`, *optional*, defaults to `True`):
@@ -292,7 +293,7 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
         for name in ["hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "mask_ratio"]:
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}. Give a share such as 0.1.")
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}. Give a fraction such as 0.1.")
         if self.hidden_act not in ACT2FN:
             close = difflib.get_close_matches(self.hidden_act, ACT2FN, n=3) or ["gelu"]
             raise ValueError(f"hidden_act {self.hidden_act!r} does not exist; did you mean {' or '.join(close)}?")

@@ -14,9 +14,10 @@
 """
 HiViT: a hierarchical vision transformer for masked image modeling (arXiv 2205.14949).
 
-An image is cut into units of 16x16 px. A unit starts as 4x4 tokens, becomes 2x2, then 1, through MLPs only (stages 1
-and 2); units meet in the main stage alone (stage 3). So masked units are never computed, as in plain ViT MAE, and the
-features are still a pyramid.
+An image is cut into units, the paper's word for patches of 16x16 px that are masked or kept as a whole. A unit is
+embedded as 4x4 tokens, which MLPs and merges turn into 2x2 and then 1 (stages 1 and 2); units attend to each other in
+the main stage alone (stage 3). So masked units are never computed, as in the masked autoencoders of plain ViTs, and the
+features are still hierarchical.
 
 Shapes, everywhere in this file:
     B batch · N units · V visible units (V = N when nothing is masked) · C channels of the main stage
@@ -471,7 +472,7 @@ class HiViTDecoder(nn.Module):
         self.head = nn.Linear(channels, config.patch_size**2 * config.num_channels)
 
     def register_parameter(self, name: str, param: nn.Parameter | None):
-        """Keeps the position embedding frozen: `from_pretrained` assigns all parameters anew, as trainable ones."""
+        """Keeps the position embedding frozen: `from_pretrained` assigns new parameters, all of them trainable."""
         super().register_parameter(name, param.requires_grad_(False) if name == "position_embeddings" else param)
 
     def forward(
@@ -535,7 +536,7 @@ class HiViTPreTrainedModel(PreTrainedModel):
         if isinstance(module, HiViTAttention) and module.relative_position_bias_table is not None:
             init.zeros_(module.relative_position_bias_table)
         elif isinstance(module, HiViTModel) and module.position_embeddings is not None:
-            if module.sin_cos_start:
+            if module.sin_cos_init:
                 positions = sin_cos_position_embeddings(self.config.grid_size, self.config.hidden_size)
                 init.copy_(module.position_embeddings, positions)
             else:
@@ -553,15 +554,15 @@ class HiViTModel(HiViTPreTrainedModel):
     Args:
         config (`HiViTConfig`): the configuration.
         add_pooling_layer (`bool`, *optional*, defaults to `True`): whether to return `pooler_output`.
-        sin_cos_start (`bool`, *optional*, defaults to `False`): whether the learned position embedding starts
-            as sines and cosines, as in the masked autoencoder, or as random numbers.
+        sin_cos_init (`bool`, *optional*, defaults to `False`): whether the learned position embedding is initialized
+            with sines and cosines, as in the masked autoencoder, or with random numbers.
     """
 
     _keys_to_ignore_on_load_unexpected = [r"^decoder\."]
 
-    def __init__(self, config: HiViTConfig, add_pooling_layer: bool = True, sin_cos_start: bool = False):
+    def __init__(self, config: HiViTConfig, add_pooling_layer: bool = True, sin_cos_init: bool = False):
         super().__init__(config)
-        self.sin_cos_start = sin_cos_start
+        self.sin_cos_init = sin_cos_init
         self.embeddings = HiViTEmbeddings(config)
         stage1, stage2, main = config.stage_channels[1:]
         num_layers = config.num_hidden_layers
@@ -615,7 +616,7 @@ class HiViTModel(HiViTPreTrainedModel):
         """
         Args:
             pixel_values (`torch.Tensor` of shape `(B, num_channels, H, W)`):
-                Images whose height and width are multiples of `config.patch_size`.
+                Images, with heights and widths that are multiples of `config.patch_size`.
             bool_masked_pos (`torch.BoolTensor` of shape `(B, N)`, *optional*):
                 Units that are left out, True = masked; the same number in each row. Nothing is masked if not given.
             num_visible_units (`int`, *optional*):
@@ -627,7 +628,7 @@ class HiViTModel(HiViTPreTrainedModel):
                 Whether to return the embedding and the output of each stage.
 
         Raises:
-            ValueError: for images and masks of other shapes, and masks that hide everything.
+            ValueError: for images and masks of other shapes, and masks without a visible unit.
         """
         grid = self.check_pixel_values(pixel_values)
         visible = None
@@ -717,7 +718,7 @@ class HiViTForMaskedImageModeling(HiViTPreTrainedModel):
     def __init__(self, config: HiViTConfig):
         super().__init__(config)
         config.num_visible_units(math.prod(config.grid_size))
-        self.hivit = HiViTModel(config, add_pooling_layer=False, sin_cos_start=True)
+        self.hivit = HiViTModel(config, add_pooling_layer=False, sin_cos_init=True)
         self.decoder = HiViTDecoder(config)
         self.post_init()
 
@@ -747,7 +748,7 @@ class HiViTForMaskedImageModeling(HiViTPreTrainedModel):
         """
         Args:
             pixel_values (`torch.Tensor` of shape `(B, num_channels, H, W)`):
-                Images whose height and width are multiples of `config.patch_size`.
+                Images, with heights and widths that are multiples of `config.patch_size`.
             bool_masked_pos (`torch.BoolTensor` of shape `(B, N)`, *optional*):
                 Units to predict, True = masked; the same number in each row. Drawn with `config.mask_ratio` if not
                 given.
@@ -757,7 +758,7 @@ class HiViTForMaskedImageModeling(HiViTPreTrainedModel):
                 Number of visible units per row of `bool_masked_pos`, as in `HiViTModel`.
 
         Raises:
-            ValueError: for images, masks and noise of other shapes, and masks that hide everything.
+            ValueError: for images, masks and noise of other shapes, and masks without a visible unit.
         """
         patch_size, grid = self.config.patch_size, self.hivit.check_pixel_values(pixel_values)
         if bool_masked_pos is None and num_visible_units is None:
@@ -794,7 +795,7 @@ class HiViTForMaskedImageModeling(HiViTPreTrainedModel):
         )
 
     def target(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """What the decoder learns to predict, at least float32: (B, N, p * p * num_channels)."""
+        """Pixels that the decoder is trained to predict, at least float32: (B, N, p * p * num_channels)."""
         pixels = image_to_pixels(pixel_values, self.config.patch_size)
         pixels = pixels.to(torch.promote_types(pixels.dtype, torch.float32))
         if not self.config.norm_pix_loss:
@@ -815,8 +816,8 @@ class HiViTForMaskedImageModeling(HiViTPreTrainedModel):
         noise: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        The image people expect: predicted units brought back to pixels (each with the mean and deviation of the true
-        unit if `config.norm_pix_loss`), visible units as they were. Arguments and errors as in `forward`.
+        The reconstructed image: predicted units as pixels (each with the mean and standard deviation of the true unit
+        if `config.norm_pix_loss`), visible units as they were. Arguments and errors as in `forward`.
 
         Returns:
             `torch.Tensor` of shape `(B, num_channels, H, W)`, in the space of `pixel_values`, float32.
@@ -855,7 +856,7 @@ class HiViTForImageClassification(HiViTPreTrainedModel):
         """
         Args:
             pixel_values (`torch.Tensor` of shape `(B, num_channels, H, W)`):
-                Images whose height and width are multiples of `config.patch_size`.
+                Images, with heights and widths that are multiples of `config.patch_size`.
             labels (`torch.Tensor`, *optional*):
                 `(B,)` class indices, `(B, num_labels)` zeros and ones for multi-label classification, or `(B,)` or
                 `(B, num_labels)` numbers for regression.
@@ -904,7 +905,7 @@ class HiViTBackbone(BackboneMixin, HiViTPreTrainedModel):
         """
         Args:
             pixel_values (`torch.Tensor` of shape `(B, num_channels, H, W)`):
-                Images whose height and width are multiples of `config.patch_size`.
+                Images, with heights and widths that are multiples of `config.patch_size`.
 
         Returns:
             `BackboneOutput` with `feature_maps`, one `(B, channels, height, width)` per `config.out_features`. Where
