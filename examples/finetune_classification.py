@@ -1,4 +1,4 @@
-"""
+r"""
 python examples/finetune_classification.py --config examples/recipes/finetune_base_100ep.yaml \
     --model_name_or_path MODEL --dataset_name DATASET --output_dir runs/classifier
 
@@ -8,6 +8,8 @@ Several processes: torchrun --nproc_per_node 2 examples/finetune_classification.
 """
 
 import sys
+
+from accelerate import PartialState
 
 from hivit_hf.classification.arguments import (
     ClassificationDataArguments,
@@ -44,6 +46,8 @@ def make_trainer(
     # model
     initialization = initialize_classifier(model_args, labels, training_args)
     model = initialization.model
+    for note in initialization.notes:
+        PartialState().print(note)
     processor = make_processor(initialization, model.config, data_args)
     train_dataset, eval_dataset = make_datasets(splits, targets, model.config, processor, data_args, seed)
     if model_args.lora_r is not None:

@@ -74,7 +74,7 @@ class ClassificationTrainingArguments(HiViTTrainingArguments):
     """`HiViTTrainingArguments` with the published schedule: linear warmup, then a cosine, by epochs."""
 
     lr_scheduler_type: str = argument("cosine", "Schedule, any of transformers'; cosine is the published one.")
-    warmup_epochs: Annotated[float, nonnegative] = argument(2, "Number of warmup epochs.")
+    warmup_epochs: Annotated[float, nonnegative] = argument(2, "Number of warmup epochs, without --warmup_steps.")
     min_learning_rate: Annotated[float, nonnegative] = argument(0.0, "Learning rate at the end of the cosine.")
     warmup_learning_rate: Annotated[float, nonnegative] = argument(0.0, "Learning rate at the start of the warmup.")
     label_smoothing_factor: Annotated[float, decay_rate] = argument(
@@ -87,6 +87,10 @@ class ClassificationTrainingArguments(HiViTTrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         for name in ("min_learning_rate", "warmup_learning_rate"):
+            if getattr(self, name) and self.lr_scheduler_type != "cosine":
+                raise ValueError(
+                    f"{name} is for lr_scheduler_type cosine, but that is {self.lr_scheduler_type.value}: set it to 0."
+                )
             if getattr(self, name) > self.learning_rate:
                 raise ValueError(f"{name} must not exceed the peak learning rate, {self.learning_rate:.3g}.")
         if not self.warmup_epochs < self.num_train_epochs and self.max_steps <= 0:

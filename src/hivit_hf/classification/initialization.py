@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate import PartialState
 from torch import nn
 from transformers import set_seed
 
@@ -38,8 +37,8 @@ def initialize_classifier(
     another classifier, or random ones.
 
     The decoder of a pre-training is left out. What the weights lack (after the published pre-training the head, its
-    norm and the relative position biases) is initialized and named in a note, which is printed. The head of another
-    classifier is kept only if it has the same class names in the same order.
+    norm and the relative position biases) is initialized and named in a note. The head of another classifier is kept
+    only if it has the same class names in the same order.
 
     Raises:
         ValueError: if there is no HiViT, it is not of the recipe's architecture, weights do not fit, or a classifier
@@ -49,8 +48,6 @@ def initialize_classifier(
     overrides = model_args.overrides() | {"drop_path_rate": model_args.drop_path_rate}
     overrides |= _label_fields(labels.names, labels.problem_type)
     made = _random(model_args, overrides) if model_args.from_scratch else _load(model_args, labels, overrides)
-    for note in made.notes:
-        PartialState().print(note)
     if not training_args.do_train and (made.notes or model_args.from_scratch):
         raise ValueError(
             f"--do_train false evaluates a classifier that was trained on these labels. {' '.join(made.notes)}".strip()

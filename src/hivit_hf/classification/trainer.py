@@ -28,15 +28,17 @@ class ClassificationTrainer(HiViTTrainer):
     def __init__(self, args: ClassificationTrainingArguments, labels: LabelEncoding, **keywords):
         self.labels = labels
         compute_metrics, best, greater_is_better = metrics_of(labels.problem_type, labels.names)
-        if args.metric_for_best_model in (None, "loss"):
+        if args.metric_for_best_model is None:
             args.metric_for_best_model, args.greater_is_better = best, greater_is_better
         super().__init__(args, compute_metrics=compute_metrics, **keywords)
 
     def learning_rate_factor(self, num_training_steps: int) -> Callable[[int], float] | None:
         args, peak = self.args, self.args.learning_rate
         warmup = min(args.warmup_epochs * self.steps_per_epoch(), num_training_steps - 1)
-        if args.lr_scheduler_type != SchedulerType.COSINE or args.warmup_steps:
-            args.warmup_steps = args.warmup_steps or round(warmup)
+        if args.warmup_steps:
+            warmup = min(args.get_warmup_steps(num_training_steps), num_training_steps - 1)
+        if args.lr_scheduler_type != SchedulerType.COSINE:
+            args.warmup_steps = round(warmup)  # where transformers' schedules find it
             return None
         rates = (peak, args.min_learning_rate, args.warmup_learning_rate)
         return lambda step: (

@@ -2,7 +2,7 @@
 """Arguments that all tasks share: which weights, which images, and `TrainingArguments` with what the recipes need."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from tempfile import gettempdir
 from typing import Annotated, Any, ClassVar
 
@@ -132,19 +132,51 @@ NUMBERS = {"per_device_train_batch_size", "num_train_epochs", "max_steps", "lear
 NUMBERS |= {"adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "lr_scheduler_type", "lr_scheduler_kwargs"}
 NUMBERS |= {"warmup_steps", "bf16", "fp16", "optim", "optim_args", "label_smoothing_factor", "seed", "data_seed"}
 
-# Fields of `TrainingArguments` that would break a promise, or mean nothing for images: why they are refused.
+# Fields of `TrainingArguments` that would break a promise, or do nothing here: why they are refused.
+_SHARDED = "training is data-parallel (torchrun), which networks of 300 million parameters fit"
+_ORDER = "the order of the images depends on the seed alone"
+_TOKENS = "images have no tokens to count"
+_ALL_PREDICTIONS = "the metrics are computed from all predictions at once"
+_ROUNDED = "the weights that are saved would be rounded too; --bf16 evaluates in bfloat16"
+_LANGUAGE = "it is for language models"
 REFUSED = {
+    "do_eval": "a training ends with an evaluation; --eval_strategy no leaves out those before",
     "do_predict": "there is no test set: evaluate with --do_train false --eval_split_name test",
+    # data
     "remove_unused_columns": "it would remove the images",
+    "label_names": "batches have their labels under 'labels'; --class_names names the classes",
     "dataloader_drop_last": "training takes whole batches already, and evaluations need all images",
-    "logging_nan_inf_filter": "it would hide a loss that is not finite",
-    "prediction_loss_only": "evaluations need the predictions",
+    "dataloader_persistent_workers": "workers that outlive an epoch would augment all epochs alike",
+    "dataloader_in_order": _ORDER,
+    "train_sampling_strategy": _ORDER,
+    "length_column_name": _ORDER,
+    "accelerator_config": "it would change the batches that a step takes; the flags say what is needed",
+    # optimization
+    "optim_target_modules": "it is for optimizers that group the parameters by themselves, without layer_decay",
+    "average_tokens_across_devices": _TOKENS,
+    "include_num_input_tokens_seen": _TOKENS,
     "neftune_noise_alpha": "it is noise for word embeddings",
-    "use_liger_kernel": "its kernels are those of language models",
-    "train_sampling_strategy": "the order of the images depends on the seed alone",
-    "ignore_data_skip": "a resumption would train on other images",
-    "restore_callback_states_from_checkpoint": "early stopping would count anew",
+    "use_liger_kernel": _LANGUAGE,
+    "liger_kernel_config": _LANGUAGE,
+    "use_cache": _LANGUAGE,
+    "fsdp": _SHARDED,
+    "fsdp_config": _SHARDED,
+    "deepspeed": _SHARDED,
+    "parallelism_config": _SHARDED,
+    # evaluation
+    "prediction_loss_only": _ALL_PREDICTIONS,
+    "batch_eval_metrics": _ALL_PREDICTIONS,
+    "eval_do_concat_batches": _ALL_PREDICTIONS,
+    "eval_use_gather_object": "predictions are tensors",
+    "include_for_metrics": "no metric uses more than predictions and labels",
+    "bf16_full_eval": _ROUNDED,
+    "fp16_full_eval": _ROUNDED,
+    "logging_nan_inf_filter": "it would hide a loss that is not finite",
+    # checkpoints
     "save_only_model": "a resumption needs the optimizer",
+    "ignore_data_skip": "a resumption would train on other images",
+    "restore_callback_states_from_checkpoint": "early stopping would count anew after a resumption",
+    "enable_jit_checkpoint": "it saves within a step, so that a resumption would differ from the run",
 }
 
 
@@ -161,14 +193,16 @@ class HiViTTrainingArguments(TrainingArguments):
 
     _argument_group_name = "training"
 
+    output_dir: str | None = argument(None, "Folder for checkpoints, the log, metrics and the model.")
     do_train: Annotated[bool, MAY_CHANGE] = argument(True, "Train; if not, only evaluate --model_name_or_path.")
-    do_eval: Annotated[bool, MAY_CHANGE] = argument(True, "Evaluate after training.")
+    do_eval: bool = argument(True, "Evaluate after training.")
     per_device_train_batch_size: Annotated[int, positive] = argument(32, "Training batch size per device.")
     per_device_eval_batch_size: Annotated[int, positive, MAY_CHANGE] = argument(64, "Evaluation batch size per device.")
     effective_batch_size: Annotated[int | None, positive] = argument(
         None, "Number of images per optimizer step over all devices; --gradient_accumulation_steps follows from it."
     )
     num_train_epochs: Annotated[float, positive] = argument(20, "Number of training epochs.")
+    max_steps: int = argument(-1, "Number of optimizer steps, instead of --num_train_epochs, if positive.")
     stop_after_steps: Annotated[int | None, positive, MAY_CHANGE] = argument(
         None, "Save and stop after this optimizer step; the schedule remains that of the whole training."
     )
@@ -193,21 +227,26 @@ class HiViTTrainingArguments(TrainingArguments):
     early_stopping_patience: Annotated[int | None, positive] = argument(
         None, "Number of evaluations without improvement before training stops."
     )
+    metric_for_best_model: str | None = argument(None, "Metric by which a checkpoint is the best (the task's).")
     optim: str = argument("adamw_torch", "Optimizer, any of transformers'.")
     bf16: bool = argument(False, "Mixed precision in bfloat16.")
+    gradient_checkpointing: bool = argument(False, "Recompute activations in the backward pass, to save memory.")
 
     eval_strategy: str = argument("epoch", "When to evaluate: no, steps or epoch.")
     save_strategy: str = argument("epoch", "When to save: no, steps, epoch or best.")
     save_total_limit: Annotated[int | None, positive, MAY_CHANGE] = argument(2, "Number of checkpoints to keep.")
     logging_steps: Annotated[float, positive] = argument(20, "Number of steps between two lines of the log.")
     logging_first_step: bool = argument(True, "Log the first step.")
-    logging_nan_inf_filter: bool = argument(False, "Refused: it would hide a loss that is not finite.")
+    logging_nan_inf_filter: bool = argument(False, "Refused.")
+    include_num_input_tokens_seen: bool = argument(False, "Refused.")
     report_to: list[str] | None = argument(["tensorboard"], "Trackers: tensorboard, wandb, none, ...")
     dataloader_num_workers: Annotated[int, nonnegative] = argument(4, "Number of data loading workers per process.")
-    remove_unused_columns: bool = argument(False, "Refused: it would remove the images.")
-    restore_callback_states_from_checkpoint: bool = argument(True, "Restore the state of early stopping.")
-    label_names: list[str] | None = argument(["labels"], "Keys of a batch that hold labels.")
+    remove_unused_columns: bool = argument(False, "Refused.")
+    restore_callback_states_from_checkpoint: bool = argument(True, "Refused.")
+    label_names: list[str] | None = argument(["labels"], "Refused.")
     hub_strategy: str = argument("end", "When to upload: end, every_save, checkpoint or all_checkpoints.")
+    hub_private_repo: bool | None = argument(False, "Make a new repository private.")
+    resume_from_checkpoint: str | None = argument(None, "Folder of a checkpoint to resume from, or 'latest'.")
     show_layer_table: Annotated[bool, MAY_CHANGE] = argument(
         False, "Print layer ids, learning rates and weight decay of the parameters, and stop."
     )
@@ -221,25 +260,48 @@ class HiViTTrainingArguments(TrainingArguments):
         if self.show_layer_table:
             self.output_dir = gettempdir()  # nothing is written, but Trainer makes the folder
         for item in fields(self):
-            if item.name in self.REFUSED and getattr(self, item.name) != item.default:
+            default = item.default if item.default_factory is MISSING else item.default_factory()
+            if item.name in self.REFUSED and getattr(self, item.name) != default:
                 raise ValueError(f"--{item.name} is refused: {self.REFUSED[item.name]}.")
         check_fields(self)
+        self._check_strategies()
         if not torch.accelerator.is_available():
             self.use_cpu = True  # without it, transformers refuses bfloat16 there
-        if self.eval_steps is not None and self.eval_strategy != "steps":
-            raise ValueError(
-                f"eval_steps has no effect with eval_strategy {self.eval_strategy}: give --eval_strategy steps."
-            )
-        if self.early_stopping_patience is not None:
-            self.load_best_model_at_end = True
+        if hasattr(self, "activation_checkpointing"):  # its name of tomorrow, which saves a warning
+            self.activation_checkpointing = bool(self.gradient_checkpointing or self.activation_checkpointing)
         if self.data_seed is None:
             self.data_seed = self.seed
+        self.hub_private_repo = self.hub_private_repo or None
+        best = self.metric_for_best_model
         super().__post_init__()
+        if best is None and self.lr_scheduler_type not in ("reduce_lr_on_plateau", "greedy"):
+            self.metric_for_best_model = self.greater_is_better = None  # the task's; transformers says loss
         if (self.hub_model_id or self.hub_private_repo) and not self.push_to_hub:
             raise ValueError("--hub_model_id and --hub_private_repo are for --push_to_hub: give it too.")
         if not self.do_train and (self.resume_from_checkpoint or self.push_to_hub):
             raise ValueError("--do_train false trains no model: leave out --resume_from_checkpoint and --push_to_hub.")
         self._set_batch_and_learning_rate()
+
+    def _check_strategies(self):
+        if self.logging_strategy == "no":
+            raise ValueError("--logging_strategy no is refused: a loss that is not finite would remain unnoticed.")
+        if self.eval_steps is not None and self.eval_strategy != "steps":
+            raise ValueError(
+                f"eval_steps has no effect with eval_strategy {self.eval_strategy}: give --eval_strategy steps."
+            )
+        if self.save_steps != 500 and self.save_strategy != "steps":
+            raise ValueError(
+                f"save_steps has no effect with save_strategy {self.save_strategy}: give --save_strategy steps."
+            )
+        if self.early_stopping_patience is not None:
+            self.load_best_model_at_end = True
+        best = self.load_best_model_at_end or self.save_strategy == "best"
+        saved_alike = self.save_strategy in (self.eval_strategy, "best")
+        if best and (self.eval_strategy == "no" or not saved_alike):
+            raise ValueError(
+                f"The best checkpoint is one that was evaluated, but eval_strategy is {self.eval_strategy} and "
+                f"save_strategy {self.save_strategy}: give both the same (with --eval_steps N --save_steps N)."
+            )
 
     def _set_batch_and_learning_rate(self):
         together = self.per_device_train_batch_size * self.world_size
@@ -285,5 +347,5 @@ def identity(*arguments: Any) -> dict:
         for name, value in values.items():
             own = name not in base or not isinstance(part, TrainingArguments)
             if (own or name in NUMBERS) and MAY_CHANGE not in annotated[name]:
-                found[name] = str(value) if hasattr(value, "value") else value
+                found[name] = getattr(value, "value", value)  # of enumerations
     return found

@@ -155,15 +155,49 @@ def check_fields(arguments: Any):
 # -- parsing --------------------------------------------------------------------------------------------------------
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Each flag in one spelling, with the type of its value and its default."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        flag = action.option_strings[-1] if action.dest == "help" else action.option_strings[0]
+        if action.nargs in (0, "?"):  # booleans
+            return f"{flag}, --no_{action.dest}" if action.default is True else flag
+        kind = getattr(action.type, "__name__", "str").replace("string_to_bool", "bool").upper()
+        value = f"{{{','.join(action.choices)}}}" if action.choices else kind
+        return f"{flag} {value}" + (" ..." if action.nargs == "+" else "")
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.default in (None, "", argparse.SUPPRESS, []) or isinstance(action.default, bool):
+            return action.help
+        default = " ".join(map(str, action.default)) if isinstance(action.default, list) else action.default
+        return f"{action.help} (default: {default})"
+
+
 class ArgumentParser(HfArgumentParser):
-    """`HfArgumentParser` whose errors are a sentence: there are too many flags to list them each time."""
+    """
+    `HfArgumentParser` whose errors are a sentence: there are too many flags to list them each time. Flags that are
+    refused (`REFUSED` of a dataclass) are not in the help.
+    """
+
+    def __init__(self, classes: Sequence[type], description: str | None):
+        super().__init__(
+            classes,
+            description=description,
+            usage="%(prog)s [--config RECIPE] [flags]",
+            formatter_class=HelpFormatter,
+            allow_abbrev=False,
+        )
+        refused = {name for part in classes for name in getattr(part, "REFUSED", ())}
+        for action in self._actions:
+            if action.dest in refused or action.option_strings[0].startswith("--no_"):
+                action.help = argparse.SUPPRESS
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\nAll flags: {self.prog} --help\n")
 
     def nearest(self, name: str) -> str:
         """A hint for a flag that does not exist."""
-        near = difflib.get_close_matches(name, [action.dest for action in self._actions], 3, 0.5)
+        near = difflib.get_close_matches(name, [action.dest for action in self._actions], 3, 0.6)
         return f" Did you mean {', '.join(near)}?" if near else " See --help."
 
     def flags_of(self, path: str | Path) -> list[str]:
@@ -222,9 +256,7 @@ def parse_arguments(classes: Sequence[type], description: str | None, argv: Sequ
     Returns:
         An instance of each class.
     """
-    parser = ArgumentParser(
-        classes, description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser(classes, description)
     parser.add_argument("--config", help="Recipe file, YAML or JSON, whose keys are these flags; flags win.")
     argv = list(sys.argv[1:] if argv is None else argv)
     config = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -235,6 +267,8 @@ def parse_arguments(classes: Sequence[type], description: str | None, argv: Sequ
         *instances, _, unknown = parser.parse_args_into_dataclasses(
             [*recipe, *flags], return_remaining_strings=True, look_for_args_file=False
         )
+        if unknown and not unknown[0].startswith("--"):
+            raise ValueError(f"{unknown[0]!r} belongs to no flag, or its flag takes one value only. See --help.")
         if unknown:
             raise ValueError(f"There is no flag {unknown[0]}.{parser.nearest(unknown[0].lstrip('-').split('=')[0])}")
     except (ValueError, TypeError) as error:
@@ -248,8 +282,9 @@ def parse_arguments(classes: Sequence[type], description: str | None, argv: Sequ
 def one_sentence(error: Exception) -> str:
     """What happened, without the stack that the error of a data loading worker brings along as text."""
     name, module = type(error).__name__, type(error).__module__
-    last = (str(error).strip() or name).splitlines()[-1]
-    return last.removeprefix(f"{module}.{name}: ").removeprefix(f"{name}: ")
+    lines = (str(error).strip() or name).splitlines()
+    text = lines[-1] if "Traceback (most recent call last)" in str(error) else " ".join(map(str.strip, lines))
+    return text.removeprefix(f"{module}.{name}: ").removeprefix(f"{name}: ")
 
 
 def run_script(run: Callable[..., object], *arguments: Any) -> int:

@@ -22,7 +22,7 @@ from transformers.trainer_utils import TrainOutput
 
 from ..configuration_hivit import HiViTConfig
 from ..modeling_hivit import HiViTPreTrainedModel
-from .arguments import HiViTTrainingArguments
+from .arguments import REFUSED, HiViTTrainingArguments
 from .optim import layer_table, layerwise_parameter_groups
 
 
@@ -44,7 +44,8 @@ class HiViTTrainer(Trainer):
         keywords: of `Trainer`. The training data set has an attribute `epoch`, which its augmentations depend on.
 
     Raises:
-        ValueError: if one process has several GPUs, among which `Trainer` would split its batches.
+        ValueError: if one process has several GPUs, among which `Trainer` would split its batches, and for FSDP and
+            DeepSpeed.
     """
 
     args: HiViTTrainingArguments
@@ -57,6 +58,8 @@ class HiViTTrainer(Trainer):
             )
         self.average: AveragedModel | None = None
         super().__init__(args=args, **keywords)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(f"FSDP and DeepSpeed are refused: {REFUSED['fsdp']}.")
         self.loss_is_scaled_for_ga = False  # the losses are means
         self.hivit_config = hivit_config(self.model)
         self.add_callback(RecipeCallback(self))
@@ -73,14 +76,19 @@ class HiViTTrainer(Trainer):
         With `--auto_find_batch_size`, the images per optimizer step remain: smaller batches, more of them.
         """
         if self.args.auto_find_batch_size:
-            own = self.args.effective_batch_size // self.args.world_size
-            self._train_batch_size = max(d for d in range(1, own + 1) if own % d == 0 and d <= self._train_batch_size)
+            self._train_batch_size = self._fitting_batch_size(self._train_batch_size)
             self.args.gradient_accumulation_steps = self.args.accumulation_steps(self._train_batch_size)
         self.args.dataloader_drop_last = True
         try:
             return super().get_train_dataloader()
         finally:
             self.args.dataloader_drop_last = False
+
+    def _fitting_batch_size(self, limit: int) -> int:
+        """The largest batch size up to `limit` that adds up to the images per step; even if the first one is (mixup)."""
+        images = self.args.effective_batch_size // self.args.world_size
+        parity = 2 - self.args.per_device_train_batch_size % 2
+        return max((size for size in range(parity, limit + 1, parity) if images % size == 0), default=1)
 
     def parameter_groups(self) -> list[dict]:
         """The trainable parameters by layer, with learning rates and weight decay."""
@@ -119,7 +127,13 @@ class HiViTTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         factor = self.learning_rate_factor(num_training_steps)
         if self.lr_scheduler is not None or factor is None:
-            return super().create_scheduler(num_training_steps, optimizer)
+            try:
+                return super().create_scheduler(num_training_steps, optimizer)
+            except TypeError as error:
+                raise ValueError(
+                    f"lr_scheduler_kwargs {self.args.lr_scheduler_kwargs} do not fit lr_scheduler_type "
+                    f"{self.args.lr_scheduler_type.value}: {error}"
+                ) from error
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
         self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -148,6 +162,10 @@ class HiViTTrainer(Trainer):
                 f"{len(self.train_dataset)} training images are fewer than effective_batch_size "
                 f"{self.args.effective_batch_size}: lower it, and the learning rate is lowered with it."
             )
+        self.accelerator.print(
+            f"processes: {self.args.world_size}, parameters: {self.model.num_parameters():,}, images per step: "
+            f"{self.args.effective_batch_size}, peak learning rate: {self.args.learning_rate:.3g}"
+        )
         if self.args.ema_decay is not None:
             self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(self.args.ema_decay))
             if resume_from_checkpoint:
@@ -173,8 +191,14 @@ class HiViTTrainer(Trainer):
                 weights.data, averaged.data = averaged.data, weights.data
 
     def evaluate(self, eval_dataset=None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"):
+        """As in `Trainer`. Raises ValueError if the metric that decides which checkpoint is best does not exist."""
         with self.averaged_weights():
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        best = (self.args.metric_for_best_model or "loss").removeprefix("eval_")
+        names = [name.removeprefix(f"{metric_key_prefix}_") for name in metrics]
+        if self.is_in_train and best not in names:
+            raise ValueError(f"There is no metric_for_best_model {best}; the metrics are {', '.join(names)}.")
+        return metrics
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
         super()._save(output_dir, state_dict)
