@@ -1,6 +1,5 @@
 """The training package in small: rules with known values, a loss that falls, and errors before time is spent."""
 
-import math
 from pathlib import Path
 
 import evaluate
@@ -14,7 +13,7 @@ from hivit_hf import HiViTConfig, HiViTForImageClassification, HiViTForMaskedIma
 from hivit_hf.classification.figures import confusion_matrix_figure
 from hivit_hf.pretraining.step import pretrain
 from hivit_hf.training.figures import figure_to_png, learning_curves
-from hivit_hf.training.optim import cosine_learning_rate, parameter_groups
+from hivit_hf.training.optim import cosine_learning_rate
 from hivit_hf.training.trainer_old import FinetuneSettings, finetune
 
 
@@ -53,62 +52,6 @@ def bright_and_dark(count: int = 16) -> list[dict]:
 
 def loader(images: list[dict], batch_size: int = 8, drop_last: bool = False) -> DataLoader:
     return DataLoader(images, batch_size=batch_size, drop_last=drop_last)
-
-
-# -- optim ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("step", "expected"),
-    [(0, 0.0), (5, 0.5), (10, 1.0), (35, 0.1 + 0.9 * 0.5 * (1 + math.sqrt(0.5))), (60, 0.55), (110, 0.1)],
-)
-def test_cosine_learning_rate_at_known_steps(step, expected):
-    rate = cosine_learning_rate(step, total_steps=110, warmup_steps=10, base=1.0, minimum=0.1)
-    assert rate == pytest.approx(expected, abs=1e-12)
-
-
-def test_cosine_learning_rate_without_warmup_starts_at_the_base():
-    assert cosine_learning_rate(0, total_steps=10, warmup_steps=0, base=0.3) == 0.3
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"step": 0, "total_steps": 10, "warmup_steps": 10, "base": 1.0}, "warmup_steps"),
-        ({"step": 0, "total_steps": 10, "warmup_steps": -1, "base": 1.0}, "warmup_steps"),
-        ({"step": 11, "total_steps": 10, "warmup_steps": 0, "base": 1.0}, "step must"),
-        ({"step": 0, "total_steps": 10, "warmup_steps": 0, "base": 1.0, "minimum": 2.0}, "minimum"),
-    ],
-)
-def test_cosine_learning_rate_refuses_nonsense(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        cosine_learning_rate(**arguments)
-
-
-def test_parameter_groups_decay_matrices_only():
-    model = HiViTForMaskedImageModeling(HiViTConfig(**CONFIG))
-    decayed, exempt = parameter_groups(model, weight_decay=0.05)
-    assert (decayed["weight_decay"], exempt["weight_decay"]) == (0.05, 0.0)
-    assert all(parameter.ndim > 1 for parameter in decayed["params"])
-    assert all(parameter.ndim == 1 for parameter in exempt["params"])
-    grouped = [id(parameter) for group in (decayed, exempt) for parameter in group["params"]]
-    trainable = [id(parameter) for parameter in model.parameters() if parameter.requires_grad]
-    assert sorted(grouped) == sorted(trainable)
-    assert id(model.decoder.position_embeddings) not in grouped  # frozen
-
-
-def test_parameter_groups_exempt_biases_of_any_shape():
-    model = torch.nn.Module()
-    model.bias = torch.nn.Parameter(torch.zeros(2, 2))
-    (group,) = parameter_groups(model, weight_decay=0.05)
-    assert group["weight_decay"] == 0.0
-
-
-def test_parameter_groups_refuse_frozen_models_and_negative_decay():
-    with pytest.raises(ValueError, match="no trainable parameter"):
-        parameter_groups(torch.nn.Linear(2, 2).requires_grad_(False), 0.05)
-    with pytest.raises(ValueError, match="weight_decay"):
-        parameter_groups(torch.nn.Linear(2, 2), -0.1)
 
 
 # -- pretrain -------------------------------------------------------------------------------------------------------
