@@ -70,7 +70,6 @@ def train(
         trainer.accelerator.print(trainer.layer_table())
         return {}
     save_arguments(training_args, model_args, data_args)
-    trainer.accelerator.print(f"processes: {training_args.world_size}, parameters: {model.num_parameters():,}")
 
     # train, evaluate, save
     if training_args.do_train:

@@ -39,8 +39,8 @@ class Arguments:
     rate: Annotated[float | None, nonnegative] = argument(None, "A rate.")
     kind: Annotated[str, one_of("a", "b")] = argument("a", "A kind.")
     overrides: Annotated[str, json_object] = argument("{}", "Changes.")
-    scales: list[float] = argument([0.5, 1.0], "Scales.")
-    names: list[str] = argument([], "Names.")
+    scales: list[float] = argument([0.5, 1.0], "Scales.")  # noqa: RUF009
+    names: list[str] = argument([], "Names.")  # noqa: RUF009
     fast: bool = argument(False, "Fast.")
     careful: bool = argument(True, "Careful.")
     old: int = argument(0, "Refused.")
@@ -198,7 +198,7 @@ def test_checks(check, good, bad):
 def test_one_sentence():
     assert one_sentence(ValueError("It is\n  so.")) == "It is so."
     assert one_sentence(KeyError()) == "KeyError"
-    worker = ValueError("Caught ValueError in DataLoader worker process 0.\nTraceback (most recent call last):\n  x\nValueError: so.")
+    worker = ValueError("Caught one.\nTraceback (most recent call last):\n  x\nValueError: so.")
     assert one_sentence(worker) == "so."
 
 

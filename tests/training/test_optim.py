@@ -114,7 +114,7 @@ def test_layer_ids_of_base_are_the_published_ones(base):
         assert layer_id(f"base_model.model.{name}", base.config) == expected  # as PEFT names it
     ids = {layer_id(name, base.config) for name, _ in base.named_parameters()}
     assert ids == set(range(30))
-    dense = {name: layer_id(name, base.config, count_stem=False) for name, _ in base.named_parameters()}
+    dense = {name: layer_id(name, base.config, count_early_layers=False) for name, _ in base.named_parameters()}
     assert set(dense.values()) == set(range(22))
     for name, expected in dense.items():
         if "stages.2" in name:

@@ -72,7 +72,7 @@ def test_a_loss_that_is_not_finite_stops_the_training(make):
     trainer = make()
     for item in trainer.train_dataset:
         item["pixel_values"] = torch.full((3, 16, 16), math.nan)
-    with pytest.raises(FloatingPointError, match="The loss is nan in step 1. Lower the learning rate, lengthen the"):
+    with pytest.raises(FloatingPointError, match=r"The loss is nan in step 1. Lower the learning rate, lengthen the"):
         trainer.train()
 
 
@@ -168,7 +168,9 @@ def test_plateaus_are_of_the_loss(make):
 
 def test_schedules_whose_options_do_not_fit(make):
     trainer = make(lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"minimum": 1.0})
-    with pytest.raises(ValueError, match="lr_scheduler_kwargs {'minimum': 1.0} do not fit lr_scheduler_type cosine_wi"):
+    with pytest.raises(
+        ValueError, match=r"lr_scheduler_kwargs {'minimum': 1.0} do not fit lr_scheduler_type cosine_wi"
+    ):
         trainer.train()
 
 
@@ -260,7 +262,7 @@ def test_the_best_checkpoint_is_kept_and_training_stops_early(make):
 
 def test_a_metric_that_does_not_exist(make):
     trainer = make(metric_for_best_model="acuracy", load_best_model_at_end=True)
-    with pytest.raises(ValueError, match="There is no metric_for_best_model acuracy; the metrics are .*accuracy"):
+    with pytest.raises(ValueError, match=r"There is no metric_for_best_model acuracy; the metrics are .*accuracy"):
         trainer.train()
 
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from torch.utils.data import DataLoader, Dataset, Subset
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .arguments import REFUSED, HiViTTrainingArguments
 from .command_line import MAY_CHANGE, argument, nonnegative
@@ -22,10 +21,7 @@ class DenseTrainingArguments(HiViTTrainingArguments):
 
     REFUSED: ClassVar[dict[str, str]] = REFUSED | {
         "label_smoothing_factor": "the model computes its own loss",
-        "bf16_full_eval": "evaluations are in the precision of the training",
-        "fp16_full_eval": "evaluations are in the precision of the training",
         "eval_accumulation_steps": "evaluations keep no predictions on the device",
-        "batch_eval_metrics": "the metric is computed by the trainer",
     }
 
 
@@ -37,9 +33,6 @@ class DenseTrainer(HiViTTrainer):
     Args:
         args: the arguments.
         keywords: of `Trainer`.
-
-    Raises:
-        ValueError: under FSDP and ZeRO stage 3, which wait for a forward pass of every process.
     """
 
     args: DenseTrainingArguments
@@ -47,11 +40,6 @@ class DenseTrainer(HiViTTrainer):
     def __init__(self, args: DenseTrainingArguments, **keywords):
         super().__init__(args, **keywords)
         self.model.supports_gradient_checkpointing = True  # of its backbone; transformers asks the model around it
-        if self.is_fsdp_enabled or is_deepspeed_zero3_enabled():
-            raise ValueError(
-                "Evaluations give each process images of its own, but FSDP and ZeRO stage 3 want the same number of "
-                "forward passes from all: start with torchrun, or with DeepSpeed up to stage 2."
-            )
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
         """Each process has a fraction of the images; these may differ in number, and one may have none."""

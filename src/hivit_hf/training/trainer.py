@@ -85,7 +85,7 @@ class HiViTTrainer(Trainer):
             self.args.dataloader_drop_last = False
 
     def _fitting_batch_size(self, limit: int) -> int:
-        """The largest batch size up to `limit` that adds up to the images per step; even if the first one is (mixup)."""
+        """The largest batch size up to `limit` that adds up to the images per step; even if the first is (mixup)."""
         images = self.args.effective_batch_size // self.args.world_size
         parity = 2 - self.args.per_device_train_batch_size % 2
         return max((size for size in range(parity, limit + 1, parity) if images % size == 0), default=1)
