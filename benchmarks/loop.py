@@ -105,7 +105,7 @@ def main():
         "loop_step_s": statistics.median(loop_s),
         "bare_step_s": statistics.median(bare_s),
         "loop_over_bare": statistics.median(ratios),
-        "wait_share": sum(waited_s) / sum(loop_s),
+        "data_wait_fraction": sum(waited_s) / sum(loop_s),
     }
     print(json.dumps(results, indent=1))
     print("written:", write(f"loop_{device.type}", results, device.type))

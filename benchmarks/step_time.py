@@ -105,14 +105,14 @@ def main():
         seconds = interleave(contenders, arguments.rounds, f"masked step, {precision}")
         product = seconds.pop("matrix product")
         rates = [2 * 2048**3 / s / 1e9 for s in product]
-        shares = [STEP_GFLOP * batch_size / s / rate for s, rate in zip(seconds[OURS], rates)]
+        fractions = [STEP_GFLOP * batch_size / s / rate for s, rate in zip(seconds[OURS], rates)]
         table = summarize(seconds, OURS)
         for name, model in models.items():
             table[name]["peak_memory_mib"] = peak_memory_mib(model, pixel_values, dtype)
         results[precision] = {
             "models": table,
             "matrix_product_gflop_per_s": statistics.median(rates),
-            "share_of_matrix_product_rate": statistics.median(shares),
+            "fraction_of_matrix_product_rate": statistics.median(fractions),
         }
         print(json.dumps(results[precision], indent=1))
     print("written:", write(f"step_time_{device}", results, device))

@@ -32,7 +32,7 @@ def step_time_table(record: dict) -> list[str]:
     fractions = []
     for precision in PRECISIONS:
         fraction, rate = (
-            record[precision][key] for key in ("share_of_matrix_product_rate", "matrix_product_gflop_per_s")
+            record[precision][key] for key in ("fraction_of_matrix_product_rate", "matrix_product_gflop_per_s")
         )
         fractions.append(f"{fraction:.0%} of {rate:.0f} GFLOP/s in {precision}")
     return [*lines, "", f"Of the machine's own matrix-product rate, our step reaches {' and '.join(fractions)}."]

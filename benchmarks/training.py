@@ -96,8 +96,8 @@ def main():
     for name, row in table.items():
         row["images_per_s"] = batch_size / row["median_s"]
         row["peak_memory_mib"] = memory[name]
-        shares = [STEP_GFLOP * batch_size / s / rate for s, rate in zip(seconds[name], rates)]
-        row["share_of_matrix_product_rate"] = statistics.median(shares)
+        fractions = [STEP_GFLOP * batch_size / s / rate for s, rate in zip(seconds[name], rates)]
+        row["fraction_of_matrix_product_rate"] = statistics.median(fractions)
     results = {"batch_size": batch_size, "image_size": 224, "step_gflop_per_image": STEP_GFLOP, "steps": table}
     results["matrix_product_gflop_per_s"] = statistics.median(rates)
     print(json.dumps(results, indent=1))

@@ -41,7 +41,7 @@ def jpeg(number: int) -> bytes:
 
 
 def write_images(folder: Path, layout: str) -> Path:
-    """160 images in 8 files: Parquet with two row groups each, or tars; the last one is smaller than the others."""
+    """153 images in 8 files: Parquet with two row groups each, or tars; the last one is smaller than the others."""
     folder.mkdir(parents=True)
     bounds = [IMAGES * shard // SHARDS for shard in range(SHARDS)] + [IMAGES - 7]
     for shard in range(SHARDS):
@@ -162,7 +162,7 @@ def kill_test(scratch: Path, layout: str, processes: int, workers: int, kills: i
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="SIGKILLs of each combination.")
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="Numbers of processes.")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="Numbers of ranks.")
     parser.add_argument("--formats", nargs="+", default=["parquet", "tar"], help="Formats of the data.")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="Numbers of data loading workers.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the moments.")

@@ -32,6 +32,7 @@ def test_going_back_to_an_earlier_checkpoint(make_run, tmp_path):
     assert make_run(resume_from_checkpoint="latest").train()
 
 
+@pytest.mark.slow
 def test_a_rollback_after_going_back_stays_on_the_new_path(make_run, tmp_path, capsys):
     assert make_run(stop_after_steps=20, save_total_limit=5).train()
     run = make_run(
@@ -134,7 +135,7 @@ def test_resumptions_that_do_not_fit(make_run, tmp_path):
         make_run(resume_from_checkpoint="latest", allow_topology_change=True).train()
 
 
-def test_other_workers_and_batches_go_on_at_shard_boundaries(make_run, tmp_path, capsys):
+def test_other_workers_and_batches_resume_at_shard_boundaries(make_run, tmp_path, capsys):
     assert make_run(stop_after_steps=7).train()
     run = make_run(
         resume_from_checkpoint="latest",
@@ -158,7 +159,7 @@ def test_other_workers_and_batches_go_on_at_shard_boundaries(make_run, tmp_path,
 
 
 @pytest.mark.slow
-def test_other_processes_go_on_at_shard_boundaries(tmp_path):
+def test_other_ranks_resume_at_shard_boundaries(tmp_path):
     data, output = kill_test.write_images(tmp_path / "data", "parquet"), tmp_path / "run"
     two = kill_test.command(data, output, 2, 0, 30)
     kill_test.finish(kill_test.start([*two, "--stop_after_steps=8"]))

@@ -1,4 +1,4 @@
-"""Several processes take the steps that one takes, with DDP and with FSDP2."""
+"""Several ranks take the steps that one takes, with DDP and with FSDP2."""
 
 import json
 import os
@@ -69,5 +69,5 @@ def test_a_run_under_fsdp2_with_data_of_unequal_size_resumes_exactly(tmp_path):
         for step, (record,) in copied.items():
             assert float.fromhex(record["loss"]) == pytest.approx(float.fromhex(sharded[step][0]["loss"]), rel=2e-6)
     read = [{name for (record,) in steps.values() for name in record["samples"]} for steps in kill_test.records(output)]
-    assert len(read[0] | read[1]) == 53  # nothing left out, and nobody waited for the other
+    assert len(read[0] | read[1]) == 53  # nothing left out, and no rank waited for the other
     HiViTForMaskedImageModeling.from_pretrained(tmp_path / "part" / "model")

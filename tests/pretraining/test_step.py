@@ -48,7 +48,9 @@ def test_half_precision_with_clipping_survives_a_loss_that_is_not_finite(make_ru
     assert not torch.equal(run.training.model.decoder.head.weight, before)
 
 
-@pytest.mark.parametrize("batch_size", [2, 4, 16])
+@pytest.mark.parametrize(
+    "batch_size", [pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow), 16]
+)
 def test_accumulation_changes_nothing_but_the_last_digits(batch_size, make_run, tmp_path):
     assert make_run(per_device_train_batch_size=8, output_dir=str(tmp_path / "reference")).train()
     assert make_run(per_device_train_batch_size=batch_size).train()
@@ -82,6 +84,7 @@ def test_gradients_are_clipped_and_the_average_follows(make_run):
             assert_close(run.training.ema.module.get_parameter(name).data, expected.data)
 
 
+@pytest.mark.slow
 def test_a_compiled_run_leaves_a_model_that_loads(make_run, tmp_path):
     run = make_run(Accelerator(cpu=True, dynamo_backend="eager"), eval_steps=5, ema_decay=0.5)
     train_and_save(run)

@@ -1,4 +1,4 @@
-"""Checkpoints to the Hub: in the background, never in the way of the training."""
+"""Uploads of checkpoints to the Hub, in the background."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -11,10 +11,10 @@ from hivit_hf.pretraining.upload import HubUpload
 
 
 class Hub:
-    """In the role of `HfApi`: takes as long as it is told, and fails when it is told."""
+    """In the role of `HfApi`: waits until `may_continue`, and fails with `error`."""
 
     def __init__(self):
-        self.done, self.may_go_on, self.error = [], threading.Event(), None
+        self.done, self.may_continue, self.error = [], threading.Event(), None
         self.pool = ThreadPoolExecutor(1)
 
     def create_repo(self, repository, private, exist_ok):
@@ -27,7 +27,7 @@ class Hub:
         assert run_as_future and delete_patterns == "*" and repo_id == "me/run"
 
         def work():
-            self.may_go_on.wait(30)
+            self.may_continue.wait(30)
             if self.error:
                 raise self.error
             assert folder_path.is_dir()
@@ -56,7 +56,7 @@ def test_one_at_a_time_and_the_last_one_never_left_out(hub, checkpoints):
     uploads.begin(paths[0])
     uploads.begin(paths[1])  # the first is on its way: this returns at once, and does nothing
     assert checkpoints.in_use == paths[0] and hub.done == []
-    hub.may_go_on.set()
+    hub.may_continue.set()
     uploads.running.result()
     uploads.begin(paths[2])
     uploads.finish(paths[3])
@@ -67,20 +67,20 @@ def test_one_at_a_time_and_the_last_one_never_left_out(hub, checkpoints):
 
 def test_the_last_one_is_not_uploaded_twice(hub, checkpoints):
     uploads = HubUpload("me/run", True, checkpoints)
-    hub.may_go_on.set()
+    hub.may_continue.set()
     uploads.begin(checkpoints.folder / "step-3")
     uploads.finish(checkpoints.folder / "step-3")
     assert hub.done == ["step-3"]
 
 
-def test_a_failed_upload_is_told_and_does_not_end_the_run(hub, checkpoints, caplog):
+def test_a_failed_upload_is_logged_and_does_not_end_the_run(hub, checkpoints, caplog):
     uploads = HubUpload("me/run", True, checkpoints)
     hub.error = ConnectionError("the Hub is down")
-    hub.may_go_on.set()
+    hub.may_continue.set()
     uploads.begin(checkpoints.folder / "step-1")
     hub.pool.submit(lambda: None).result()
     uploads.begin(checkpoints.folder / "step-2")
-    assert "step-1 could not be uploaded to me/run (the Hub is down); the run goes on" in caplog.text
+    assert "step-1 could not be uploaded to me/run (the Hub is down); the run continues" in caplog.text
     hub.error = None
     uploads.finish(checkpoints.folder / "step-2")
 

@@ -24,7 +24,7 @@ NETWORK |= {"decoder_hidden_size": 32, "decoder_num_hidden_layers": 1, "decoder_
 
 
 def use_fsdp2():
-    """Accelerate refuses FSDP on CPUs; its own FSDP2 path runs there once it is told so."""
+    """Accelerate refuses FSDP on CPUs; its own FSDP2 path runs there once the type is set."""
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",

@@ -116,8 +116,8 @@ class MaskedTraining:
                 loss = self.model(**batch).loss / len(batches)
                 self.accelerator.backward(loss)
             total += loss.detach()
-        told = self.accelerator.reduce(torch.stack([total, torch.full_like(total, float(stop))]), "sum").tolist()
-        mean_loss, stop = told[0] / self.accelerator.num_processes, told[1] > 0
+        summed = self.accelerator.reduce(torch.stack([total, torch.full_like(total, float(stop))]), "sum").tolist()
+        mean_loss, stop = summed[0] / self.accelerator.num_processes, summed[1] > 0
         norm = None
         if self.max_grad_norm and math.isfinite(mean_loss):
             norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.max_grad_norm))

@@ -1,5 +1,5 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""Checkpoints to the Hub, in the background: training never waits for the network, nor ends because of it."""
+"""Uploads of checkpoints in the background: training neither waits for the network nor stops at its errors."""
 
 from concurrent.futures import Future
 from pathlib import Path
@@ -15,14 +15,14 @@ logger = logging.get_logger(__name__)
 
 class HubUpload:
     """
-    A repository that holds the newest checkpoint: it loads with `from_pretrained`, and downloaded it can be resumed.
+    Keeps the newest checkpoint in a repository, to load with `from_pretrained`, or to download and resume from.
 
-    One upload runs at a time; checkpoints that come meanwhile are left out, but the last one of a run never is.
+    One upload runs at a time; checkpoints that are saved meanwhile are left out, but the last one of a run never is.
 
     Args:
-        repository: made if it does not exist.
-        private: whether it is made a private one.
-        checkpoints: what is being uploaded is not deleted there meanwhile.
+        repository: created if it does not exist.
+        private: whether a new repository is private.
+        checkpoints: do not delete what is being uploaded.
 
     Raises:
         ValueError: if the repository cannot be written.
@@ -39,7 +39,7 @@ class HubUpload:
             ) from error
 
     def begin(self, checkpoint: Path):
-        """Uploads a checkpoint unless another one is on its way."""
+        """Uploads a checkpoint unless another upload is running."""
         if self.running is not None and not self.running.done():
             return
         self._end()
@@ -48,12 +48,12 @@ class HubUpload:
             repo_id=self.repository,
             folder_path=checkpoint,
             commit_message=checkpoint.name,
-            delete_patterns="*",  # files of another number of processes
+            delete_patterns="*",  # files of another number of ranks
             run_as_future=True,
         )
 
     def finish(self, checkpoint: Path):
-        """Waits for what is on its way, and uploads the last checkpoint if that was another one."""
+        """Waits for the running upload, and uploads the last checkpoint if that was another one."""
         if self.running is not None:
             uploaded = self._end()
             if uploaded == checkpoint:
@@ -62,12 +62,12 @@ class HubUpload:
         self._end()
 
     def _end(self) -> Path | None:
-        """Waits for the upload, if there is one; returns what is on the Hub now, or None."""
+        """Waits for the running upload, if any; returns the checkpoint that is on the Hub now, or None."""
         if self.running is None:
             return None
         error, checkpoint = self.running.exception(), self.checkpoints.in_use
         self.running = self.checkpoints.in_use = None
         if error is not None:
-            logger.error(f"{checkpoint.name} could not be uploaded to {self.repository} ({error}); the run goes on.")
+            logger.error(f"{checkpoint.name} could not be uploaded to {self.repository} ({error}); the run continues.")
             return None
         return checkpoint
