@@ -1,17 +1,19 @@
 """
-python examples/demo_digits.py [--output demo_output] [--seeds 3] [--fast]
+python examples/demo_digits.py [--output_dir demo_output] [--seeds 3] [--fast]
 
 Pre-trains a small HiViT on handwritten digits without labels, fine-tunes it beside one from scratch, and predicts with
-it in a fresh process. Then open demo_output/index.html. Minutes on two CPU cores; no network.
+it in a fresh process: pretrain_mim.py, finetune_classification.py and evaluate_classification.py on small recipes. Then
+open demo_output/index.html. Minutes on two CPU cores; no network.
 """
 
 import argparse
 import json
 import os
 import platform
+import shutil
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,78 +24,86 @@ import transformers
 from accelerate import Accelerator
 
 from digits import experiment, page
-from digits.data import DigitPixels, digits_dataset, digits_processor, save_samples
-from hivit_hf import HiViTForMaskedImageModeling
+from digits.data import digits_dataset, save_samples
+from digits.predict import predict
+from hivit_hf import HiViTForImageClassification, HiViTForMaskedImageModeling
 
 
 def main():
-    settings, arguments = parse_arguments()
-    quieten()
+    arguments = parse_arguments()
     # A network this small gains a third from a second thread, but stalls when another program uses one of the cores
     torch.set_num_threads(1)
-    output, seconds = arguments.output, {}
-    output.mkdir(parents=True, exist_ok=True)
+    output, seconds = arguments.output_dir, {}
+    pretraining_flags = experiment.FAST_PRETRAINING if arguments.fast else []
+    finetuning_flags = experiment.FAST_FINETUNING if arguments.fast else []
 
-    dataset, processor = digits_dataset(), digits_processor()
-    train, test = (DigitPixels.from_dataset(dataset[name], processor) for name in ("train", "test"))
-    dataset["test"].save_to_disk(output / "holdout")
-    print(f"{len(train)} images to train with, {len(test)} held out")
+    splits = digits_dataset()
+    data = experiment.write_data(splits, output / "data", arguments.seeds)
+    save_samples(splits["test"], output / "samples")
+    quieten()
+    splits["test"].save_to_disk(output / "holdout")
+    print(f"{len(splits['train'])} training images, {len(splits['test'])} held out")
 
     print("1/4 Masked pre-training, without labels")
     with timed("pretraining", seconds):
-        pretraining = experiment.pretrain_digits(train, settings, output / "pretrained")
-        processor.save_pretrained(output / "pretrained")
+        pretraining = experiment.pretrain(data / "all_labels", output / "runs" / "pretraining", pretraining_flags)
+    replace(output / "pretrained", output / "runs" / "pretraining" / "model")
 
     print("2/4 Fine-tuning, pre-trained and from scratch")
     runs = {}
     with experiment.worker_processes() as pool:
         for labels in experiment.LABELS:
             with timed(f"finetuning_{labels}", seconds):
-                models, runs[labels] = experiment.compare_starts(
-                    pool, train, test, labels, arguments.seeds, settings, output / "pretrained"
+                runs[labels] = experiment.compare(
+                    pool, labels, arguments.seeds, data, output / "pretrained", output / "runs", finetuning_flags
                 )
-            if labels == "all_labels":
-                final_model = models["pretrained"]
+    replace(output / "model", output / "runs" / experiment.Finetuning("all_labels", "pretrained", 0).name)
 
-    print("3/4 Evaluation of the pre-trained classifier of seed 0, from the images themselves")
+    print("3/4 Evaluation of the pre-trained classifier of seed 0")
+    quieten()
     with timed("evaluation", seconds):
-        final_model.save_pretrained(output / "model")
-        processor.save_pretrained(output / "model")
-        save_samples(dataset["test"], output / "samples")
-        probabilities = experiment.predict_probabilities(final_model, test)
-        evaluation = experiment.evaluate_model(final_model, processor, dataset["test"], probabilities)
+        evaluation = experiment.evaluate_model(output / "model", data / "all_labels", output / "runs" / "evaluation")
+        here = predict(output / "model", output / "holdout")
 
     print("4/4 Predictions of the saved classifier in a fresh process")
     with timed("fresh_process", seconds):
         fresh = experiment.predict_in_fresh_process(output / "model", output / "holdout")
 
+    classifier = HiViTForImageClassification.from_pretrained(output / "model")
     results = {
         "fast": arguments.fast,
         "seeds": list(range(arguments.seeds)),
-        "settings": asdict(settings),
-        "network": experiment.digits_config().to_diff_dict(),
-        "parameters": {"classifier": final_model.num_parameters()},
-        "images": {"train": len(train), "holdout": len(test)},
+        "network": classifier.config.to_diff_dict(),
+        "parameters": {"classifier": classifier.num_parameters()},
+        "images": {"train": len(splits["train"]), "holdout": len(splits["test"])},
         "pretraining": pretraining,
         "finetuning": runs,
         "accuracy": experiment.summarize(runs),
         "evaluation": evaluation,
-        "fresh_process": experiment.compare_predictions(probabilities, fresh),
-        "predictions": experiment.example_predictions(fresh, test.labels),
+        "fresh_process": experiment.compare_predictions(here, fresh),
+        "predictions": experiment.example_predictions(fresh, splits["test"]["label"]),
         "seconds": seconds,
     } | surroundings()
-    autoencoder = HiViTForMaskedImageModeling.from_pretrained(output / "pretrained")
-    finish(results, output, dataset["test"], autoencoder, test.pixel_values)
+    finish(results, output, splits["test"])
 
 
-def finish(results: dict, output: Path, images: datasets.Dataset, autoencoder: HiViTForMaskedImageModeling, pixels):
-    """Stops the clock, judges the targets, and writes the page and the numbers."""
+def finish(results: dict, output: Path, test: datasets.Dataset):
+    """Stops the clock, checks the targets, and writes the page and the metrics."""
     started = psutil.Process().create_time()  # importing the libraries takes seconds too
     results["seconds"]["total"] = time.time() - started
-    results["targets"] = experiment.judge(results)
-    page.write_page(output / "index.html", results, images, autoencoder, pixels)
+    results["targets"] = experiment.check_targets(results)
+    autoencoder = HiViTForMaskedImageModeling.from_pretrained(output / "pretrained")
+    page.write_page(output / "index.html", results, test, autoencoder)
     (output / "metrics.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
     page.print_summary(results, output)
+
+
+def replace(folder: Path, model: Path):
+    """Copies what `from_pretrained` reads of a run's model."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
+        shutil.copy(model / name, folder)
 
 
 def surroundings() -> dict:
@@ -111,22 +121,21 @@ def quieten():
 
 
 @contextmanager
-def timed(phase: str, seconds: dict[str, float]):
+def timed(phase: str, seconds: dict[str, float]) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[phase] = time.perf_counter() - start
 
 
-def parse_arguments() -> tuple[experiment.DemoSettings, argparse.Namespace]:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("demo_output"), help="Write this folder (demo_output).")
-    parser.add_argument("--seeds", type=int, default=3, help="Make so many runs of each kind (3).")
-    parser.add_argument("--fast", action="store_true", help="Take a handful of steps, to see that everything runs.")
+    parser.add_argument("--output_dir", type=Path, default=Path("demo_output"), help="Output folder (demo_output).")
+    parser.add_argument("--seeds", type=int, default=3, help="Number of fine-tuning runs of each kind (3).")
+    parser.add_argument("--fast", action="store_true", help="A handful of steps, to see that everything runs.")
     arguments = parser.parse_args()
     if arguments.seeds < 1:
         parser.error(f"--seeds must be at least 1, got {arguments.seeds}")
-    settings = experiment.DemoSettings()
-    return (settings.fast() if arguments.fast else settings), arguments
+    return arguments
 
 
 if __name__ == "__main__":

@@ -25,17 +25,17 @@ def deterministic():
 def demo_pretrained(tmp_path_factory):
     """The folder with the weights that `make demo` pre-trains, for the tests that fine-tune them."""
     from digits import experiment
-    from digits.data import DigitPixels, digits_dataset, digits_processor
+    from digits.data import digits_dataset, write_parquet
 
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent
-    folder, processor = shared / "demo_pretrained", digits_processor()
+    folder = shared / "demo_pretrained"
     with FileLock(shared / "demo_pretrained.lock"):
         if not folder.exists():
-            train = DigitPixels.from_dataset(digits_dataset()["train"], processor)
-            experiment.pretrain_digits(train, experiment.DemoSettings(), folder)
-            processor.save_pretrained(folder)
+            data = write_parquet(digits_dataset(), shared / "digits")
+            experiment.pretrain(data, shared / "demo_run")
+            (shared / "demo_run" / "model").rename(folder)
     return folder
 
 

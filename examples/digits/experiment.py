@@ -1,243 +1,167 @@
-"""The steps of the digits demonstration, from pre-training to predictions in a fresh process."""
+"""The steps of the digits demonstration, each through the script that a lab runs, on small recipes."""
 
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+import traceback
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
-import evaluate
 import torch
-from accelerate import Accelerator
-from datasets import Dataset
-from torch.utils.data import DataLoader
+import yaml
+from datasets import DatasetDict
 from tqdm.auto import tqdm
-from transformers import BitImageProcessor, EvalPrediction, logging, set_seed
 
-from hivit_hf import HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling
-from hivit_hf.pretraining.step import pretrain
-from hivit_hf.training.trainer_old import FinetuneSettings, finetune
+import evaluate_classification
+import finetune_classification
+import pretrain_mim
 
-from .data import CLASS_NAMES, IMAGE_SIZE_PX, DigitPixels, as_it_is, few_labels
+from .data import CLASS_NAMES, few_labels, write_parquet
 
 
-METRICS = Path(__file__).parent.parent / "metrics"
-STARTS = ("pretrained", "scratch")
+RECIPES = Path(__file__).parents[1] / "recipes"
+PRETRAINING, FINETUNING = RECIPES / "mae_digits.yaml", RECIPES / "finetune_digits.yaml"
+INITIALIZATIONS = ("pretrained", "scratch")
 LABELS = ("all_labels", "few_labels")
 LABELS_PER_CLASS = 10
 
-
-@dataclass
-class DemoSettings:
-    """The numbers of the demonstration. Both starts share everything that concerns fine-tuning."""
-
-    pretrain_epochs: int = 40
-    pretrain_warmup_epochs: int = 4
-    pretrain_batch_size: int = 32
-    pretrain_learning_rate: float = 2e-3
-    weight_decay: float = 0.05
-    all_labels_steps: int = 504
-    all_labels_batch_size: int = 32
-    all_labels_learning_rate: float = 5e-4
-    few_labels_steps: int = 60
-    few_labels_batch_size: int = 25
-    few_labels_learning_rate: float = 1e-3
-    evaluations_per_run: int = 6
-
-    def fast(self) -> "DemoSettings":
-        """A handful of steps: everything runs, nothing is learned."""
-        return replace(
-            self,
-            pretrain_epochs=1,
-            pretrain_warmup_epochs=0,
-            all_labels_steps=2,
-            few_labels_steps=2,
-            evaluations_per_run=1,
-        )
+# What the two fine-tunings change in the recipe; both initializations share it.
+FLAGS = {"all_labels": [], "few_labels": ["--num_train_epochs", "15", "--warmup_epochs", "1.5", "--eval_steps", "10"]}
+FLAGS["few_labels"] += ["--per_device_train_batch_size", "25", "--effective_batch_size", "25"]
+FLAGS["few_labels"] += ["--learning_rate", "1e-3"]
+FAST_PRETRAINING = ["--num_train_epochs", "1", "--warmup_epochs", "0", "--logging_steps", "10"]
+FAST_FINETUNING = ["--max_steps", "2", "--eval_steps", "2"]
 
 
-def digits_config() -> HiViTConfig:
+@dataclass(frozen=True)
+class Finetuning:
+    """One run of the comparison. The seed decides new weights, order, augmentation and which labels are known."""
+
+    labels: str  # of LABELS
+    initialization: str  # of INITIALIZATIONS
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.labels}-{self.initialization}-{self.seed}"
+
+
+def network_flags() -> list[str]:
+    """The network of the pre-training recipe, for a script that begins with random weights."""
+    recipe = yaml.safe_load(PRETRAINING.read_text())
+    return ["--architecture", recipe["architecture"], "--config_overrides", json.dumps(recipe["config_overrides"])]
+
+
+def write_data(splits: DatasetDict, folder: Path, seeds: int) -> Path:
+    """Parquet folders: `all_labels`, and `few_labels-SEED` with fewer training images."""
+    write_parquet(splits, folder / "all_labels")
+    for seed in range(seeds):
+        few = DatasetDict(train=few_labels(splits["train"], LABELS_PER_CLASS, seed), test=splits["test"])
+        write_parquet(few, folder / f"few_labels-{seed}")
+    return folder
+
+
+def run_quietly(main, flags: Sequence[str], log: Path | None = None):
     """
-    A small HiViT: 32x32 px are 4x4 units of 8 px. Half of so few units are masked rather than the published three
-    quarters, and narrow layers start with larger weights.
+    Calls the `main` of a script, with what it prints in a file.
+
+    Raises:
+        RuntimeError: if it fails, with its last line.
     """
-    return HiViTConfig(
-        image_size=IMAGE_SIZE_PX,
-        patch_size=8,
-        hidden_size=128,
-        depths=[1, 1, 4],
-        num_attention_heads=4,
-        mlp_ratio=2.0,
-        initializer_range=0.06,
-        mask_ratio=0.5,
-        norm_pix_loss=False,
-        decoder_hidden_size=96,
-        decoder_num_hidden_layers=2,
-        decoder_num_attention_heads=4,
-        decoder_mlp_ratio=2.0,
-        id2label=dict(enumerate(CLASS_NAMES)),
-        label2id={name: index for index, name in enumerate(CLASS_NAMES)},
-    )
+    if log is None:
+        code = main(list(flags))
+    else:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
+            try:
+                code = main(list(flags))
+            except BaseException:
+                traceback.print_exc()
+                code = 1
+    if code:
+        last = "" if log is None else log.read_text(encoding="utf-8").strip().splitlines()[-1]
+        raise RuntimeError(f"{main.__module__} {' '.join(flags)} failed: {last}")
 
 
-def pretrain_digits(pixels: DigitPixels, settings: DemoSettings, folder: Path) -> list[dict]:
-    """Masked pre-training without any label; saves encoder and decoder, returns a record per epoch."""
-    set_seed(0)
-    model = HiViTForMaskedImageModeling(digits_config())
-    loader = DataLoader(
-        pixels.with_augmentation(),
-        batch_size=settings.pretrain_batch_size,
-        shuffle=True,
-        drop_last=True,
-        collate_fn=as_it_is,
-    )
-    history = pretrain(
-        model,
-        loader,
-        epochs=settings.pretrain_epochs,
-        learning_rate=settings.pretrain_learning_rate,
-        warmup_epochs=settings.pretrain_warmup_epochs,
-        weight_decay=settings.weight_decay,
-        accelerator=Accelerator(),
-    )
-    model.save_pretrained(folder)
-    return history
-
-
-def finetune_digits(
-    train: DigitPixels, test: DigitPixels, start: str, labels: str, seed: int, settings: DemoSettings, pretrained: Path
-) -> tuple[HiViTForImageClassification, dict]:
+def pretrain(data: Path, output: Path, flags: Sequence[str] = ()) -> list[dict]:
     """
-    One run of the comparison. The seed decides the new weights, the order, the variations and which labels are known.
-
-    Args:
-        train: all training images.
-        test: the hold-out, for the curve; nothing is chosen by it.
-        start: one of `STARTS`.
-        labels: one of `LABELS`.
-        seed: of the run.
-        settings: the numbers of the demonstration.
-        pretrained: folder that `pretrain_digits` saved.
+    Masked pre-training without any label, by `pretrain_mim.py`, on a Parquet folder.
 
     Returns:
-        The classifier after the last step, and the record of the run.
+        The lines of its log with a loss. The model is in the folder `model` of `output`.
     """
-    numbers = ("steps", "batch_size", "learning_rate")
-    steps, batch_size, learning_rate = (getattr(settings, f"{labels}_{name}") for name in numbers)
-    if labels == "few_labels":
-        train = train.subset(few_labels(train.labels, LABELS_PER_CLASS, seed))
-    set_seed(seed)
-    if start == "pretrained":
-        model = HiViTForImageClassification.from_pretrained(pretrained)
-    else:
-        model = HiViTForImageClassification(digits_config())
-    accuracy = evaluate.load(str(METRICS / "accuracy"), keep_in_memory=True)
-
-    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        return accuracy.compute(predictions=prediction.predictions.argmax(axis=1), references=prediction.label_ids)
-
-    run = finetune(
-        model,
-        train.with_augmentation(),
-        test,
-        FinetuneSettings(
-            total_steps=steps,
-            warmup_steps=steps // 10,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            weight_decay=settings.weight_decay,
-            eval_every_steps=max(1, steps // settings.evaluations_per_run),
-            eval_batch_size=256,
-            seed=seed,
-        ),
-        compute_metrics,
-        data_collator=as_it_is,
-        show_progress=False,  # several runs share the terminal
+    shutil.rmtree(output, ignore_errors=True)
+    run_quietly(
+        pretrain_mim.main,
+        ["--config", str(PRETRAINING), "--dataset_name", str(data), "--output_dir", str(output), *flags],
     )
-    return model, {"seed": seed, **asdict(run)}
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
+
+
+def finetune(run: Finetuning, data: Path, pretrained: Path, output: Path, flags: Sequence[str] = ()) -> dict:
+    """One fine-tuning by `finetune_classification.py` into the folder `output`; returns its record."""
+    shutil.rmtree(output, ignore_errors=True)
+    folder = data / (run.labels if run.labels == "all_labels" else f"{run.labels}-{run.seed}")
+    pretrained_flags = ["--model_name_or_path", str(pretrained)]
+    begin = pretrained_flags if run.initialization == "pretrained" else ["--from_scratch", *network_flags()]
+    run_quietly(
+        finetune_classification.main,
+        [
+            *("--config", str(FINETUNING), "--dataset_name", str(folder), "--eval_split_name", "test"),
+            *("--image_mean", "0.5", "0.5", "0.5", "--image_std", "0.5", "0.5", "0.5"),
+            *("--output_dir", str(output), "--seed", str(run.seed), *begin, *FLAGS[run.labels], *flags),
+        ],
+        log=output / "log.txt",
+    )
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    evaluations = [{"step": r["step"], "accuracy": r["eval_accuracy"]} for r in history if "eval_accuracy" in r]
+    seconds = next(record["train_runtime"] for record in history if "train_runtime" in record)
+    return {"seed": run.seed, "history": evaluations, "accuracy": evaluations[-1]["accuracy"], "seconds": seconds}
 
 
 @contextmanager
 def worker_processes() -> Iterator[ProcessPoolExecutor]:
     """One process per core for runs that do not depend on each other; each computes with one thread."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(os.cpu_count() or 1, 4), context, initializer=_prepare_worker) as pool:
+    with ProcessPoolExecutor(
+        min(os.cpu_count() or 1, 4), context, initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
         try:
             yield pool
         finally:
             pool.shutdown(cancel_futures=True)  # after an error, the runs that wait are not begun
 
 
-def _prepare_worker():
-    torch.set_num_threads(1)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    datasets.utils.logging.disable_progress_bar()
+def compare(
+    pool: ProcessPoolExecutor, labels: str, seeds: int, data: Path, pretrained: Path, output: Path, flags: Sequence[str]
+) -> dict[str, list[dict]]:
+    """Runs with both initializations and each seed; their records, by initialization."""
+    runs = [Finetuning(labels, start, seed) for seed in range(seeds) for start in INITIALIZATIONS]
+    futures: list[Future] = [pool.submit(finetune, run, data, pretrained, output / run.name, flags) for run in runs]
+    title = f"fine-tuning, {labels.replace('_', ' ')}"
+    for future in tqdm(as_completed(futures), total=len(futures), desc=title, unit="run"):
+        future.result()  # raises what the run raised, at once
+    records = {start: [] for start in INITIALIZATIONS}
+    for run, future in zip(runs, futures):
+        records[run.initialization].append(future.result())
+    return records
 
 
-def compare_starts(
-    pool: ProcessPoolExecutor,
-    train: DigitPixels,
-    test: DigitPixels,
-    labels: str,
-    seeds: int,
-    settings: DemoSettings,
-    pretrained: Path,
-) -> tuple[dict, dict]:
-    """Runs of both starts with each seed: the classifiers of seed 0, and the records of all runs, by start."""
-    names = [(seed, start) for seed in range(seeds) for start in STARTS]
-    runs = [
-        pool.submit(finetune_digits, train, test, start, labels, seed, settings, pretrained) for seed, start in names
-    ]
-    for run in tqdm(as_completed(runs), total=len(runs), desc=f"fine-tuning, {labels.replace('_', ' ')}", unit="run"):
-        run.result()  # raises what the run raised, at once
-    models, records = {}, {start: [] for start in STARTS}
-    for (_, start), run in zip(names, runs):
-        model, record = run.result()
-        models.setdefault(start, model)
-        records[start].append(record)
-    return models, records
-
-
-@torch.no_grad()
-def predict_probabilities(model: HiViTForImageClassification, pixels: DigitPixels) -> torch.Tensor:
-    """Probabilities of the classes on the CPU: (number of images, 10)."""
-    return model.cpu().eval()(pixels.pixel_values).logits.softmax(dim=1)
-
-
-def evaluate_model(
-    model: HiViTForImageClassification, processor: BitImageProcessor, test: Dataset, probabilities: torch.Tensor
-) -> dict:
-    """
-    Accuracy from the images themselves, through evaluate's evaluator and its pipeline; and the confusion matrix.
-
-    Args:
-        model: the classifier.
-        processor: its image processor.
-        test: the images and labels.
-        probabilities: what the model predicts for them, (number of images, 10), for the confusion matrix.
-    """
-    accuracy = evaluate.load(str(METRICS / "accuracy"), keep_in_memory=True)
-    evaluation = evaluate.evaluator("image-classification").compute(
-        model_or_pipeline=model,
-        feature_extractor=processor,
-        data=test,
-        metric=accuracy,
-        label_mapping=model.config.label2id,
-    )
-    confusion = evaluate.load(str(METRICS / "confusion_matrix"), keep_in_memory=True)
-    matrix = confusion.compute(
-        predictions=probabilities.argmax(dim=1).tolist(),
-        references=list(test["label"]),
-        num_labels=model.config.num_labels,
-    )
-    return evaluation | matrix
+def evaluate_model(model: Path, data: Path, output: Path) -> dict:
+    """Accuracy, confusion matrix and calibration on the hold-out, by `evaluate_classification.py`."""
+    shutil.rmtree(output, ignore_errors=True)
+    flags = ["--model_name_or_path", str(model), "--dataset_name", str(data), "--output_dir", str(output)]
+    run_quietly(evaluate_classification.main, flags, log=output.with_suffix(".txt"))
+    results = json.loads((output / "results.json").read_text())
+    names = ("accuracy", "confusion_matrix", "expected_calibration_error", "samples_per_second")
+    return {name: results[name] for name in names}
 
 
 def predict_in_fresh_process(model_folder: Path, dataset_folder: Path) -> dict:
@@ -248,38 +172,35 @@ def predict_in_fresh_process(model_folder: Path, dataset_folder: Path) -> dict:
     return json.loads(output.read_text())
 
 
-def compare_predictions(probabilities: torch.Tensor, fresh: dict) -> dict:
-    """Whether the fresh process predicts what the training process did: (number of images, 10) against its answer."""
-    labels = [CLASS_NAMES[index] for index in probabilities.argmax(dim=1).tolist()]
+def compare_predictions(here: dict, fresh: dict) -> dict:
+    """Whether a fresh process predicts what this one does; both as of `predict.predict`."""
     from_pipeline = [ranking[0]["label"] for ranking in fresh["pipeline"]]
-    difference = (probabilities - torch.tensor(fresh["probabilities"])).abs().max().item()
+    difference = (torch.tensor(here["probabilities"]) - torch.tensor(fresh["probabilities"])).abs().max().item()
     return {
-        "images": len(labels),
-        "labels_equal": labels == fresh["labels"],
-        "pipeline_labels_equal": labels == from_pipeline,
+        "images": len(here["labels"]),
+        "labels_equal": here["labels"] == fresh["labels"],
+        "pipeline_labels_equal": here["labels"] == from_pipeline,
         "largest_probability_difference": difference,
     }
 
 
-def example_predictions(fresh: dict, labels: torch.Tensor, count: int = 10) -> list[dict]:
-    """The first image of each digit as the pipeline saw it, then the mistakes, `count` of each at most."""
-    first = [(labels == digit).nonzero()[0].item() for digit in range(10)][:count]
+def example_predictions(fresh: dict, labels: Sequence[int], count: int = 10) -> list[dict]:
+    """The first image of each digit as the pipeline predicts it, then the mistakes, `count` of each at most."""
+    first = [list(labels).index(digit) for digit in range(10)][:count]
     wrong = [i for i, name in enumerate(fresh["labels"]) if name != CLASS_NAMES[labels[i]] and i not in first][:count]
     return [{"index": i, "true": CLASS_NAMES[labels[i]], "pipeline": fresh["pipeline"][i]} for i in first + wrong]
 
 
 def summarize(runs: dict) -> dict:
-    """Hold-out accuracy after the last step: mean and each seed, per labels and start."""
+    """Hold-out accuracy after the last step: mean and each seed, per labels and initialization."""
     summary = {}
-    for labels, of_start in runs.items():
-        summary[labels] = {}
-        for start, records in of_start.items():
-            per_seed = [record["metrics"]["accuracy"] for record in records]
-            summary[labels][start] = {"mean": sum(per_seed) / len(per_seed), "per_seed": per_seed}
+    for labels, records_of in runs.items():
+        per_seed = {start: [record["accuracy"] for record in records] for start, records in records_of.items()}
+        summary[labels] = {start: {"mean": sum(v) / len(v), "per_seed": v} for start, v in per_seed.items()}
     return summary
 
 
-def judge(results: dict) -> list[dict]:
+def check_targets(results: dict) -> list[dict]:
     """What the demonstration should reach, what was measured, and whether that is met (null in a fast run)."""
     accuracy, fresh = results["accuracy"], results["fresh_process"]
     few = accuracy["few_labels"]
@@ -291,7 +212,7 @@ def judge(results: dict) -> list[dict]:
         _target("Pre-trained, all labels", with_all, ">=", 99.0, "{:.1f} %", results["fast"]),
         _target("Lead over scratch, 100 labels", lead, ">=", 20.0, "{:.1f} points", results["fast"]),
         _target("Whole run", minutes, "<=", 6.0, "{:.1f} minutes", results["fast"]),
-        # does not depend on how long was trained, so a fast run is judged too
+        # does not depend on how long was trained, so a fast run is held to it too
         _target("Same in a fresh process", equal, ">=", fresh["images"], "{:.0f} images", False),
     ]
 
