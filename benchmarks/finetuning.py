@@ -7,6 +7,7 @@ features, fine-tuning, several labels, LoRA, and damaged images. Writes benchmar
 
 import argparse
 import json
+import shutil
 import statistics
 import sys
 import time
@@ -23,15 +24,15 @@ sys.path.insert(0, str(EXAMPLES))
 import evaluate_classification  # noqa: E402  they lie in a folder that is not installed
 import finetune_classification  # noqa: E402
 import linear_probe  # noqa: E402
-from digits.data import DigitPixels, digits_dataset, digits_processor  # noqa: E402
-from digits.experiment import DemoSettings, digits_config, pretrain_digits  # noqa: E402
+from digits.data import digits_dataset, write_parquet  # noqa: E402
+from digits.experiment import digits_config, pretrain  # noqa: E402
 from digits.labels import several_labels  # noqa: E402
 from hivit_hf import HiViTForMaskedImageModeling  # noqa: E402
 from measure import write  # noqa: E402
 
 
 # Digits are neither mirrored nor small in their images.
-FLAGS = ["--recipe", str(EXAMPLES / "recipes" / "finetune_digits.yaml")]
+FLAGS = ["--config", str(EXAMPLES / "recipes" / "finetune_digits.yaml")]
 MULTI = ["--problem_type", "multi_label_classification"]
 
 
@@ -40,13 +41,12 @@ def prepare(folder: Path, epochs: int) -> Path:
     data = digits_dataset()
     data.save_to_disk(folder / "digits")
     several_labels(data).save_to_disk(folder / "several")
-    pixels = DigitPixels.from_dataset(data["train"], digits_processor())
-    settings = DemoSettings(pretrain_epochs=epochs)
-    pretrain_digits(pixels, settings, folder / "pretrained")
+    parquet = write_parquet(data, folder / "parquet")
+    pretrain(parquet, folder / "run", ["--num_train_epochs", str(epochs)])
+    (folder / "run" / "model").rename(folder / "pretrained")
     set_seed(0)
     HiViTForMaskedImageModeling(digits_config()).save_pretrained(folder / "random")
-    for start in ("pretrained", "random"):
-        digits_processor().save_pretrained(folder / start)
+    shutil.copy(folder / "pretrained" / "preprocessor_config.json", folder / "random")
     return folder
 
 
@@ -87,13 +87,15 @@ def main():
             "pretrain_epochs": arguments.pretrain_epochs,
             "probes": {start: probe(folder, start) for start in ("pretrained", "random")},
             "finetuned_accuracy": runs(folder, arguments.seeds, "accuracy", "digits"),
-            "several_labels_mean_auc": runs(folder, arguments.seeds, "mean_auc", "several", *MULTI, "--epochs", "2"),
-            "lora_accuracy": runs(folder, arguments.seeds, "accuracy", "digits", "--lora_rank", "8"),
+            "several_labels_mean_auc": runs(
+                folder, arguments.seeds, "mean_auc", "several", *MULTI, "--num_train_epochs", "2"
+            ),
+            "lora_accuracy": runs(folder, arguments.seeds, "accuracy", "digits", "--lora_r", "8"),
         }
-        judged = ["--model_name_or_path", str(folder / "pretrained-digits-0-0"), "--robustness"]
-        judged += ["--dataset_name", str(folder / "digits"), "--output_dir", str(folder / "judged")]
-        assert evaluate_classification.main(judged) == 0
-        report = json.loads((folder / "judged" / "results.json").read_text())
+        evaluated = ["--model_name_or_path", str(folder / "pretrained-digits-0-0"), "--robustness"]
+        evaluated += ["--dataset_name", str(folder / "digits"), "--output_dir", str(folder / "evaluated")]
+        assert evaluate_classification.main(evaluated) == 0
+        report = json.loads((folder / "evaluated" / "results.json").read_text())
     names = ("accuracy", "expected_calibration_error", "robustness")
     results["evaluation"] = {name: report[name] for name in names}
     results["seconds"] = time.perf_counter() - started

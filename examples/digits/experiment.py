@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 import evaluate_classification
 import finetune_classification
 import pretrain_mim
+from hivit_hf import HiViTConfig
 
 from .data import CLASS_NAMES, few_labels, write_parquet
 
@@ -50,6 +51,14 @@ class Finetuning:
     @property
     def name(self) -> str:
         return f"{self.labels}-{self.initialization}-{self.seed}"
+
+
+def digits_config() -> HiViTConfig:
+    """The network of the pre-training recipe."""
+    recipe = yaml.safe_load(PRETRAINING.read_text())
+    own = {name: recipe[name] for name in ("image_size", "mask_ratio", "norm_pix_loss")}
+    labels = {"id2label": dict(enumerate(CLASS_NAMES)), "label2id": {name: i for i, name in enumerate(CLASS_NAMES)}}
+    return HiViTConfig.from_architecture(recipe["architecture"], **recipe["config_overrides"], **own, **labels)
 
 
 def network_flags() -> list[str]:
@@ -130,9 +139,8 @@ def finetune(run: Finetuning, data: Path, pretrained: Path, output: Path, flags:
 def worker_processes() -> Iterator[ProcessPoolExecutor]:
     """One process per core for runs that do not depend on each other; each computes with one thread."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        min(os.cpu_count() or 1, 4), context, initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
+    size = min(os.cpu_count() or 1, 4)
+    with ProcessPoolExecutor(size, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
             yield pool
         finally:

@@ -120,7 +120,7 @@ def _introduction(results: dict) -> str:
     )
     return (
         "<h1>HiViT on handwritten digits</h1>"
-        f"<p>A small HiViT ({results['parameters']['classifier'] / 1e6:.2f} million parameters) was first pre-trained on "
+        f"<p>A small HiViT ({results['parameters']['classifier'] / 1e6:.2f} million parameters) was pre-trained on "
         f"{images['train']:,} handwritten digits without their labels: half of each image was masked, and the network "
         "was trained to fill it in. It was then fine-tuned to classify the digits, once with all labels and once with "
         "10 per class, each time beside the same network trained from scratch with the same steps, learning rate and "
@@ -170,7 +170,7 @@ def _accuracy_table(results: dict) -> str:
             )
     return _section(
         "Accuracy on the hold-out",
-        "After the last step; no step, seed or model was chosen by it. The seed decides the new weights, the order, the "
+        "After the last step; no step, seed or model was chosen by it. The seed decides new weights, the order, the "
         "augmentation and which 100 labels are known; pre-training ran once.",
         f"<table><tr><th>fine-tuning</th><th>steps</th><th>mean</th>{header}</tr>{''.join(rows)}</table>",
     )
@@ -213,7 +213,7 @@ def _confusion(results: dict) -> str:
     evaluation = results["evaluation"]
     return _section(
         "Confusion matrix",
-        f"Pre-trained, all labels, seed 0: {100 * evaluation['accuracy']:.1f} % of the hold-out. Rows are true classes.",
+        f"Pre-trained, all labels, seed 0: {100 * evaluation['accuracy']:.1f} % accuracy. Rows are true classes.",
         _image(confusion_matrix_figure(evaluation["confusion_matrix"], CLASS_NAMES), "Confusion matrix"),
     )
 

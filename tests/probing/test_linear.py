@@ -8,8 +8,8 @@ import torch
 
 import finetune_classification
 import linear_probe
-from digits.data import DigitPixels, digits_dataset, digits_processor
-from digits.experiment import DemoSettings, pretrain_digits
+from digits.data import digits_dataset, write_parquet
+from digits.experiment import pretrain
 from digits.labels import PROPERTIES
 from hivit_hf.classification.metrics import top_k_accuracy
 from hivit_hf.probing import features
@@ -24,11 +24,10 @@ MULTI, THRESHOLD = "multi_label_classification", 0.915
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("pretrained") / "encoder"
-    pixels = DigitPixels.from_dataset(digits_dataset()["train"], digits_processor())
-    pretrain_digits(pixels, DemoSettings(pretrain_epochs=16), folder)
-    digits_processor().save_pretrained(folder)
-    return folder
+    folder = tmp_path_factory.mktemp("pretrained")
+    data = write_parquet(digits_dataset(), folder / "data")
+    pretrain(data, folder / "run", ["--num_train_epochs", "16", "--dataloader_num_workers", "0"])
+    return folder / "run" / "model"
 
 
 def probe(encoder: Path, dataset: Path, output: Path, *flags: str) -> dict:
