@@ -7,13 +7,10 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import accuracy_score, confusion_matrix
-from torch.utils.data import DataLoader
 
-from hivit_hf import HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling
+from hivit_hf import HiViTConfig, HiViTForImageClassification
 from hivit_hf.classification.figures import confusion_matrix_figure
-from hivit_hf.pretraining.step import pretrain
 from hivit_hf.training.figures import figure_to_png, learning_curves
-from hivit_hf.training.optim import cosine_learning_rate
 from hivit_hf.training.trainer_old import FinetuneSettings, finetune
 
 
@@ -25,10 +22,6 @@ CONFIG = {
     "depths": [1, 1, 1],
     "num_attention_heads": 2,
     "num_labels": 2,
-    "decoder_hidden_size": 16,
-    "decoder_num_hidden_layers": 1,
-    "decoder_num_attention_heads": 2,
-    "norm_pix_loss": False,
 }
 SETTINGS = {
     "total_steps": 30,
@@ -48,61 +41,6 @@ def bright_and_dark(count: int = 16) -> list[dict]:
         {"pixel_values": torch.full((3, 16, 16), 0.8 if i % 2 else -0.8) + 0.01 * i, "labels": i % 2}
         for i in range(count)
     ]
-
-
-def loader(images: list[dict], batch_size: int = 8, drop_last: bool = False) -> DataLoader:
-    return DataLoader(images, batch_size=batch_size, drop_last=drop_last)
-
-
-# -- pretrain -------------------------------------------------------------------------------------------------------
-
-
-def test_pretraining_lowers_the_loss_and_records_every_epoch():
-    model = HiViTForMaskedImageModeling(HiViTConfig(**CONFIG))
-    history = pretrain(model, loader(bright_and_dark()), epochs=15, learning_rate=5e-3, warmup_epochs=1)
-    assert [record["epoch"] for record in history] == list(range(1, 16))
-    assert history[-1]["loss"] < 0.5 * history[0]["loss"]
-    expected = cosine_learning_rate(29, total_steps=30, warmup_steps=2, base=5e-3)
-    assert history[-1]["learning_rate"] == pytest.approx(expected)
-    assert all(record["images_per_second"] > 0 for record in history)
-    assert not model.training
-
-
-def test_pretraining_is_deterministic():
-    losses = []
-    for _ in range(2):
-        torch.manual_seed(1)
-        model = HiViTForMaskedImageModeling(HiViTConfig(**CONFIG))
-        history = pretrain(model, loader(bright_and_dark()), epochs=2, learning_rate=1e-3)
-        losses.append([record["loss"] for record in history])
-    assert losses[0] == losses[1]
-
-
-def test_pretraining_stops_at_a_loss_that_is_not_finite():
-    images = bright_and_dark()
-    images[12]["pixel_values"] = torch.full((3, 16, 16), float("nan"))
-    model = HiViTForMaskedImageModeling(HiViTConfig(**CONFIG))
-    with pytest.raises(FloatingPointError, match="epoch 1, step 2"):
-        pretrain(model, loader(images), epochs=3, learning_rate=1e-3)
-    assert all(parameter.isfinite().all() for parameter in model.parameters())
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"epochs": 0}, "epochs must be at least 1, got 0"),
-        ({"learning_rate": 0.0}, "learning_rate"),
-        ({"learning_rate": float("nan")}, "learning_rate"),
-        ({"warmup_epochs": 2}, "warmup_epochs"),
-        ({"weight_decay": -1.0}, "weight_decay"),
-        ({"dataloader": loader(bright_and_dark(4), drop_last=True)}, "no batch"),
-    ],
-)
-def test_pretraining_refuses_nonsense(changes, message):
-    model = HiViTForMaskedImageModeling(HiViTConfig(**CONFIG))
-    arguments = {"dataloader": loader(bright_and_dark()), "epochs": 2, "learning_rate": 1e-3} | changes
-    with pytest.raises(ValueError, match=message):
-        pretrain(model, **arguments)
 
 
 # -- finetune -------------------------------------------------------------------------------------------------------

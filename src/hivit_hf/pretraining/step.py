@@ -2,16 +2,13 @@
 """Optimizer steps of masked pre-training, with Accelerate: schedule, accumulation, clipping, moving average."""
 
 import math
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator, DistributedType
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from ..modeling_hivit import HiViTForMaskedImageModeling
 from ..training.optim import cosine_learning_rate, parameter_groups
@@ -134,87 +131,3 @@ class MaskedTraining:
         bad = sum((~torch.isfinite(parameter)).any().float() for parameter in self.model.parameters())
         bad = bad.full_tensor() if hasattr(bad, "full_tensor") else bad
         return self.accelerator.reduce(bad, "sum").item() == 0
-
-
-@dataclass
-class PretrainEpoch:
-    """What is recorded of an epoch: the mean loss, the last learning rate, and the speed over all processes."""
-
-    epoch: int
-    loss: float
-    learning_rate: float
-    images_per_second: float
-
-
-def pretrain(
-    model: HiViTForMaskedImageModeling,
-    dataloader: DataLoader,
-    epochs: int,
-    learning_rate: float,
-    warmup_epochs: float = 0.0,
-    weight_decay: float = 0.05,
-    accelerator: Accelerator | None = None,
-) -> list[dict]:
-    """
-    Trains a masked autoencoder in place with AdamW (betas 0.9 and 0.95), warm-up and cosine.
-
-    Args:
-        model: trained in place; it draws a new mask for every image and step.
-        dataloader: gives dictionaries with `pixel_values` (B, num_channels, H, W); `len(dataloader)` must be known.
-        epochs: passes over the data.
-        learning_rate: the highest one, for the batch size at hand; nothing is scaled.
-        warmup_epochs: epochs until it is reached, fractions allowed.
-        weight_decay: of the matrices; vectors are not decayed.
-        accelerator: decides device, precision and processes. One with Accelerate's defaults if not given.
-
-    Returns:
-        One record per epoch: the fields of `PretrainEpoch`.
-
-    Raises:
-        ValueError: for settings and data that nothing can be learned with, before the first step.
-        FloatingPointError: as soon as a loss is not finite.
-    """
-    _check_settings(dataloader, epochs, learning_rate, warmup_epochs)
-    accelerator = accelerator or Accelerator()
-    dataloader = accelerator.prepare(dataloader)
-    steps_per_epoch = len(dataloader)  # after prepare: it is the share of one process now
-    schedule = Schedule(epochs * steps_per_epoch, warmup_epochs * steps_per_epoch, learning_rate)
-    training = MaskedTraining(model, accelerator, schedule, weight_decay)
-
-    history = []
-    total_steps, silent = schedule.total_steps, not accelerator.is_main_process
-    with tqdm(total=total_steps, desc="pre-training", unit="step", disable=silent) as progress:
-        for epoch in range(epochs):
-            start, loss_sum, images = time.perf_counter(), 0.0, 0
-            for i, batch in enumerate(dataloader):
-                result = training.step(epoch * steps_per_epoch + i, [{"pixel_values": batch["pixel_values"]}])
-                if not math.isfinite(result.loss):
-                    raise FloatingPointError(
-                        f"The loss is {result.loss} in epoch {epoch + 1}, step {i + 1} at learning rate "
-                        f"{result.learning_rate:.3g}. Lower the learning rate, lengthen the warm-up, or check the "
-                        "images for NaN."
-                    )
-                loss_sum += result.loss
-                images += len(batch["pixel_values"]) * accelerator.num_processes
-                speed, rate = images / (time.perf_counter() - start), result.learning_rate
-                progress.set_postfix(
-                    {"loss": f"{result.loss:.4f}", "lr": f"{rate:.2e}", "img/s": f"{speed:.0f}"}, refresh=False
-                )
-                progress.update()
-            history.append(asdict(PretrainEpoch(epoch + 1, loss_sum / steps_per_epoch, rate, speed)))
-    model.eval()
-    return history
-
-
-def _check_settings(dataloader: DataLoader, epochs: int, learning_rate: float, warmup_epochs: float):
-    if len(dataloader) == 0:
-        raise ValueError(
-            "The data loader gives no batch. Add images, or with drop_last=True choose a batch size no larger than "
-            "the number of images."
-        )
-    if epochs < 1:
-        raise ValueError(f"epochs must be at least 1, got {epochs}.")
-    if not (learning_rate > 0 and math.isfinite(learning_rate)):
-        raise ValueError(f"learning_rate must be a positive number, got {learning_rate}. Try 1e-3.")
-    if not 0 <= warmup_epochs < epochs:
-        raise ValueError(f"warmup_epochs must be at least 0 and less than epochs {epochs}, got {warmup_epochs}.")
