@@ -1,9 +1,9 @@
 """
 python benchmarks/browser.py [--rounds 9]
 
-Opens the page of examples/browser, with the models that lie in its folder `models`, in headless Chromium from the
-loopback, as often as told, each time with an empty cache. Takes the time from the request to the page being ready, and
-that of classifications and reconstructions of a image of noise, one at a time. Medians. Writes
+Opens the page of examples/browser, with the models of its folder `models`, in headless Chromium from the loopback,
+each time with an empty cache. Times the page from request to ready, and classifications and reconstructions of a noise
+image, one at a time. Medians. Writes
 benchmarks/results/browser_cpu.json.
 """
 
@@ -20,9 +20,8 @@ from tqdm.auto import tqdm
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
-from chromium import BROWSER_EXAMPLE, browser, serve
-
 from measure import write
+from support.chromium import BROWSER_EXAMPLE, browser, serve
 
 
 def look(page) -> dict[str, float]:
@@ -37,7 +36,7 @@ def look(page) -> dict[str, float]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9, help="Times that the page is opened.")
+    parser.add_argument("--rounds", type=int, default=9, help="Number of times the page is opened.")
     rounds = parser.parse_args().rounds
     models = sorted((BROWSER_EXAMPLE / "models").rglob("*.onnx"))
     if not models:

@@ -49,7 +49,7 @@ def make_checkpoint(folder: Path, optimizer_gib: float) -> tuple[Path, int]:
     """A file with weights and optimizer state; also the bytes of the weights."""
     model = HiViTForMaskedImageModeling(HiViTConfig.from_architecture("base-mae"))
     model.save_pretrained(folder / "model")
-    command = [sys.executable, CONVERSION / "convert.py", folder / "model", folder / "original", "--to-original"]
+    command = [sys.executable, CONVERSION / "convert.py", folder / "model", folder / "original", "--to_original"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     content = torch.load(folder / "original" / "checkpoint.pth", mmap=True)
     size = int(optimizer_gib * 2**28) * 4
@@ -64,8 +64,8 @@ def make_checkpoint(folder: Path, optimizer_gib: float) -> tuple[Path, int]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--optimizer_gib", type=float, default=0.65, help="Optimizer state in the file, GiB.")
-    parser.add_argument("--rounds", type=int, default=5, help="Conversions; the medians count.")
+    parser.add_argument("--optimizer_gib", type=float, default=0.65, help="Optimizer state in the file, in GiB.")
+    parser.add_argument("--rounds", type=int, default=5, help="Number of conversions, of which medians are taken.")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
     try:

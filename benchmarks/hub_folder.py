@@ -1,7 +1,7 @@
 """
 python benchmarks/hub_folder.py [--rounds 3]
 
-Times `hivit_hf.hub.export` of the base classifier, without and with ONNX, and then, in a fresh process each time,
+Times the export of the base classifier as a repository, without and with ONNX, and then, in a fresh process each time,
 loading that folder by `AutoModelForImageClassification` with its own code, where the package cannot be imported: the
 load alone, and with the imports. Medians. Writes benchmarks/results/hub_cpu.json.
 """
@@ -38,7 +38,7 @@ print(json.dumps({"load_s": end - imported, "import_and_load_s": end - start}))
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="Runs of each; the medians count.")
+    parser.add_argument("--rounds", type=int, default=3, help="Number of runs of each, of which medians are taken.")
     rounds = parser.parse_args().rounds
     model = HiViTForImageClassification(HiViTConfig.from_architecture("base", num_labels=1000))
     seconds = {"export_without_onnx_s": [], "export_s": [], "load_s": [], "import_and_load_s": []}

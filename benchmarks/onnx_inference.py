@@ -3,8 +3,8 @@ python benchmarks/onnx_inference.py [--batch_size 8] [--rounds 9] [--demo demo_o
 
 Exports the base classifier to ONNX, and times onnxruntime on it beside PyTorch (with SDPA, and with attention written
 out), in turn; medians, and ratios round by round. Also the largest differences from PyTorch of all exports of the base
-networks with random weights, and, with the folder that `make demo` leaves, of the demo's models, and what
-8-bit matrices cost its classifier. Writes benchmarks/results/onnx_cpu.json.
+networks with random weights, and, with the output folder of `make demo`, of the demo's models, and the
+accuracy that int8 costs its classifier. Writes benchmarks/results/onnx_cpu.json.
 """
 
 import argparse
@@ -58,17 +58,17 @@ def speed(model, path: Path, batch_size: int, rounds: int) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch_size", type=int, default=8, help="Images per call.")
-    parser.add_argument("--rounds", type=int, default=9, help="Counted rounds.")
+    parser.add_argument("--batch_size", type=int, default=8, help="Batch size of the throughput measurement.")
+    parser.add_argument("--rounds", type=int, default=9, help="Number of measured rounds.")
     parser.add_argument(
         "--fixed",
         action="store_const",
         dest="base_sizes",
         const=(False,),
         default=(False, True),
-        help="Base networks of fixed size only: the dynamic ones take a minute each.",
+        help="Fixed sizes only for the base networks; dynamic ones take a minute each.",
     )
-    parser.add_argument("--demo", type=Path, help="What make demo left.")
+    parser.add_argument("--demo", type=Path, help="Output folder of `make demo`.")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     results = {"opset": OPSET, "onnxruntime": version("onnxruntime"), "batch_size": arguments.batch_size}

@@ -1,4 +1,4 @@
-"""Which HiViT a state dict belongs to, told from its names and shapes alone."""
+"""Architecture of a state dict, inferred from its names and shapes alone."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -85,7 +85,7 @@ def _check_numbered_through(what: str, numbers: Iterable[int]):
 
 
 def square_side(number: int, what: str) -> int:
-    """The side of a square grid with so many entries; ConversionError if there is none."""
+    """The side of a square grid with this number of entries; ConversionError if it is no square."""
     side = math.isqrt(number)
     if side * side != number:
         raise ConversionError(f"{what} has {number} entries, which is no square: only square images can be told apart.")
@@ -138,7 +138,7 @@ def infer_config(
     The configuration whose model has these tensors.
 
     Args:
-        num_heads: attention heads of the main stage, if neither a relative table nor a published shape tells them.
+        num_heads: attention heads of the main stage, if neither relative tables nor a published shape tell them.
         decoder_num_heads: the same of the decoder.
         encoder_only: whether decoder and classifier stay behind, so that nothing of them need be known.
 
@@ -151,7 +151,7 @@ def infer_config(
     if has_decoder and not encoder_only:
         values |= _decoder_values(shapes, values["hidden_size"], decoder_num_heads)
     elif decoder_num_heads is not None:
-        raise ConversionError("--decoder-num-heads was given, but there is no decoder to convert. Leave it out.")
+        raise ConversionError("--decoder_num_heads was given, but there is no decoder to convert. Leave it out.")
     if "classifier.weight" in shapes.whole and not encoder_only:
         values["num_labels"] = shapes.of("classifier.weight", 2)[0]
     try:
@@ -174,7 +174,7 @@ def _encoder_values(key_map: KeyMap, shapes: Shapes, num_heads: int | None) -> d
         "num_channels": num_channels,
         "hidden_size": hidden_size,
         **_depths(published, stage_layers),
-        "num_attention_heads": _heads("--num-heads", num_heads, in_tables, published and published.num_attention_heads),
+        "num_attention_heads": _heads("--num_heads", num_heads, in_tables, published and published.num_attention_heads),
         "early_mlp_ratio": _ratio(shapes, "hivit.{block}.mlp.fc1.weight", 0),
         "mlp_ratio": _ratio(shapes, "hivit.{block}.mlp.fc1.weight", first_main),
         "qkv_bias": "hivit.{block}.attention.qkv.bias" in shapes.blocks[first_main],
@@ -197,7 +197,7 @@ def _decoder_values(shapes: Shapes, hidden_size: int, num_heads: int | None) -> 
         "decoder_hidden_size": width,
         "decoder_num_hidden_layers": len(layers),
         "decoder_mlp_ratio": _ratio(shapes, "decoder.layers.0.mlp.fc1.weight"),
-        "decoder_num_attention_heads": _heads("--decoder-num-heads", num_heads, None, known),
+        "decoder_num_attention_heads": _heads("--decoder_num_heads", num_heads, None, known),
     }
 
 

@@ -24,13 +24,13 @@ MAX_PICKLE_BYTES = 64 * 2**20  # names and shapes; a checkpoint of HiViT-L with 
 
 
 class ConversionError(ValueError):
-    """What is wrong with the input, what was found, and what would do."""
+    """An input that cannot be converted: what is wrong, what was found, and how to fix it."""
 
 
 @dataclass
 class Checkpoint:
     """
-    What a file holds.
+    Contents of a checkpoint file.
 
     Args:
         path: where it is.
@@ -50,7 +50,7 @@ class Checkpoint:
 
 
 def shown(text: object, most: int = 80) -> str:
-    """What a file says, fit to be printed: no control characters, and not too much of it."""
+    """Text from a file, fit to be printed: escaped and shortened."""
     text = ascii(text)[1:-1] if isinstance(text, str) else ascii(text)
     return text if len(text) <= most else f"{text[:most]}..."
 

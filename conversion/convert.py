@@ -1,9 +1,9 @@
 """
 python conversion/convert.py CHECKPOINT OUT_DIR
 
-Turns a checkpoint of the original HiViT code, of mmpretrain or of iTPN (pixel) into a folder for `from_pretrained`,
-loads that folder, compares every number with the checkpoint, and writes a report. With --to-original, the way back.
-Reading a checkpoint never runs code from it. Exits with 2 and a sentence if something is wrong; nothing is left then.
+Converts a checkpoint of the original HiViT code, of mmpretrain or of iTPN (pixel) to a folder for `from_pretrained`,
+loads that folder, compares every number with the checkpoint, and writes a report. --to_original converts back.
+Reading a checkpoint never runs code from it. Exits with code 2 and a sentence on errors, and leaves nothing then.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from to_original import to_original
 
 def read_labels(which: str, num_labels: int) -> dict[int, str]:
     """
-    Names of the classes.
+    Class names by class id.
 
     Args:
         which: `imagenet-1k`, or a file: JSON (a list, or an object from number to name) or text, a name per line.
@@ -77,26 +77,37 @@ def positive(text: str) -> int:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="File of torch.save or safetensors; a folder with --to-original.")
-    parser.add_argument("out_dir", type=Path, help="Folder to write. Must not exist.")
+    parser.add_argument("checkpoint", type=Path, help="File of torch.save or safetensors; a folder with --to_original.")
+    parser.add_argument("out_dir", type=Path, help="Output folder, which must not exist without --overwrite.")
     parser.add_argument(
-        "--source", default="auto", choices=["auto", *KEY_MAPS], help="Layout; told by the keys if auto."
+        "--source",
+        default="auto",
+        choices=["auto", *KEY_MAPS],
+        help="Layout of the keys; detected by default.",
     )
-    parser.add_argument("--encoder-only", action="store_true", help="Leave decoder or classifier behind: a HiViTModel.")
-    parser.add_argument("--num-heads", type=positive, metavar="H", help="Attention heads, where no tensor tells them.")
-    parser.add_argument("--decoder-num-heads", type=positive, metavar="H", help="Attention heads of the decoder.")
-    parser.add_argument("--model-ema", action="store_true", help="Take the moving average of the weights.")
+    parser.add_argument("--encoder_only", action="store_true", help="Convert the encoder alone, to a HiViTModel.")
     parser.add_argument(
-        "--image-size", type=positive, metavar="S", help="Interpolate positions to images of S px, once."
+        "--num_heads",
+        type=positive,
+        metavar="H",
+        help="Attention heads, if no tensor tells them.",
+    )
+    parser.add_argument("--decoder_num_heads", type=positive, metavar="H", help="Attention heads of the decoder.")
+    parser.add_argument("--model_ema", action="store_true", help="Convert the moving average of the weights.")
+    parser.add_argument(
+        "--image_size",
+        type=positive,
+        metavar="S",
+        help="Image size in px to interpolate positions to.",
     )
     parser.add_argument(
-        "--dtype", choices=DTYPES, help="Type of the written numbers. As in the checkpoint if not given."
+        "--dtype", choices=DTYPES, help="Dtype of the written weights; that of the checkpoint if not given."
     )
     parser.add_argument(
-        "--id2label", metavar="imagenet-1k|FILE", help="Names of the classes: JSON, or a name per line."
+        "--id2label", metavar="imagenet-1k|FILE", help="Class names: a JSON file, or a text file with a name per line."
     )
-    parser.add_argument("--overwrite", action="store_true", help="Replace an earlier conversion in OUT_DIR.")
-    parser.add_argument("--to-original", action="store_true", help="Write checkpoint.pth in the original layout.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace an earlier conversion in the output folder.")
+    parser.add_argument("--to_original", action="store_true", help="Convert a folder back to checkpoint.pth.")
     return parser.parse_args(argv)
 
 
@@ -108,7 +119,7 @@ def run(arguments: argparse.Namespace) -> dict:
     if arguments.to_original:
         for name in ("encoder_only", "num_heads", "decoder_num_heads", "model_ema", "image_size", "dtype", "id2label"):
             if getattr(arguments, name) not in (None, False):
-                raise ConversionError(f"--{name.replace('_', '-')} has no meaning with --to-original. Leave it out.")
+                raise ConversionError(f"--{name} has no meaning with --to_original. Leave it out.")
         return to_original(arguments.checkpoint, arguments.out_dir, arguments.source, arguments.overwrite)
     checkpoint = read_checkpoint(arguments.checkpoint, arguments.model_ema)
     plan = plan_conversion(

@@ -1,4 +1,4 @@
-"""Converting a checkpoint to a Transformers folder, proven by reading what was written."""
+"""Conversion of a checkpoint to a Transformers folder, verified by reading it back."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -30,15 +30,15 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 @dataclass
 class Plan:
     """
-    What becomes of each tensor of a checkpoint.
+    The model, and the destination of each tensor of a checkpoint.
 
     Args:
         model_class, config, model_arguments: the model that the tensors make.
         tensors: full name here -> tensor.
         dropped: key of the checkpoint -> why it has no counterpart.
         resized: full name here -> what was done to it.
-        replaced: full names here whose tensor was computed anew.
-        cast: what became of the type of the numbers, if anything.
+        replaced: full names here whose tensor was recomputed.
+        cast: change of dtype, if any.
     """
 
     key_map: KeyMap
@@ -86,7 +86,7 @@ def plan_conversion(
     dtype: torch.dtype | None = None,
 ) -> Plan:
     """
-    Decides what becomes of every tensor, without writing anything.
+    Maps every tensor of a checkpoint, without writing anything.
 
     Raises:
         ConversionError: with a table of the tensors that are unknown, missing, of another shape or type, or not finite.
@@ -99,7 +99,7 @@ def plan_conversion(
         try:
             config.check()
         except ValueError as error:
-            raise ConversionError(f"--image-size {image_size}: {error}") from error
+            raise ConversionError(f"--image_size {image_size}: {error}") from error
     names = block_names(config.stage_layers)
     found, dropped, problems = {}, {}, []
     for key, tensor in checkpoint.tensors.items():
@@ -176,7 +176,7 @@ def _resized(plan: Plan, name: str, key: str, tensor: torch.Tensor, made_for: tu
         fixed = sin_cos_position_embeddings(made_for, tensor.shape[2])
         if torch.allclose(tensor.double(), fixed, atol=1e-3):
             plan.replaced.add(name)
-            plan.dropped[key] = "fixed sines and cosines, computed anew for the other grid"
+            plan.dropped[key] = "fixed sines and cosines, recomputed for the other grid"
             return sin_cos_position_embeddings(grid, tensor.shape[2]).to(tensor.dtype)
         plan.resized[name] = f"{made_for[0]}x{made_for[1]} -> {grid[0]}x{grid[1]} units, bicubic"
         return resize_table(tensor[0], made_for, grid).unsqueeze(0)

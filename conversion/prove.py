@@ -203,9 +203,9 @@ def convert_set(folder: Path, out_dir: Path) -> int:
     architecture = json.loads((folder / "meta.json").read_text())["spec"]["arch"]
     arguments = [str(checkpoint), str(out_dir)]
     if not architecture.get("rpe", True):
-        arguments += ["--num-heads", str(architecture["num_heads"])]
+        arguments += ["--num_heads", str(architecture["num_heads"])]
     if "decoder_num_heads" in architecture:
-        arguments += ["--decoder-num-heads", str(architecture["decoder_num_heads"])]
+        arguments += ["--decoder_num_heads", str(architecture["decoder_num_heads"])]
     with contextlib.redirect_stdout(io.StringIO()):
         return convert.main(arguments)
 
@@ -213,7 +213,7 @@ def convert_set(folder: Path, out_dir: Path) -> int:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("golden", type=Path, help="Folder of recorded sets.")
-    parser.add_argument("--set", action="append", help="Only this set; may be repeated.")
+    parser.add_argument("--set", action="append", help="Name of a set to run alone; may be repeated.")
     arguments = parser.parse_args(argv)
     folders = [
         path.parent for path in sorted(arguments.golden.glob("*/meta.json")) if list(path.parent.glob("checkpoint.*"))

@@ -1,4 +1,4 @@
-"""The way back: from a folder of the package to a checkpoint in an original layout, proven by reading it again."""
+"""Conversion back: from a folder of the package to a checkpoint in an original layout, verified by reading it."""
 
 import json
 from collections import OrderedDict
@@ -95,7 +95,7 @@ def _read_folder(folder: Path) -> tuple[HiViTConfig, str, dict[str, torch.Tensor
     """
     file = folder / "model.safetensors"
     if not file.is_file() or not (folder / "config.json").is_file():
-        raise ConversionError(f"{folder} must be a folder with config.json and model.safetensors, for --to-original.")
+        raise ConversionError(f"{folder} must be a folder with config.json and model.safetensors, for --to_original.")
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config = HiViTConfig.from_pretrained(folder)

@@ -1,12 +1,12 @@
 """
 python examples/export_onnx.py MODEL_FOLDER OUT_DIR [--task classification] [--size fixed] [--int8 IMAGES]
 
-Writes ONNX files of a trained model, one file each with its weights: `classification`, `features` and `reconstruction`,
-as far as the model does these. Each is run in onnxruntime and compared with PyTorch, and is refused beyond 1e-4. Beside
-them lie config.json, preprocessor_config.json and onnx.json, with the differences.
+Exports a trained model to ONNX, one file per task with its weights: `classification`, `features`, `reconstruction`.
+Each is compared with PyTorch in onnxruntime, and refused beyond 1e-4; onnx.json holds the differences. config.json and
+preprocessor_config.json are written beside them.
 
---int8 also writes the classifier with 8-bit matrices, and says what that costs: the accuracy of both on labeled
-images, a folder for each class (or a dataset that was saved with `save_to_disk`), held out from training.
+--int8 also writes the classifier with int8 matrices, and reports the accuracy of both on labeled images: a folder for
+each class (or a dataset saved with `save_to_disk`), held out from training.
 """
 
 import argparse
@@ -23,23 +23,23 @@ from hivit_hf.image_processing import load_processor
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="Read the trained model from this folder.")
-    parser.add_argument("out_dir", type=Path, help="Write into this folder.")
+    parser.add_argument("model", type=Path, help="Folder of the trained model.")
+    parser.add_argument("out_dir", type=Path, help="Output folder.")
     parser.add_argument(
         "--task",
         choices=["all", "classification", "features", "reconstruction"],
         default="all",
-        help="Export this (all that the model does).",
+        help="Task to export; all that the model supports by default.",
     )
     parser.add_argument(
         "--size",
         choices=["fixed", "dynamic"],
         default="fixed",
-        help="Take images of the model's own size, or of any multiples of its patch size; reconstructions are fixed.",
+        help="Input size: the model's own, or any multiples of its patch size (not for reconstruction).",
     )
-    parser.add_argument("--opset", type=int, default=OPSET, help=f"Use this version of ONNX's operators ({OPSET}).")
+    parser.add_argument("--opset", type=int, default=OPSET, help=f"ONNX opset version (default: {OPSET}).")
     parser.add_argument(
-        "--int8", type=Path, metavar="IMAGES", help="Write 8 bits too, measured on these labeled images."
+        "--int8", type=Path, metavar="IMAGES", help="Labeled images to measure an int8 classifier with; also writes it."
     )
     return parser.parse_args(argv)
 

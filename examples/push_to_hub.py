@@ -1,8 +1,8 @@
 """
-python examples/push_to_hub.py MODEL_FOLDER OUT_DIR [--checkpoint hivit-base-mae-1600ep] [--samples IMAGES] [--push]
+python examples/push_to_hub.py MODEL OUT_DIR [--checkpoint hivit-base-mae-1600ep] [--samples IMAGES] [--push_to_hub]
 
-Makes a complete repository of the Hub from a trained or converted model: weights, code, image processor, card, samples
-with predictions, ONNX files, endpoint. Prints what is in it. Uploads only with --push; with --dry_run, nothing stays.
+Writes a complete repository for the Hub from a trained or converted model: weights, code, image processor, card,
+samples with predictions, ONNX files, endpoint. Lists its files. Uploads only with --push_to_hub.
 """
 
 import argparse
@@ -20,38 +20,40 @@ from hivit_hf.image_processing import load_processor
 
 
 CARD_FLAGS = {
-    "title": "Head the card with this.",
-    "repo_id": "Name it OWNER/NAME on the Hub.",
-    "description": "Say what the model is, in a sentence or two.",
-    "training": "Say what it was trained with, and how.",
-    "license": "Name the license of the weights by an identifier of the Hub.",
+    "title": "Title of the card.",
+    "hub_model_id": "Repository id on the Hub, OWNER/NAME.",
+    "description": "Description of the model, in a sentence or two.",
+    "training": "Training data and recipe, in Markdown.",
+    "license": "License of the weights, as an identifier of the Hub.",
 }
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="Read the trained or converted model from this folder.")
-    parser.add_argument("out_dir", type=Path, help="Write this folder.")
-    parser.add_argument("--checkpoint", choices=CHECKPOINTS, help="Describe it as this published checkpoint.")
+    parser.add_argument("model", type=Path, help="Folder of the trained or converted model.")
+    parser.add_argument("out_dir", type=Path, help="Output folder.")
+    parser.add_argument("--checkpoint", choices=CHECKPOINTS, help="Published checkpoint that the card describes.")
     for name, what in CARD_FLAGS.items():
         parser.add_argument(f"--{name}", help=what)
     parser.add_argument(
-        "--samples", type=Path, nargs="+", default=[], metavar="IMAGE", help="Show these PNG and JPEG files."
+        "--samples", type=Path, nargs="+", default=[], metavar="IMAGE", help="PNG and JPEG files for the card."
     )
-    parser.add_argument("--no_onnx", action="store_true", help="Leave onnx/ out, which takes most of the time.")
-    parser.add_argument("--overwrite", action="store_true", help="Replace an earlier export in OUT_DIR.")
-    parser.add_argument("--push", action="store_true", help="Upload it to the Hub.")
-    parser.add_argument("--dry_run", action="store_true", help="Make the folder, print what is in it, and delete it.")
+    parser.add_argument("--no_onnx", action="store_true", help="No ONNX files, which take most of the time.")
+    parser.add_argument("--overwrite", action="store_true", help="Replace an earlier export in the output folder.")
+    parser.add_argument("--push_to_hub", action="store_true", help="Upload to the Hub; new repositories are private.")
+    parser.add_argument("--dry_run", action="store_true", help="List the files of the folder without keeping it.")
     arguments = parser.parse_args(argv)
-    if arguments.dry_run and arguments.push:
-        parser.error("--dry_run and --push exclude each other: leave one out")
+    if arguments.dry_run and arguments.push_to_hub:
+        parser.error("--dry_run and --push_to_hub exclude each other: leave one out")
     return arguments
 
 
 def describe(arguments: argparse.Namespace, model) -> Checkpoint:
-    """What the card says: of the table, or of the flags."""
+    """The description of the card, from the table of checkpoints and the flags."""
     given = {name: getattr(arguments, name) for name in CARD_FLAGS if getattr(arguments, name) is not None}
+    if "hub_model_id" in given:
+        given["repo_id"] = given.pop("hub_model_id")
     known = CHECKPOINTS.get(arguments.checkpoint) or undescribed(model, arguments.out_dir.resolve().name)
     return replace(known, **given)
 
@@ -77,10 +79,11 @@ def run(arguments: argparse.Namespace):
     if arguments.dry_run:
         with tempfile.TemporaryDirectory() as folder:
             print(tree(export(model, Path(folder) / arguments.out_dir.resolve().name, **options)))
-        print("a dry run: nothing was kept, nothing was uploaded")
+        print("dry run: nothing was kept, nothing was uploaded")
         return
-    print(tree(export(model, arguments.out_dir, overwrite=arguments.overwrite, push_to_hub=arguments.push, **options)))
-    print(f"written: {arguments.out_dir}" + ("" if arguments.push else "; nothing was uploaded"))
+    options |= {"overwrite": arguments.overwrite, "push_to_hub": arguments.push_to_hub}
+    print(tree(export(model, arguments.out_dir, **options)))
+    print(f"written: {arguments.out_dir}" + ("" if arguments.push_to_hub else "; nothing was uploaded"))
 
 
 def main(argv: list[str] | None = None) -> int:

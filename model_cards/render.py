@@ -1,9 +1,8 @@
 """
 python model_cards/render.py [--check]
 
-Writes the card of each checkpoint of `hivit_hf.checkpoints.CHECKPOINTS`, the tables that name them here and in the main
-README, and the ids in the Space's metadata, from the data; with --check it only says whether all of them are what the
-data give.
+Renders the card of each checkpoint of `hivit_hf.hub.model_zoo.CHECKPOINTS`, the tables of checkpoints here and in the
+main README, and the model ids in the Space's metadata; with --check it only reports which of them are out of date.
 """
 
 import argparse
@@ -61,17 +60,19 @@ def rendered() -> dict[Path, str]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="Change nothing; exit with 1 if a file is out of date.")
+    parser.add_argument(
+        "--check", action="store_true", help="Only report outdated files; exit with 1 if there are any."
+    )
     check = parser.parse_args().check
     files = rendered()
-    strangers = {path for path in CARDS.glob("*.md") if path.name not in ("template.md",)} - set(files)
+    obsolete = set(CARDS.glob("*.md")) - set(files)
     stale = [path for path, text in files.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     if check:
-        problems = [f"{path.name} is out of date" for path in stale] + [f"{p.name} is of nothing" for p in strangers]
+        problems = [f"{path.name} is out of date" for path in stale] + [f"{p.name} is obsolete" for p in obsolete]
         sys.exit(f"{', '.join(problems)}: run make cards" if problems else 0)
     for path in stale:
         path.write_text(files[path], encoding="utf-8")
-    for path in strangers:
+    for path in obsolete:
         path.unlink()
     print(f"{len(files)} files, {len(stale)} of them changed")
 

@@ -128,7 +128,7 @@ def test_the_way_back(folder, converted, tmp_path):
     """Every tensor that was mapped comes back as it was; index buffers are computed again and equal."""
     source = read_checkpoint(next(iter(sorted(folder.glob("checkpoint.*"))))).tensors
     path = converted(folder)
-    assert prove.convert.main([str(path), str(tmp_path / "back"), "--to-original"]) == 0
+    assert prove.convert.main([str(path), str(tmp_path / "back"), "--to_original"]) == 0
     back = read_checkpoint(tmp_path / "back" / "checkpoint.pth").tensors
     dropped = json.loads((path / "conversion_report.json").read_text())["dropped"]
     lost = {key for reason, keys in dropped.items() if "recomputed" not in reason for key in keys}

@@ -1,5 +1,5 @@
 """
-Key maps: one table per layout in which HiViT checkpoints are published, and the little engine that reads them.
+Key maps: one table per layout in which HiViT checkpoints are published, and their matching in both directions.
 
 A rule maps a name of the layout to a name of the package, or says why there is none. In both names `{block}` is a
 block of the encoder (a flat number there, a stage and a layer here), `{layer}` a layer of the decoder, and `*` stands

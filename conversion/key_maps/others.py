@@ -1,4 +1,4 @@
-"""Networks that people may take for a HiViT, by keys that only they have, and what to say to them."""
+"""Other networks that may be mistaken for a HiViT, recognized by their keys."""
 
 from collections.abc import Iterable
 

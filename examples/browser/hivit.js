@@ -37,14 +37,14 @@ async function load(folder, files, output) {
   return { config, processor, session };
 }
 
-// What every model does with a image: {seen, pixelValues, tensor}.
+// The preprocessing of every model: {seen, pixelValues, tensor}.
 function prepare({ processor }, image) {
   const seen = seenBy(processor, image);
   const pixelValues = toPixelValues(processor, seen);
   return { seen, pixelValues, tensor: new ort.Tensor("float32", pixelValues, [1, 3, seen.height, seen.width]) };
 }
 
-// As transformers' pipeline: where several classes may be right, each has a probability of its own.
+// As in transformers' pipeline: sigmoid for multi-label classification, softmax otherwise.
 function classScores(logits, problemType) {
   if (problemType === "regression") return logits;
   if (problemType === "multi_label_classification" || logits.length === 1) {
@@ -88,7 +88,7 @@ export class Autoencoder {
     return this.config.patch_size;
   }
 
-  // The image with some units hidden and filled in. `noise` has one number per unit: the smallest stay visible.
+  // The image with masked units reconstructed. `noise` has one number per unit: the smallest stay visible.
   async reconstruct(image, noise) {
     const { seen, pixelValues, tensor } = prepare(this, image);
     const units = (seen.width / this.patchSize) * (seen.height / this.patchSize);

@@ -1,4 +1,4 @@
-// The page: a image comes in, by dropping, choosing or pasting; classes and a masked reconstruction come out.
+// The page: an image is dropped, chosen or pasted; it is classified, masked and reconstructed.
 
 import { Autoencoder, Classifier } from "./hivit.js";
 
@@ -19,7 +19,7 @@ async function readImage(file) {
   try {
     const image = new Image();
     image.src = url;
-    const unreadable = "This is not a image that the browser can read. Try a PNG, JPEG, GIF or WebP file.";
+    const unreadable = "This is not an image that the browser can read. Try a PNG, JPEG, GIF or WebP file.";
     await new Promise((resolve, reject) => {
       image.onload = resolve; // only its size is known then
       image.onerror = () => reject(new Error(unreadable));
@@ -65,7 +65,7 @@ function draw(canvas, { width, height, data }) {
   canvas.classList.toggle("pixelated", width < 128);
 }
 
-function hideUnits(canvas, mask, patchSize) {
+function maskUnits(canvas, mask, patchSize) {
   const context = canvas.getContext("2d");
   const columns = canvas.width / patchSize;
   context.fillStyle = `rgb(${GRAY} ${GRAY} ${GRAY})`;
@@ -75,7 +75,7 @@ function hideUnits(canvas, mask, patchSize) {
   });
 }
 
-// -- what is shown
+// -- results
 
 function say(text, isError = false) {
   part("status").textContent = text;
@@ -103,10 +103,10 @@ function showClasses({ classes, seen, milliseconds }, areNumbers) {
 function showReconstruction({ seen, mask, filled, milliseconds }, patchSize) {
   draw(part("original"), seen);
   draw(part("masked"), seen);
-  hideUnits(part("masked"), mask, patchSize);
+  maskUnits(part("masked"), mask, patchSize);
   draw(part("filled"), filled);
-  const share = mask.filter(Boolean).length / mask.length;
-  part("masked-caption").textContent = `what the model sees: ${Math.round(100 * (1 - share))} %`;
+  const maskRatio = mask.filter(Boolean).length / mask.length;
+  part("masked-caption").textContent = `visible patches: ${Math.round(100 * (1 - maskRatio))} %`;
   part("reconstruct-time").textContent = `${milliseconds.toFixed(0)} ms on this device`;
   part("reconstruction").hidden = false;
 }
@@ -145,7 +145,7 @@ zone.addEventListener("drop", (event) => {
   event.preventDefault();
   zone.classList.remove("over");
   if (event.dataTransfer.files.length) look(event.dataTransfer.files[0]);
-  else say("That was no file. Drop a image from your computer.", true);
+  else say("That was no file. Drop an image from your computer.", true);
 });
 part("file").addEventListener("change", (event) => {
   if (event.target.files.length) look(event.target.files[0]);
@@ -169,5 +169,5 @@ else say("");
 part("file").disabled = missing.length === outcomes.length;
 document.documentElement.dataset.ready = performance.now().toFixed(0); // ms since the page was asked for
 
-// for tests, and for whoever is curious in the console
+// for tests and the console
 window.hivit = { models, look, maskAgain, readImage, current: () => current };

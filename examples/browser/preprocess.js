@@ -1,4 +1,4 @@
-// From a image to the pixels that the model was trained on, number by number as Python makes them.
+// Preprocessing: from an image to the pixel values that Python computes, bit for bit.
 //
 // A canvas scales in its own way, which differs from browser to browser and from Pillow, so images are resized here:
 // a weighted mean over the support of the filter, with the rounding of 8-bit images after each of the two directions.
@@ -123,7 +123,7 @@ export function toPixelValues(processor, { width, height, data }) {
   return values;
 }
 
-// The way back: bytes of a image from normalized pixels.
+// Denormalization: bytes of an image from pixel values.
 export function toImage(processor, values, width, height) {
   const data = new Uint8ClampedArray(3 * width * height);
   for (let channel = 0; channel < 3; channel++) {

@@ -1,9 +1,9 @@
 """
 python examples/space/app.py [--classifier demo_output/model] [--autoencoder demo_output/pretrained] [--port 7860]
 
-A Gradio Space: classes of a image, a reconstruction with a mask to click, and the features of the three stages.
-Without arguments it takes what `make demo` leaves, or, where that is missing, checkpoints that are on the Hub. The
-README.md beside it tells which environment variables do the same as the flags.
+A Gradio Space: classification, masked reconstruction with patches to click, and the features of the three stages.
+Without arguments it loads the models of `make demo`, or else the checkpoints on the Hub. README.md lists the
+environment variables that correspond to the flags.
 """
 
 import argparse
@@ -32,10 +32,10 @@ CSS = """
 FONTS = [gr.themes.Font(name) for name in ("system-ui", "Segoe UI", "Helvetica", "sans-serif")]
 THEME = gr.themes.Soft(font=FONTS)
 INTRODUCTION = """# HiViT
-A vision transformer that names a image, fills in what is hidden of it, and shows what it computes on the way
+A hierarchical vision transformer: it classifies an image, reconstructs masked patches, and shows its features
 ([paper](https://arxiv.org/abs/2205.14949))."""
 
-UNPINNED = "No revision is given, so what is shown may change with the repository:"
+UNPINNED = "No revision is given, so the models may change with their repositories:"
 
 
 def port(text: str) -> int:
@@ -48,18 +48,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in DEMO_FOLDERS:
         for flag, what in [
-            (name, "folder, or id on the Hub"),
-            (f"{name}_revision", "commit of that id; main if empty"),
+            (name, f"Folder or Hub id of the {name}."),
+            (f"{name}_revision", "Revision of that id; main if empty."),
         ]:
             parser.add_argument(f"--{flag}", default=os.environ.get(f"HIVIT_{flag.upper()}"), help=what)
-    parser.add_argument("--samples", type=Path, default=Path("demo_output/samples"), help="folder of sample images")
-    parser.add_argument("--port", type=port, help="the first free one from 7860 on if not given")
+    parser.add_argument("--samples", type=Path, default=Path("demo_output/samples"), help="Folder of sample images.")
+    parser.add_argument("--port", type=port, help="Port of the page; the first free one from 7860 on if not given.")
     return parser.parse_args(argv)
 
 
 def find_source(arguments: argparse.Namespace, name: str) -> Source:
     """
-    What the flags say, or `make demo` has left, or the checkpoint on the Hub.
+    The model of the flags, else that of `make demo`, else the checkpoint on the Hub.
 
     Raises:
         ValueError: if there is none of them, or a revision without its repository.
@@ -68,7 +68,7 @@ def find_source(arguments: argparse.Namespace, name: str) -> Source:
     if given:
         return Source(given, revision)
     if revision:
-        raise ValueError(f"--{name}_revision {revision} is of no repository: give --{name} ID as well.")
+        raise ValueError(f"--{name}_revision {revision} needs a repository: give --{name} ID as well.")
     if Path(DEMO_FOLDERS[name]).exists():
         return Source(DEMO_FOLDERS[name])
     about = CHECKPOINTS[SPACE_CHECKPOINTS[name]]
@@ -78,7 +78,7 @@ def find_source(arguments: argparse.Namespace, name: str) -> Source:
 
 
 def in_words(otherwise: list):
-    """What cannot be answered becomes words on the page, the last of the outputs; the others are `otherwise` then."""
+    """Errors become a message on the page, the last of the outputs; the others are `otherwise` then."""
 
     def decorate(function):
         @functools.wraps(function)
@@ -94,7 +94,7 @@ def in_words(otherwise: list):
 
 
 def shown_image(caption: str, *classes: str) -> gr.Image:
-    """A image that the page shows, with its caption below: a label would lie on the squares."""
+    """An output image with its caption below: a label would cover the patches."""
     with gr.Column(min_width=140):
         image = gr.Image(
             label=caption,
@@ -116,13 +116,13 @@ def build(studio: Studio, samples: list[str]) -> gr.Blocks:
 
     @in_words(otherwise=nothing)
     def look(path, ratio):
-        if path is None:  # it was taken away
+        if path is None:  # it was removed
             return nothing
         mask = studio.draw_mask(ratio)
         return studio.classify(path), mask, *studio.reconstruct(path, mask), *studio.features(path)
 
     @in_words(otherwise=as_it_was)
-    def hide(path, ratio):
+    def mask_again(path, ratio):
         mask = studio.draw_mask(ratio)
         return mask, *studio.reconstruct(path, mask)
 
@@ -150,24 +150,24 @@ def build(studio: Studio, samples: list[str]) -> gr.Blocks:
                     classes = gr.Label(num_top_classes=5, label="Classes", elem_id="classes")
                 with gr.Tab("Reconstruct"):
                     with gr.Row(equal_height=True):
-                        ratio = gr.Slider(0, 0.95, studio.mask_ratio, step=0.05, label="Share that is hidden", scale=4)
-                        ratio.preprocess = lambda payload: payload  # the studio says what is wrong with it, in words
-                        again = gr.Button("Hide other squares", scale=1, min_width=170)
+                        ratio = gr.Slider(0, 0.95, studio.mask_ratio, step=0.05, label="Mask ratio", scale=4)
+                        ratio.preprocess = lambda payload: payload  # checked by the studio
+                        again = gr.Button("Mask other patches", scale=1, min_width=170)
                     with gr.Row():
-                        masked = shown_image("What the model sees: click a square to hide or show it", "masked")
-                        filled = shown_image("Hidden squares filled in")
+                        masked = shown_image("Visible patches: click one to mask or unmask it", "masked")
+                        filled = shown_image("Masked patches reconstructed")
                 with gr.Tab("Features"):
                     gr.Markdown(
-                        "Each stage's first three principal components as red, green and blue: places of like features "
-                        "have like colors."
+                        "The first three principal components of each stage's features as red, green and blue: similar "
+                        "features have similar colors."
                     )
                     with gr.Row():
                         stages = [shown_image(name.replace("stage", "Stage ")) for name in STAGES]
         image.change(
             look, [image, ratio], [classes, mask, masked, filled, *stages, words], api_name="look", queue=False
         )
-        ratio.release(hide, [image, ratio], [mask, masked, filled, words], api_name="hide", queue=False)
-        again.click(hide, [image, ratio], [mask, masked, filled, words], api_name=False, queue=False)
+        ratio.release(mask_again, [image, ratio], [mask, masked, filled, words], api_name="mask", queue=False)
+        again.click(mask_again, [image, ratio], [mask, masked, filled, words], api_name=False, queue=False)
         masked.select(click, [image, mask, masked], [mask, masked, filled, words], api_name=False, queue=False)
     return page
 

@@ -1,4 +1,4 @@
-"""What the Space does with a image, without its window: classes, masks and reconstructions, features as colors."""
+"""The models of the Space, without its page: classification, masked reconstruction, features as colors."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +39,7 @@ class Source:
 
     @property
     def may_change(self) -> bool:
-        """Whether another model may come from there the next time."""
+        """Whether the model may change there."""
         return not self.revision and not Path(self.name).is_dir()
 
     def load(self, model_class: type, **arguments):
@@ -54,7 +54,7 @@ class Studio:
     The models of the Space.
 
     Args:
-        classifier, autoencoder: where they come from.
+        classifier, autoencoder: sources of the models.
 
     Raises:
         ValueError: if one cannot be loaded, or lacks weights.
@@ -76,26 +76,26 @@ class Studio:
         return {self.classifier.config.id2label[number]: score for number, score in enumerate(scores)}
 
     def draw_mask(self, ratio: float) -> list[bool]:
-        """A random mask, True = masked, of this share of the units, rounded; at least one stays visible."""
+        """A random mask, True = masked, of this fraction of the units, rounded; at least one stays visible."""
         if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0 <= ratio <= 1:
-            raise RequestError(f"The share of hidden squares must be a number from 0 to 1, got {str(ratio)[:40]!r}.")
+            raise RequestError(f"The mask ratio must be a number from 0 to 1, got {str(ratio)[:40]!r}.")
         units = self.grid[0] * self.grid[1]
         num_masked = min(round(units * ratio), units - 1)
         order = torch.rand(units).argsort()
         return (order.argsort() < num_masked).tolist()
 
     def toggle(self, mask: list[bool], column: float, row: float) -> list[bool]:
-        """The mask with one unit hidden or shown; `column` and `row` in [0, 1), as shares of width and height."""
+        """The mask with one unit toggled; `column` and `row` in [0, 1), as fractions of width and height."""
         mask, (rows, columns) = list(self._checked(mask)), self.grid
         unit = min(max(int(row * rows), 0), rows - 1) * columns + min(max(int(column * columns), 0), columns - 1)
         mask[unit] = not mask[unit]
         if all(mask):
-            raise RequestError("One square must stay visible: show another before you hide this one.")
+            raise RequestError("One patch must stay visible: unmask another before you mask this one.")
         return mask
 
     @torch.inference_mode()
     def reconstruct(self, path: str | None, mask: list[bool]) -> tuple[Image.Image, Image.Image]:
-        """What the encoder sees, and the image with the masked units filled in."""
+        """The image with its masked units gray, and with them reconstructed."""
         mask = torch.tensor(self._checked(mask))
         pixel_values = self.autoencoder_processor(_read(path), return_tensors="pt").pixel_values
         filled = self.autoencoder.reconstruct(pixel_values, bool_masked_pos=mask[None])
@@ -113,9 +113,9 @@ class Studio:
     def _checked(self, mask: list[bool]) -> list[bool]:
         units = self.grid[0] * self.grid[1]
         if not isinstance(mask, list) or len(mask) != units or not all(isinstance(unit, bool) for unit in mask):
-            raise RequestError(f"A mask is a list of {units} truth values, one per square.")
+            raise RequestError(f"A mask is a list of {units} booleans, one per patch.")
         if all(mask):
-            raise RequestError("One square must stay visible: show one.")
+            raise RequestError("One patch must stay visible: unmask one.")
         return mask
 
 
@@ -130,6 +130,6 @@ def _read(path: str | None) -> Image.Image:
 
 
 def _enlarged(image: Image.Image) -> Image.Image:
-    """Small images in whole steps, so that their pixels stay squares."""
+    """Small images enlarged in whole steps, so that their pixels stay squares."""
     factor = max(1, SHOWN_PX // image.width)
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

@@ -1,5 +1,5 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""Image processors: the published evaluation transform, the processor of a folder, pixel statistics."""
+"""Image processors: the published evaluation transform, the processor of a model, pixel statistics."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def evaluation_resize(image_size: int, crop_pct: float | None = None) -> int:
-    """The shorter side in px that a image is resized to before the middle `crop_pct` of it is cut out."""
+    """Shorter side in px that an image is resized to before the center crop of `crop_pct` of it."""
     if crop_pct is None:
         crop_pct = 1.0 if image_size > 224 else 0.875
     return int(image_size / crop_pct)
@@ -31,13 +31,13 @@ def evaluation_processor(
     crop_pct: float | None = None,
 ) -> BitImageProcessor:
     """
-    The published evaluation transform: bicubic to size / 0.875 and the middle of it; above 224 px the whole image, as
-    in MAE's fine-tuning.
+    The published evaluation transform: bicubic resize to size / 0.875 and center crop; above 224 px no crop, as in
+    MAE's fine-tuning.
 
     Args:
-        image_size: side in px of what the model sees.
+        image_size: side in px of the model's input.
         mean, std: of each channel, of values in [0, 1].
-        crop_pct: share of the resized image's shorter side that the model sees; the published one if not given.
+        crop_pct: fraction of the resized image's shorter side that is kept; the published one if not given.
     """
     return BitImageProcessor(
         size={"shortest_edge": evaluation_resize(image_size, crop_pct)},
@@ -76,7 +76,7 @@ def load_processor(source: str | Path, config: HiViTConfig, revision: str | None
     As `find_processor`; where there is none, the published one of the model's size, and a warning.
 
     Raises:
-        ValueError: if it cannot be used, or there is none and the model sees no squares.
+        ValueError: if it cannot be used, or there is none and the input is not square.
     """
     found = find_processor(source, revision)
     if found is not None:
@@ -85,7 +85,7 @@ def load_processor(source: str | Path, config: HiViTConfig, revision: str | None
     if height != width:
         raise ValueError(f"{source} has no preprocessor_config.json, which {height}x{width} px need: write one.")
     logger.warning(
-        f"{source} has no preprocessor_config.json: taking ImageNet's mean and deviation at {height} px. If the model "
+        f"{source} has no preprocessor_config.json: taking ImageNet's mean and std at {height} px. If the model "
         "was trained with others, save its image processor there."
     )
     return evaluation_processor(height)
@@ -93,8 +93,8 @@ def load_processor(source: str | Path, config: HiViTConfig, revision: str | None
 
 def pixel_statistics(processor: BaseImageProcessor, num_channels: int) -> tuple[list[float], list[float]]:
     """
-    What an image processor subtracts from values in [0, 1], and what it divides by, for each channel; also where it
-    leaves steps out or scales otherwise.
+    Mean and std of each channel that an image processor normalizes values in [0, 1] with; also where it leaves steps
+    out or rescales otherwise.
     """
     scale = 255 * processor.rescale_factor if processor.do_rescale else 255.0  # from [0, 1]
     mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)

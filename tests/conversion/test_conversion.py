@@ -53,7 +53,7 @@ SMALL = {
     "dense": prefixed("backbone.", SMALL_ENCODER | norm("fpn1", 16) | norm("fpn4.1", 64)) | norm("neck.convs.0", 8),
     "odd": encoder(64, 3, 3, 2, heads=4, side=4, index=["model"]) | classifier(64, 5),
 }
-HEADS = {"mae": ["--num-heads", "4", "--decoder-num-heads", "4"], "mae_last_stage": ["--decoder-num-heads", "4"]}
+HEADS = {"mae": ["--num_heads", "4", "--decoder_num_heads", "4"], "mae_last_stage": ["--decoder_num_heads", "4"]}
 CONTAINER = {"mmpretrain": "state_dict", "dense": "state_dict"}
 
 
@@ -171,7 +171,7 @@ def test_every_layout_converts_loads_and_goes_back(name, run, small, tmp_path):
     report = json.loads((tmp_path / "converted" / "conversion_report.json").read_text())
     assert report["tensors"]["read"] == len(tensors) == report["tensors"]["mapped"] + report["tensors"]["dropped"]
 
-    assert run(tmp_path / "converted", tmp_path / "original", "--to-original")[0] == 0
+    assert run(tmp_path / "converted", tmp_path / "original", "--to_original")[0] == 0
     back = torch.load(tmp_path / "original" / "checkpoint.pth", weights_only=True)[CONTAINER.get(name, "model")]
     dropped = {key for reason, keys in report["dropped"].items() if "recomputed" not in reason for key in keys}
     if name == "mae_last_stage":
@@ -185,32 +185,32 @@ def test_every_layout_converts_loads_and_goes_back(name, run, small, tmp_path):
 def test_encoder_only_and_the_moving_average(run, small, tmp_path):
     average = {key: tensor + 1 if tensor.is_floating_point() else tensor for key, tensor in fill(SMALL["mae"]).items()}
     path, tensors, heads = small("mae", model_ema=average)
-    assert run(path, tmp_path / "encoder", "--encoder-only", *heads[:2])[0] == 0
+    assert run(path, tmp_path / "encoder", "--encoder_only", *heads[:2])[0] == 0
     model = HiViTModel.from_pretrained(tmp_path / "encoder", add_pooling_layer=False)
     assert_close(model.position_embeddings.data, tensors["absolute_pos_embed"], atol=0, rtol=0)
     assert not any(name.startswith("decoder") for name in load_file(tmp_path / "encoder" / "model.safetensors"))
-    assert run(path, tmp_path / "average", "--model-ema", *heads)[0] == 0
+    assert run(path, tmp_path / "average", "--model_ema", *heads)[0] == 0
     model = HiViTForMaskedImageModeling.from_pretrained(tmp_path / "average")
     assert_close(model.hivit.position_embeddings.data, average["absolute_pos_embed"], atol=0, rtol=0)
-    err = run.refused(small("classifier")[0], tmp_path / "none", "--model-ema")
+    err = run.refused(small("classifier")[0], tmp_path / "none", "--model_ema")
     assert "no state dict under model_ema or state_dict_ema; it holds: model" in err
 
 
 def test_heads_are_asked_for_by_name_and_may_not_contradict(run, small, tmp_path):
     path, _, _ = small("mae")
     err = run.refused(path, tmp_path / "out")
-    assert "tell the heads: --num-heads" in err
-    err = run.refused(path, tmp_path / "out", "--num-heads", 4)
-    assert "tell the heads: --decoder-num-heads" in err
-    err = run.refused(small("classifier")[0], tmp_path / "out", "--num-heads", 8)
-    assert "--num-heads 8 contradicts the relative tables, which have 4: leave it out" in err
-    err = run.refused(path, tmp_path / "out", "--num-heads", 5, "--decoder-num-heads", 4)
+    assert "tell the heads: --num_heads" in err
+    err = run.refused(path, tmp_path / "out", "--num_heads", 4)
+    assert "tell the heads: --decoder_num_heads" in err
+    err = run.refused(small("classifier")[0], tmp_path / "out", "--num_heads", 8)
+    assert "--num_heads 8 contradicts the relative tables, which have 4: leave it out" in err
+    err = run.refused(path, tmp_path / "out", "--num_heads", 5, "--decoder_num_heads", 4)
     assert "num_attention_heads must divide hidden_size 64, got 5" in err
 
 
 def test_another_image_size_interpolates_once_and_says_so(run, small, tmp_path):
     path, tensors, _ = small("classifier")
-    code, out, _ = run(path, tmp_path / "out", "--image-size", 96)
+    code, out, _ = run(path, tmp_path / "out", "--image_size", 96)
     assert code == 0 and "resized: `hivit.position_embeddings`: 4x4 -> 6x6 units, bicubic" in out
     at_64, at_96 = (tmp_path / "at_64", tmp_path / "out")
     assert run(path, at_64)[0] == 0
@@ -221,7 +221,7 @@ def test_another_image_size_interpolates_once_and_says_so(run, small, tmp_path):
     expected = resize_table(tensors["absolute_pos_embed"][0], (4, 4), (6, 6))
     assert_close(native.hivit.position_embeddings[0], expected, atol=0, rtol=0)
     assert_close(native(pixel_values).logits, interpolating(pixel_values).logits)
-    err = run.refused(path, tmp_path / "odd", "--image-size", 90)
+    err = run.refused(path, tmp_path / "odd", "--image_size", 90)
     assert "multiple of patch_size 16" in err
 
 
@@ -292,13 +292,13 @@ def test_labels_that_are_no_names(name, content, sentence, run, small, tmp_path)
 
 def test_numbers_and_layouts_that_have_no_meaning(run, small, tmp_path, capsys):
     path, _, _ = small("classifier")
-    for option in ("--num-heads", "--image-size"):
+    for option in ("--num_heads", "--image_size"):
         with pytest.raises(SystemExit) as stopped:
             run(path, tmp_path / "out", option, 0)
         assert stopped.value.code == 2 and "must be at least 1, got 0" in capsys.readouterr().err
-    assert "there is no decoder to convert" in run.refused(path, tmp_path / "out", "--decoder-num-heads", 4)
+    assert "there is no decoder to convert" in run.refused(path, tmp_path / "out", "--decoder_num_heads", 4)
     assert "are those of --source self-supervised" in run.refused(path, tmp_path / "out", "--source", "dense")
-    assert "cannot be converted" in run.refused(path, tmp_path / "out", "--image-size", 16 * 10**5)
+    assert "cannot be converted" in run.refused(path, tmp_path / "out", "--image_size", 16 * 10**5)
 
 
 def test_safetensors_and_data_parallel_prefixes(run, small, tmp_path):
@@ -387,17 +387,17 @@ def test_a_trained_position_embedding_of_the_decoder_is_not_thrown_away(run, sma
     path, _, heads = small("mae")
     assert (
         "decoder.position_embeddings`: 4x4 -> 6x6 units, bicubic"
-        in run(path, tmp_path / "a", "--image-size", 96, *heads)[1]
+        in run(path, tmp_path / "a", "--image_size", 96, *heads)[1]
     )
     fixed = sin_cos_position_embeddings((4, 4), 32).float()
     path, _, _ = small("mae", lambda t: t.update({"decoder_pos_embed": fixed}))
-    out = run(path, tmp_path / "b", "--image-size", 96, *heads)[1]
-    assert "dropped: `decoder_pos_embed`: fixed sines and cosines, computed anew for the other grid" in out
+    out = run(path, tmp_path / "b", "--image_size", 96, *heads)[1]
+    assert "dropped: `decoder_pos_embed`: fixed sines and cosines, recomputed for the other grid" in out
     model = HiViTForMaskedImageModeling.from_pretrained(tmp_path / "b")
     assert_close(model.decoder.position_embeddings.data, sin_cos_position_embeddings((6, 6), 32).float())
     for shape in ((1, 9, 32), (1, 17, 32)):
         path, _, _ = small("mae", lambda t, shape=shape: t.update({"decoder_pos_embed": torch.ones(shape)}))
-        assert re.search(r"shape +decoder_pos_embed", run.refused(path, tmp_path / "c", "--image-size", 96, *heads))
+        assert re.search(r"shape +decoder_pos_embed", run.refused(path, tmp_path / "c", "--image_size", 96, *heads))
 
 
 def test_numbers_that_do_not_fit_the_type(run, small, tmp_path):
@@ -437,7 +437,7 @@ def test_folders_that_do_not_go_back(run, small, tmp_path):
         save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
         content = json.loads((out / "config.json").read_text())
         (out / "config.json").write_text(json.dumps({**content, **config}))
-        return run.refused(out, tmp_path / "back", "--to-original")
+        return run.refused(out, tmp_path / "back", "--to_original")
 
     bias, extra = "hivit.stages.2.layers.0.attention.qkv.bias", "hivit.stages.2.layers.7.norm1.weight"
     assert re.search(rf"missing +{bias}", changed(lambda t: t.pop(bias)))
@@ -454,9 +454,9 @@ def test_folders_that_do_not_go_back(run, small, tmp_path):
     assert "holds no HiViT that can be read" in changed(architectures=[["a"]])
     assert run(path, tmp_path / "sound")[0] == 0
     (tmp_path / "sound" / "conversion_report.json").write_text("{")
-    assert run(tmp_path / "sound", tmp_path / "back", "--to-original")[0] == 0
+    assert run(tmp_path / "sound", tmp_path / "back", "--to_original")[0] == 0
     assert "has no place for these" in run.refused(
-        tmp_path / "sound", tmp_path / "other", "--to-original", "--source", "itpn-pretraining"
+        tmp_path / "sound", tmp_path / "other", "--to_original", "--source", "itpn-pretraining"
     )
 
 
@@ -677,7 +677,7 @@ def test_output_folders(run, small, tmp_path):
     err = run.refused(path, tmp_path / "out")
     assert "exists" in err and "--overwrite" in err
     assert (tmp_path / "out" / "conversion_report.json").read_text() == before
-    assert run(path, tmp_path / "out", "--overwrite", "--encoder-only")[0] == 0
+    assert run(path, tmp_path / "out", "--overwrite", "--encoder_only")[0] == 0
     assert (tmp_path / "out" / "conversion_report.json").read_text() != before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
@@ -687,9 +687,9 @@ def test_output_folders(run, small, tmp_path):
     assert "which --overwrite would delete" in err
     err = run.refused(path, path, "--overwrite")
     assert "is a file, not a folder" in err
-    err = run.refused(tmp_path / "out", tmp_path / "back", "--to-original", "--dtype", "float16")
-    assert "--dtype has no meaning with --to-original" in err
-    err = run.refused(path, tmp_path / "back", "--to-original")
+    err = run.refused(tmp_path / "out", tmp_path / "back", "--to_original", "--dtype", "float16")
+    assert "--dtype has no meaning with --to_original" in err
+    err = run.refused(path, tmp_path / "back", "--to_original")
     assert "must be a folder with config.json and model.safetensors" in err
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["classifier.pth", "mine", "out"]
 
@@ -728,7 +728,7 @@ def test_overwrite_deletes_only_what_the_command_wrote(run, small, tmp_path, mon
 @pytest.mark.parametrize("step", ["save_file", "write_report"])
 def test_no_space_left(step, run, small, tmp_path, monkeypatch):
     path, _, _ = small("classifier")
-    assert run(path, tmp_path / "out", "--encoder-only")[0] == 0
+    assert run(path, tmp_path / "out", "--encoder_only")[0] == 0
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
 
     def full(*arguments, **keywords):

@@ -150,7 +150,7 @@ def test_what_a_visitor_sees(page, models):
     names = models["classifier"].config.id2label
     assert [row.split("\n")[0] for row in rows] == [names[number] for number in order]
     assert [row.split("\n")[-1] for row in rows] == [f"{100 * scores[number]:.1f} %" for number in order]
-    assert page.inner_text("#masked-caption") == "what the model sees: 25 %"
+    assert page.inner_text("#masked-caption") == "visible patches: 25 %"
     before = shown(page, "reconstructed", "mask")
     page.click("#again")
     changed = "(before) => window.hivit.current().reconstructed.mask.some((masked, unit) => masked != before[unit])"
@@ -172,8 +172,8 @@ def test_what_a_visitor_sees(page, models):
     ("content", "words"),
     [
         (b"", "The file is empty."),
-        (b"not a image", "not a image that the browser can read"),
-        (encoded(noise(40, 40))[:40], "not a image"),
+        (b"not an image", "not an image that the browser can read"),
+        (encoded(noise(40, 40))[:40], "not an image"),
         (functools.partial(hundred_megapixels), "too large: 100 megapixels"),
         (functools.partial(encoded, Image.new("1", (9000, 1))), "too long and thin: 9000x1 px"),
     ],
@@ -183,7 +183,7 @@ def test_bad_files_are_answered_in_words(page, content, words):
     drop(page, content() if callable(content) else content)
     assert words in page.inner_text("#status")
     assert "error" in page.get_attribute("#status", "class")
-    drop(page, encoded(noise(70, 70)))  # and it goes on
+    drop(page, encoded(noise(70, 70)))  # and it works again
     assert page.inner_text("#status") == ""
     assert page.is_visible("#classification")
 

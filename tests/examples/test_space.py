@@ -68,8 +68,8 @@ def test_it_computes_what_the_models_do(studio, models):
         is_gray = set(seen_small.crop(box).get_flattened_data()) == {(140, 140, 140)}
         is_kept = filled_small.crop(box).tobytes() == image.crop(box).tobytes()
         assert (is_gray, is_kept) == (masked, not masked)
-    nothing_hidden = studio.reconstruct(str(models / "image.png"), [False] * 16)[1]
-    assert nothing_hidden.resize((64, 64), Image.Resampling.NEAREST).tobytes() == image.tobytes()
+    nothing_masked = studio.reconstruct(str(models / "image.png"), [False] * 16)[1]
+    assert nothing_masked.resize((64, 64), Image.Resampling.NEAREST).tobytes() == image.tobytes()
 
     stages = studio.features(str(models / "image.png"))
     backbone = HiViTBackbone.from_pretrained(models / "autoencoder", out_features=["stage1", "stage2", "stage3"]).eval()
@@ -136,7 +136,7 @@ def test_masks(studio):
     assert studio.toggle(mask, 0.3, 0.8)[13]
     assert mask == [False] * 16
     last = [True] * 15 + [False]
-    with pytest.raises(RequestError, match="One square must stay visible"):
+    with pytest.raises(RequestError, match="One patch must stay visible"):
         studio.toggle(last, 0.99, 0.99)
 
 
@@ -148,8 +148,8 @@ def test_masks(studio):
         (lambda studio: studio.draw_mask("half"), "from 0 to 1"),
         (lambda studio: studio.draw_mask(float("nan")), "from 0 to 1"),
         (lambda studio: studio.reconstruct(None, [True] * 16), "must stay visible"),
-        (lambda studio: studio.reconstruct(None, [False] * 3), "16 truth values"),
-        (lambda studio: studio.reconstruct(None, "mask"), "16 truth values"),
+        (lambda studio: studio.reconstruct(None, [False] * 3), "16 booleans"),
+        (lambda studio: studio.reconstruct(None, "mask"), "16 booleans"),
     ],
 )
 def test_mistakes_are_answered_in_words(studio, call, words):
@@ -237,7 +237,7 @@ def test_revisions_of_nothing_are_refused(models, capsys):
     import app
 
     for arguments, words in [
-        (["--classifier_revision", "abc"], "--classifier_revision abc is of no repository"),
+        (["--classifier_revision", "abc"], "--classifier_revision abc needs a repository"),
         (["--classifier", str(models / "classifier"), "--classifier_revision", "abc"], "has no revision 'abc'"),
     ]:
         assert app.main(arguments) == 2
@@ -299,7 +299,7 @@ def test_in_a_browser(address, models, studio):
         changed = [unit for unit in range(16) if _unit(before, unit) != _unit(after, unit)]
         assert changed == [15]
         shown = masked.get_attribute("src")
-        page.get_by_role("button", name="Hide other squares").click()
+        page.get_by_role("button", name="Mask other patches").click()
         page.wait_for_function("(before) => document.querySelector('.masked img').src !== before", arg=shown)
 
         page.get_by_role("tab", name="Features").click()
@@ -307,10 +307,10 @@ def test_in_a_browser(address, models, studio):
             "[...document.querySelectorAll('.pixels img')].filter((i) => i.offsetParent).length === 3"
         )
 
-        (models / "text.png").write_bytes(b"not a image")
+        (models / "text.png").write_bytes(b"not an image")
         page.goto(address)
         page.set_input_files("#image input[type=file]", str(models / "text.png"))
-        page.wait_for_selector("#words >> text=This is not a image that can be read")
+        page.wait_for_selector("#words >> text=This is not an image that can be read")
         assert errors == []
 
 

@@ -56,7 +56,7 @@ def answer(endpoint, request):
     return json.loads(orjson.dumps(endpoint(request), option=orjson.OPT_SERIALIZE_NUMPY))
 
 
-def test_every_way_to_send_a_image(endpoint, folders):
+def test_every_way_to_send_an_image(endpoint, folders):
     image = noise(80, 70)
     file = encoded(image)
     text = base64.b64encode(file).decode()
@@ -176,7 +176,7 @@ def test_unusual_images_are_classified(endpoint, name):
     assert len(answer(endpoint, {"inputs": unusual_images()[name]})) == 5
 
 
-def test_what_a_image_becomes():
+def test_what_an_image_becomes():
     assert read_image(animation()).getpixel((3, 3))[0] > 200  # the first frame, red
     assert read_image(unusual_images()["transparent"]).getpixel((3, 3)) == (255, 255, 255)
     upright = Image.new("RGB", (20, 10))

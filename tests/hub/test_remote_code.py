@@ -94,7 +94,7 @@ print(json.dumps({str(key): value for key, value in found.items()}))
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory, tiny_network):
-    """Folders of a classifier, an autoencoder and an encoder, a image, and the classifier itself."""
+    """Folders of a classifier, an autoencoder and an encoder, an image, and the classifier itself."""
     root = tmp_path_factory.mktemp("exported")
     classifier = tiny_network(HiViTForImageClassification, id2label={0: "tench", 1: "goldfish"})
     autoencoder = tiny_network(HiViTForMaskedImageModeling)

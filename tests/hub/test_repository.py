@@ -283,7 +283,7 @@ def test_a_card_is_of_its_own_network_only(classifier, tmp_path):
     assert "With weights that you have trained" not in text
 
 
-def test_measured_figures_are_of_the_whole_network():
+def test_measured_results_are_of_the_whole_network():
     about, results = CHECKPOINTS["hivit-base"], ROOT / "benchmarks" / "results"
     for changes, quoted in [({}, True), ({"drop_path_rate": 0.1}, True), ({"num_attention_heads": 4}, False),
                             ({"early_mlp_ratio": 2.0}, False), ({"num_labels": 10}, False)]:  # fmt: skip
@@ -466,8 +466,8 @@ def test_the_command(classifier, samples, tmp_path, push):
         (("nowhere", "out2"), "no folder of a model"),
         (("model", "out2", "--checkpoint", "hivit-base-mae-1600ep"), "the model is a HiViTForImageClassification"),
         (("model", "out2", "--license", "beer", "--no_onnx"), "license is 'beer'"),
-        (("model", "out2", "--push", "--dry_run"), "exclude each other"),
-        (("model", "out2", "--push"), "OWNER/NAME"),
+        (("model", "out2", "--push_to_hub", "--dry_run"), "exclude each other"),
+        (("model", "out2", "--push_to_hub"), "OWNER/NAME"),
     ]:
         code, printed = push(*arguments)
         assert code == 2, printed
@@ -513,7 +513,7 @@ def test_every_checkpoint_has_a_card_and_an_architecture():
 
 HIVIT = "arXiv 2205.14949"
 # as they stand in the paper, typed in once more
-PAPER_FIGURES = {
+PAPER_RESULTS = {
     "hivit-tiny": [("ImageNet-1k, top-1 at 224 px", "82.1 %", HIVIT)],
     "hivit-small": [("ImageNet-1k, top-1 at 224 px", "83.5 %", HIVIT)],
     "hivit-base": [("ImageNet-1k, top-1 at 224 px", "83.8 %", HIVIT)],
@@ -525,7 +525,7 @@ PAPER_FIGURES = {
     "hivit-base-mae-1600ep-ft100ep": [("ImageNet-1k, top-1 at 224 px", "84.6 %", HIVIT)],
 }
 # checkpoint -> rows: file of benchmarks/results, what, keys of the value, unit
-MEASURED_FIGURES = {
+MEASURED_RESULTS = {
     name: [
         (
             "inference_cpu",
@@ -565,9 +565,9 @@ def expected_rows(name: str) -> list[str]:
     rows = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads), f"| {' | '.join(map(str, cells))} |"]
     figures = [
         f"| {what} | {value} | paper ([{paper}](https://arxiv.org/abs/{paper.split()[1]})) |"
-        for what, value, paper in PAPER_FIGURES.get(name, [])
+        for what, value, paper in PAPER_RESULTS.get(name, [])
     ]
-    for file, what, keys, unit in MEASURED_FIGURES.get(name, []):
+    for file, what, keys, unit in MEASURED_RESULTS.get(name, []):
         record = value = json.loads((ROOT / "benchmarks" / "results" / f"{file}.json").read_text())
         for key in keys.split():
             value = value[key]
@@ -596,7 +596,7 @@ def test_the_figures_in_the_metadata_are_those_of_the_tables():
         results = ModelCard.load(ROOT / "model_cards" / f"{name}.md").data.eval_results or []
         told = [(f"{result.metric_value} %", result.source_name) for result in results]
         whole = about.weights == "original" and about.model_class == "HiViTForImageClassification"
-        assert told == [(value, f"paper ({paper})") for _, value, paper in PAPER_FIGURES.get(name, []) if whole]
+        assert told == [(value, f"paper ({paper})") for _, value, paper in PAPER_RESULTS.get(name, []) if whole]
 
 
 def test_every_file_that_cards_name_exists():

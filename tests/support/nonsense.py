@@ -1,4 +1,4 @@
-"""What people and programs send by mistake or on purpose, instead of a image. All of it is answered in words."""
+"""Unusual, damaged and hostile images and requests, and the refusals that they get."""
 
 import base64
 import io
@@ -47,10 +47,10 @@ def unusual_images() -> dict[str, bytes]:
 
 
 def unreadable() -> dict[str, object]:
-    """Instead of a image."""
+    """Instead of an image."""
     whole, png = encoded(noise(40, 40), "JPEG"), encoded(noise(40, 40))
     return {
-        "text": b"not a image",
+        "text": b"not an image",
         "HTML": b"<html><body>404</body></html>",
         "nothing": b"",
         "zeros": bytes(1000),
@@ -65,7 +65,7 @@ def unreadable() -> dict[str, object]:
         "more than 16 bits": encoded(Image.new("I", (9, 9), 70_000), "TIFF"),
         "negative": encoded(Image.new("F", (9, 9), -1.0), "TIFF"),
         "no base64": "what is this?",
-        "base64 of text": base64.b64encode(b"not a image").decode(),
+        "base64 of text": base64.b64encode(b"not an image").decode(),
         "data URI of nothing": "data:image/png;base64,",
         "number": 7,
         "yes": True,
@@ -73,7 +73,7 @@ def unreadable() -> dict[str, object]:
     }
 
 
-NO_IMAGE = "not a image that can be read"
+NO_IMAGE = "not an image that can be read"
 # a name of `unreadable()` -> words of the answer
 REFUSALS = {
     **dict.fromkeys(["text", "HTML", "zeros", "cut off", "head of a PNG", "base64 of text"], NO_IMAGE),

@@ -58,7 +58,7 @@ processor = {processor}.from_pretrained("{source}"{revision})
 model = AutoModelForMaskedImageModeling.from_pretrained("{source}", trust_remote_code=True{revision})
 pixel_values = processor(Image.open({image}).convert("RGB"), return_tensors="pt").pixel_values
 mask = model.draw_mask(pixel_values)  # (1, {units}), True = masked
-image = model.reconstruct(pixel_values, bool_masked_pos=mask)  # masked units filled in, the others as they were
+image = model.reconstruct(pixel_values, bool_masked_pos=mask)  # masked patches reconstructed, visible ones unchanged
 with torch.no_grad():
     features = model.hivit(pixel_values).last_hidden_state  # (1, {units}, {channels}): nothing is masked""",
     "HiViTModel": """import torch
@@ -80,7 +80,7 @@ _PAPER_LINKS = {paper: f"https://arxiv.org/abs/{paper.split()[1]}" for paper in 
 
 @dataclass(frozen=True)
 class Sample:
-    """A image of the repository and what the pipeline said of it."""
+    """A sample image of the repository and the predictions of the pipeline."""
 
     title: str
     src: str
@@ -90,7 +90,7 @@ class Sample:
 @dataclass(frozen=True)
 class Folder:
     """
-    What a card says of the folder that it lies in.
+    Contents of a repository that its card describes.
 
     Args:
         samples: of a classifier: images with predictions.
@@ -134,8 +134,8 @@ def _plain(config: HiViTConfig, name: str):
     return list(value) if isinstance(value, tuple) else value
 
 
-def measured_figures(model_class: str, config: HiViTConfig, results_dir: Path | None) -> list[dict]:
-    """Rows of the table of figures from the result files of this repository that are about this very network."""
+def measured_results(model_class: str, config: HiViTConfig, results_dir: Path | None) -> list[dict]:
+    """Rows of the table of results, from the benchmark files of this repository that measured this very network."""
     base = HiViTConfig.from_architecture("base", num_labels=1000)
     same = model_class == "HiViTForImageClassification" and not differences(model_class, config, base)
     if results_dir is None or not same:
@@ -183,12 +183,12 @@ def render_card(
     The card of a model.
 
     Args:
-        about: what cannot be read off the model.
+        about: what cannot be derived from the model.
         config: its configuration.
         folder: what lies beside the card, if it lies in a repository; without, it is the card of a checkpoint that is
             described only.
         results_dir: the repository's `benchmarks/results`, if the card may quote them.
-        to_hub: whether it is about to be uploaded, so that whoever reads it finds the weights on the Hub.
+        to_hub: whether it is about to be uploaded, so that its readers find the weights on the Hub.
 
     Raises:
         ValueError: if the card would not pass `check_card`.
@@ -199,10 +199,10 @@ def render_card(
     trained_here = about.weights == "unpublished" and bool(folder.tree)
     whose = ", the paper's own weights" if trained_here else ""
     paper_rows = [
-        {"what": f.what + whose, "value": f.value, "source": f"paper ([{f.paper}]({_PAPER_LINKS[f.paper]}))"}
-        for f in about.figures
+        {"what": r.what + whose, "value": r.value, "source": f"paper ([{r.paper}]({_PAPER_LINKS[r.paper]}))"}
+        for r in about.paper_results
     ]
-    measured = measured_figures(about.model_class, config, results_dir)
+    measured = measured_results(about.model_class, config, results_dir)
     on_hub = "/" in about.repo_id
     uploaded = about.uploaded or to_hub
     load_from = about.repo_id if uploaded else about.repo_id.rpartition("/")[2]
@@ -240,7 +240,7 @@ def render_card(
         limits=_limits(about, config),
         training=about.training,
         train_it=about.train_it,
-        figures=paper_rows + measured,
+        results=paper_rows + measured,
         paper_only=bool(paper_rows) and not measured,
         weights_source=about.weights_source,
         report=folder.report,
@@ -304,11 +304,11 @@ def _metadata(about: Checkpoint, config: HiViTConfig, folder: Folder) -> ModelCa
                 dataset_name="ImageNet-1k",
                 metric_type="accuracy",
                 metric_name="top-1 at 224 px",
-                metric_value=float(figure.value.split()[0]),
-                source_name=f"paper ({figure.paper})",
-                source_url=_PAPER_LINKS[figure.paper],
+                metric_value=float(result.value.split()[0]),
+                source_name=f"paper ({result.paper})",
+                source_url=_PAPER_LINKS[result.paper],
             )
-            for figure in about.figures
+            for result in about.paper_results
         ]
     widget = [
         {"src": quote(sample.src), "example_title": sample.title, "output": sample.output} for sample in folder.samples
@@ -338,16 +338,16 @@ def _limits(about: Checkpoint, config: HiViTConfig) -> list[str]:
         lines.insert(0, use)
         lines.append(scores)
     elif about.model_class == "HiViTForMaskedImageModeling":
-        lines.insert(0, "A start for fine-tuning, a feature extractor, and a study object. It names nothing.")
+        lines.insert(0, "An initialization for fine-tuning and a feature extractor. It has no classes.")
         what = "fine detail is missing"
         if config.norm_pix_loss:
-            what = "each masked unit is predicted relative to its own mean and contrast, which come from the true image"
-        lines.append(f"Reconstructions show what was learned; they are no inpainting: {what}.")
+            what = "masked patches are predicted relative to their mean and std, which come from the true image"
+        lines.append(f"Reconstructions show what the model has learned; they are no inpainting: {what}.")
         lines.append("There is no hosted widget for masked image modeling.")
     else:
-        lines.insert(0, "A start for fine-tuning and a feature extractor. It names nothing, and has no decoder.")
+        lines.insert(0, "An initialization for fine-tuning and a feature extractor. It has no classes and no decoder.")
     lines.append(
-        "A model inherits the biases of its images and labels. Look at its mistakes on your own before relying on it."
+        "The model inherits the biases of its images and labels: evaluate it on your own data before relying on it."
     )
     lines.append("The Hub's own inference widget does not run models with custom code; the samples here are static.")
     return lines
@@ -355,21 +355,21 @@ def _limits(about: Checkpoint, config: HiViTConfig) -> list[str]:
 
 def _classifier_limits(config: HiViTConfig) -> tuple[str, str]:
     if config.problem_type == "regression":
-        return f"Predicts {config.num_labels} numbers, of whatever image.", "Scores are numbers, not probabilities."
+        return f"Predicts {config.num_labels} numbers for any image.", "Scores are numbers, not probabilities."
     if config.problem_type == "multi_label_classification" or config.num_labels == 1:
         return (
-            f"Scores each of {config.num_labels} classes by itself: several may be right, or none.",
+            f"Scores each of {config.num_labels} classes independently: several may be right, or none.",
             "Scores are sigmoid outputs, not calibrated probabilities.",
         )
     return (
-        f"Names one of {config.num_labels} classes, and always one of them: it has no 'none of these'.",
+        f"Predicts one of {config.num_labels} classes, always: there is no 'none of these'.",
         "Scores are softmax outputs, not calibrated probabilities.",
     )
 
 
 def _license_text(about: Checkpoint, trained_here: bool) -> str:
     if trained_here and about.license == "unknown":
-        return "Whoever trained these weights states no license for them."
+        return "No license is stated for these weights."
     if trained_here:
         return f"The license of the weights is {about.license}."
     if about.weights == "unpublished":

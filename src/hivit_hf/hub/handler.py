@@ -1,13 +1,13 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
 """
-An Inference Endpoint for HiViT. The endpoint's toolkit makes an `EndpointHandler` and calls it once per request.
+Inference Endpoint for HiViT. The endpoint toolkit makes an `EndpointHandler` and calls it once per request.
 
     request   {"inputs": IMAGE, "parameters": {"top_k": 5}}      or a list of images
     answer    [{"label": "tabby", "score": 0.97}, ...]             for classifiers, one such list per image of a list
-              {"features": [...]}                                   for encoders: the mean over the image
-              {"error": "what is wrong and what would do"}          for what cannot be answered
+              {"features": [...]}                                   for encoders: features averaged over the image
+              {"error": "what is wrong and how to fix it"}          for what cannot be answered
 
-A IMAGE is a `PIL.Image` (what the toolkit makes of an image body), bytes, or base64, also as a data: URI. Addresses
+An IMAGE is a `PIL.Image` (what the toolkit makes of an image body), bytes, or base64, also as a data: URI. Addresses
 are never fetched. This file travels to the Hub with `image_reading.py`: it imports nothing else of the package.
 """
 
@@ -31,13 +31,13 @@ except ImportError:  # on the Hub, where the files lie side by side
 
 
 MAX_MEGAPIXELS = 64
-MAX_SIDE_RATIO = 100  # a image of 100,000x1 px would be resized to one of 256 x 25,600,000
+MAX_SIDE_RATIO = 100  # an image of 100,000x1 px would be resized to one of 256 x 25,600,000
 MAX_IMAGES = 32
 MAX_REQUEST_MEGAPIXELS = 256  # of all images of a request together
 
 
 class RequestError(ValueError):
-    """What is wrong with a request, and what would do."""
+    """A request that cannot be answered: what is wrong, and how to fix it."""
 
 
 def read_image(source: Image.Image | bytes | str) -> Image.Image:
@@ -45,7 +45,7 @@ def read_image(source: Image.Image | bytes | str) -> Image.Image:
     An RGB image, upright; the first frame of an animation; what is transparent becomes white.
 
     Args:
-        source: a image, the bytes of a image file, or those in base64, also as a data: URI.
+        source: an image, the bytes of an image file, or those in base64, also as a data: URI.
 
     Raises:
         RequestError: if it is no image, too large, or too long and thin.
@@ -60,9 +60,9 @@ def read_image(source: Image.Image | bytes | str) -> Image.Image:
         except Exception as error:  # decoders raise whatever they stumble over
             if isinstance(error, Image.DecompressionBombError):
                 raise RequestError(_too_large("more than 170")) from error
-            raise RequestError("This is not a image that can be read: send a PNG, JPEG, GIF or WebP file.") from error
+            raise RequestError("This is not an image that can be read: send a PNG, JPEG, GIF or WebP file.") from error
     if not isinstance(source, Image.Image):
-        raise RequestError(f"A image must be an image, bytes or base64 text, got a {type(source).__name__}.")
+        raise RequestError(f"An image must be an image, bytes or base64 text, got a {type(source).__name__}.")
     _check_size(source.width, source.height)
     try:
         source.seek(0)
@@ -80,7 +80,7 @@ def _decode_base64(text: str) -> bytes:
     try:
         return base64.b64decode(re.sub(r"\s", "", text), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise RequestError("The text is not base64: send the bytes of a image file in base64.") from error
+        raise RequestError("The text is not base64: send the bytes of an image file in base64.") from error
 
 
 def _check_size(width: int, height: int):
@@ -109,8 +109,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def class_scores(logits: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
     """
-    Scores of the classes as transformers' pipeline gives them: a probability of each class where several may be right,
-    the bare numbers of a regression, else probabilities that sum to one.
+    Scores of the classes as in transformers' pipeline: sigmoid for multi-label classification, the bare numbers for
+    regression, softmax otherwise.
 
     Args:
         logits: (batch, num_labels).

@@ -1,5 +1,5 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""The checkpoints of the literature: their repository on the Hub, whether it is there, and what their cards say."""
+"""Table of published checkpoints: repository on the Hub, whether it is uploaded, and the contents of its card."""
 
 from dataclasses import dataclass, field, replace
 
@@ -13,8 +13,8 @@ ITPN_BASE = {"hidden_size": 512, "depths": [3, 3, 24], "num_attention_heads": 8,
 
 
 @dataclass(frozen=True)
-class PaperFigure:
-    """A figure that a paper gives: what it is of, its value with the unit, and the paper."""
+class PaperResult:
+    """A result from a paper: what was measured, its value with the unit, and the paper."""
 
     what: str
     value: str
@@ -34,14 +34,14 @@ class Checkpoint:
         arguments: of `HiViTConfig`.
         description: what it is, in a sentence or two of Markdown.
         training: data, recipe and hardware, in Markdown.
-        figures: what papers measured of this network after this training.
-        weights: `original` if the authors published weights that are converted, `unpublished` if nobody did, `own` if
-            they are ours to publish.
+        paper_results: of this network after this training.
+        weights: `original` if the authors published weights that are converted, `unpublished` if they did not, `own`
+            if they are ours to publish.
         weights_source: where the original weights are, in Markdown.
         train_it: how to train one, in Markdown, where weights are not published.
         license: identifier of the Hub for the weights; `unknown` where their publisher states none.
         license_note: what is known of it.
-        datasets: ids on the Hub of what it was trained with.
+        datasets: ids on the Hub of the training datasets.
         papers: for the citation, of `hivit` and `itpn`.
     """
 
@@ -52,7 +52,7 @@ class Checkpoint:
     training: str
     arguments: dict = field(default_factory=dict)
     revision: str | None = None
-    figures: tuple[PaperFigure, ...] = ()
+    paper_results: tuple[PaperResult, ...] = ()
     weights: str = "own"
     weights_source: str = ""
     train_it: str = ""
@@ -91,8 +91,8 @@ def _supervised_from_scratch(name: str, letter: str, top1: str, drop_path: float
         title=f"HiViT-{letter}, supervised on ImageNet-1k",
         repo_id=f"hivit-hf/hivit-{name}",
         arguments={**ARCHITECTURES[name], "num_labels": 1000},
-        description=f"HiViT-{letter} for image classification, trained from scratch with the labels of ImageNet-1k.",
-        figures=(PaperFigure("ImageNet-1k, top-1 at 224 px", f"{top1} %"),),
+        description=f"HiViT-{letter} for image classification, trained from scratch on ImageNet-1k.",
+        paper_results=(PaperResult("ImageNet-1k, top-1 at 224 px", f"{top1} %"),),
         training=(
             "The paper's recipe: 300 epochs, 20 of them warm-up, batch 1024, AdamW (0.9, 0.999), learning rate 1e-3 to "
             "1e-5 by cosine, weight decay 0.05, mixup 0.8, cutmix 1.0, label smoothing 0.1, RandAugment m9, random "
@@ -101,7 +101,7 @@ def _supervised_from_scratch(name: str, letter: str, top1: str, drop_path: float
         train_it=(
             f"The same recipe is `examples/recipes/supervised_{name}_300ep.yaml`. In a checkout of the repository:\n\n"
             "```bash\npython examples/finetune_classification.py --dataset_name ILSVRC/imagenet-1k \\\n"
-            f"    --recipe examples/recipes/supervised_{name}_300ep.yaml --output_dir runs/hivit-{name}\n```"
+            f"    --config examples/recipes/supervised_{name}_300ep.yaml --output_dir runs/hivit-{name}\n```"
         ),
     )
 
@@ -117,7 +117,7 @@ CHECKPOINTS = {
         arguments=ARCHITECTURES["base-mae"],
         description=(
             "HiViT-B pre-trained as a masked autoencoder on ImageNet-1k, without labels. Encoder and decoder: it "
-            "reconstructs images as it is, gives features, and is the start for fine-tuning."
+            "reconstructs images without further training, extracts features, and initializes fine-tuning."
         ),
         training=(
             "Masked image modeling on ImageNet-1k, 1600 epochs, 40 of them warm-up, effective batch 4096, AdamW "
@@ -125,10 +125,10 @@ CHECKPOINTS = {
             "masked, random crops of 20 to 100 % of the image and flips. The authors used 8 GPUs. The same recipe is "
             "`examples/recipes/mae_base_1600ep.yaml`, for `examples/pretrain_mim.py`."
         ),
-        figures=(
-            PaperFigure("ImageNet-1k, top-1 after 100 epochs of fine-tuning", "84.6 %"),
-            PaperFigure("COCO, box AP, Mask R-CNN fine-tuned from it", "53.3"),
-            PaperFigure("ADE20K, mIoU, UPerNet, fine-tuned from the fine-tuned classifier", "52.8 %"),
+        paper_results=(
+            PaperResult("ImageNet-1k, top-1 after 100 epochs of fine-tuning", "84.6 %"),
+            PaperResult("COCO, box AP, Mask R-CNN fine-tuned from it", "53.3"),
+            PaperResult("ADE20K, mIoU, UPerNet, fine-tuned from the fine-tuned classifier", "52.8 %"),
         ),
         weights="original",
         weights_source=(
@@ -153,7 +153,7 @@ CHECKPOINTS = {
             "0.85, drop path 0.2, mixup 0.8, cutmix 1.0, label smoothing 0.1, RandAugment m9, random erasing 0.25. The "
             "same recipe is `examples/recipes/finetune_base_100ep.yaml`, for `examples/finetune_classification.py`."
         ),
-        figures=(PaperFigure("ImageNet-1k, top-1 at 224 px", "84.6 %"),),
+        paper_results=(PaperResult("ImageNet-1k, top-1 at 224 px", "84.6 %"),),
         weights="original",
         weights_source=(
             "`mae_hivit_base_1600ep_ft100ep.pth`, linked from the README of "
@@ -195,5 +195,5 @@ CHECKPOINTS = {
         papers=("itpn", "hivit"),
     ),
 }
-# what the Space shows, unless it is told otherwise
+# the default models of the Space
 SPACE_CHECKPOINTS = {"classifier": "hivit-base-mae-1600ep-ft100ep", "autoencoder": "hivit-base-mae-1600ep"}

@@ -1,5 +1,5 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""ONNX files of HiViT, each checked against PyTorch in onnxruntime. Needs the extra `onnx`."""
+"""Export to ONNX, checked against PyTorch in onnxruntime; int8 quantization. Needs the extra `onnx`."""
 
 import contextlib
 import gc
@@ -64,7 +64,7 @@ _WRAPPERS = {"classification": _Classification, "features": _Features, "reconstr
 
 
 def tasks_of(model: HiViTPreTrainedModel) -> list[str]:
-    """What can be exported of a model: the features always, and what its head does."""
+    """Tasks that a model can be exported for: features always, and that of its head."""
     if isinstance(model, HiViTForImageClassification):
         return ["classification", "features"]
     return ["reconstruction", "features"] if isinstance(model, HiViTForMaskedImageModeling) else ["features"]
@@ -74,7 +74,7 @@ def export_onnx(
     model: HiViTPreTrainedModel, path: Path, task: str, dynamic_size: bool = False, opset: int = OPSET
 ) -> float:
     """
-    Writes one ONNX file, weights included, for any batch size, and compares what onnxruntime makes of it with PyTorch.
+    Writes one ONNX file, weights included, for any batch size, and compares its outputs in onnxruntime with PyTorch's.
 
     Inputs and outputs:
         classification: `pixel_values` (B, 3, H, W) -> `logits` (B, num_labels).
@@ -201,7 +201,7 @@ def quantize(path: Path, out_path: Path):
 
 def labeled_images(path: Path, config: HiViTConfig, processor: BaseImageProcessor) -> "ImageDataset":
     """
-    Images with the numbers of their classes. None of them is decoded yet.
+    Images with their class ids, decoded when they are accessed.
 
     Args:
         path: a folder with a folder of images for each class, or a dataset saved with `save_to_disk`; classes have the
@@ -227,7 +227,7 @@ def labeled_images(path: Path, config: HiViTConfig, processor: BaseImageProcesso
     unknown = sorted(set(found) - set(config.label2id))
     if unknown:
         known = list(config.label2id)[:5]
-        raise ValueError(f"{path} has the classes {unknown[:5]}, but the model knows {known}: give others.")
+        raise ValueError(f"{path} has the classes {unknown[:5]}, but the model knows {known}: give images of these.")
     targets = torch.tensor([config.label2id[name] for name in found])
     transform = lambda image: processor(image, return_tensors="pt").pixel_values[0]  # noqa: E731
     return ImageDataset(dataset, column, transform, targets, config.num_channels, name=str(path))
@@ -235,7 +235,7 @@ def labeled_images(path: Path, config: HiViTConfig, processor: BaseImageProcesso
 
 def int8_cost(path: Path, quantized_path: Path, images: "ImageDataset", batch_size: int = 32) -> dict[str, float | int]:
     """
-    Quantizes a classifier, and measures the accuracy of both on labeled images, of which it holds a batch at a time.
+    Quantizes a classifier, and measures the accuracy of both on labeled images, a batch at a time.
 
     Raises:
         ValueError: if an image cannot be read; says which.

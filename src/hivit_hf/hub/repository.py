@@ -1,5 +1,5 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""What a model's folder needs besides its weights, and the whole folder for the Hub."""
+"""Repositories of the Hub: export of a model with code, card, samples, ONNX files and endpoint; loading; upload."""
 
 import copy
 import json
@@ -70,18 +70,18 @@ def export(
 ) -> Path:
     """
     Writes a complete repository of the Hub: weights, configuration with labels and the full `auto_map`, image
-    processor, the code that travels, card, sample images with what the model says of them, ONNX files, and the files
+    processor, the code that travels, card, sample images with predictions, ONNX files, and the files
     of an Inference Endpoint. The folder is written whole or not at all. Nothing leaves the machine unless asked.
 
     Args:
         model: any HiViT; its configuration says the names of the classes.
         out_dir: the folder to write.
-        about: what the card says that cannot be read off the model; an entry of `CHECKPOINTS`, or your own.
+        about: what the card says that cannot be derived from the model; an entry of `CHECKPOINTS`, or your own.
         image_processor: how images become pixels; `evaluation_processor` of the model's size if not given.
         samples: PNG and JPEG files, at most 24.
         conversion_report: of `conversion/convert.py`, if the weights were converted.
         onnx: whether to write `onnx/`, which takes most of the time.
-        results_dir: `benchmarks/results`, if the card may quote what was measured of this very network.
+        results_dir: `benchmarks/results`, if the card may quote what was measured with this very network.
         overwrite: whether an earlier export in `out_dir` may be replaced.
         push_to_hub: whether to upload the folder to `about.repo_id`; a private repository is made if there is none.
 
@@ -135,9 +135,9 @@ def export(
 
 
 def undescribed(model: HiViTPreTrainedModel, name: str) -> Checkpoint:
-    """What a card says of a model that nobody has described."""
+    """The description in the card of a model without one."""
     model_class = type(model).__name__
-    training = "Not described by whoever made this model."
+    training = "Not described."
     return Checkpoint(name, name, model_class, description=f"A `{model_class}`.", training=training)
 
 
@@ -253,7 +253,7 @@ def _about(
     if conversion_report is not None:
         _check_report(conversion_report)
     if push_to_hub and about.repo_id.count("/") != 1:
-        raise ValueError(f"To upload, repo_id must be OWNER/NAME, got {about.repo_id!r}.")
+        raise ValueError(f"To upload, the repository id must be OWNER/NAME, got {about.repo_id!r}.")
     return about
 
 
@@ -316,7 +316,7 @@ def _run_samples(
     images: dict[str, tuple[Path, Image.Image]],
     folder: Path,
 ) -> Folder:
-    """Copies the samples, and asks the model about them as a user would."""
+    """Copies the samples, and runs the model on them as a user would."""
     if not images:
         return Folder()
     (folder / "samples").mkdir()

@@ -1,5 +1,5 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""Images of what a model sees, fills in and computes."""
+"""Visualizations: masked and reconstructed images, feature maps as colors."""
 
 from collections.abc import Sequence
 

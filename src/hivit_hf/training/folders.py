@@ -17,12 +17,12 @@ from safetensors import SafetensorError
 
 
 class FolderError(ValueError):
-    """A folder that must not or cannot be written, why, and what would do."""
+    """A folder that must not or cannot be written: why, and how to fix it."""
 
 
 def refuse_output(out_dir: Path, overwrite: bool, keep: Iterable[Path], written: Iterable[str]):
     """
-    FolderError if `out_dir` must not be written: before time is spent.
+    FolderError if `out_dir` must not be written; checked before time is spent.
 
     Args:
         keep: what must not be deleted.
