@@ -151,6 +151,7 @@ FLAGS = {
         3,
         lambda made: early_stopping(made) and early_stopping(made).early_stopping_patience == 3,
     ),
+    "gradient_checkpointing": (True, lambda made: made.args.gradient_checkpointing),
     "metric_for_best_model": ("mean_accuracy", lambda made: made.args.metric_for_best_model == "mean_accuracy"),
     "num_overlays": (3, lambda made: made.args.num_overlays == 3),
 }
@@ -213,6 +214,7 @@ def test_every_flag_is_tested():
     elsewhere |= {"image_column_name", "label_column_name", "check_images", "show_layer_table", "num_train_epochs"}
     elsewhere |= {"per_device_eval_batch_size", "eval_strategy"}
     # what all trainings share: tests/data, tests/training
+    elsewhere |= {"output_dir", "resume_from_checkpoint", "hub_private_repo", "include_num_input_tokens_seen"}
     elsewhere |= {"train_dir", "validation_dir", "dataset_config_name", "dataset_revision", "do_eval"}
     elsewhere |= {"base_learning_rate", "optim", "logging_first_step", "logging_nan_inf_filter", "label_names"}
     elsewhere |= {"remove_unused_columns", "restore_callback_states_from_checkpoint", "hub_strategy"}

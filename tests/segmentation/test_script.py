@@ -1,6 +1,7 @@
 """The script of segmentation: whole runs, interrupted and resumed, evaluations, what is refused before training."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -102,16 +103,22 @@ def test_two_processes_evaluate_every_image_once(tmp_path, images):
     values |= {"per_device_train_batch_size": 4, "effective_batch_size": 8, "output_dir": tmp_path / "one"}
     flags = flags_of(values)
     assert finetune_segmentation.main(flags) == 0
+    script = tmp_path / "script.py"
+    counted = "print('processes:', PartialState().num_processes); sys.exit(code)"
+    lines = ["import sys", "from accelerate import PartialState", "from finetune_segmentation import main"]
+    script.write_text("\n".join([*lines, "code = main()", counted]))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    examples = str(Path(finetune_segmentation.__file__).parent)
     done = subprocess.run(
-        [*launcher, finetune_segmentation.__file__, *flags, "--output_dir", tmp_path / "two"],
+        [*launcher, script, *flags, "--output_dir", tmp_path / "two"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([examples, os.environ.get("PYTHONPATH", "")])},
         capture_output=True,
         text=True,
         timeout=200,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "processes: 2" in done.stdout and (tmp_path / "two" / "overlays.png").exists()
+    assert done.stdout.count("processes: 2") == 2 and (tmp_path / "two" / "overlays.png").exists()
     results = [metrics_of(tmp_path / name) for name in ("one", "two")]
     scores = [{name: one[name] for name in one if "iou" in name or "accuracy" in name} for one in results]
     assert scores[0] == scores[1] and scores[0]["eval_mean_iou"] > 0

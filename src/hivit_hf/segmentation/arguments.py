@@ -107,9 +107,7 @@ class SegmentationTrainingArguments(DenseTrainingArguments):
     """`DenseTrainingArguments` with the published schedule: a polynomial of the remaining steps, from the first on."""
 
     per_device_train_batch_size: Annotated[int, positive] = argument(4, "Training batch size per device, 2 or more.")
-    per_device_eval_batch_size: Annotated[int, positive, MAY_CHANGE] = argument(
-        1, "Refused: images of many sizes are evaluated one by one."
-    )
+    per_device_eval_batch_size: Annotated[int, positive, MAY_CHANGE] = argument(1, "Refused.")
     effective_batch_size: Annotated[int | None, positive] = argument(
         32, "Number of images per optimizer step over all devices; --gradient_accumulation_steps follows from it."
     )
@@ -153,7 +151,8 @@ class SegmentationTrainingArguments(DenseTrainingArguments):
             self.learning_rate = 1e-3
         if self.eval_strategy == "steps" and self.eval_steps is None:
             self.eval_steps = 8000
-        self.save_steps = self.save_steps or self.eval_steps or 8000
+        if self.save_steps is None:
+            self.save_steps = (self.eval_steps or 8000) if self.save_strategy == "steps" else 500  # which says nothing
         super().__post_init__()
         if 0 < self.max_steps <= self.warmup_steps:
             raise ValueError(f"warmup_steps must be less than max_steps {self.max_steps}, got {self.warmup_steps}.")

@@ -39,7 +39,7 @@ def predict(
     The class probabilities of each pixel of one image, the mean over scales and mirror images.
 
     Args:
-        model: a segmenter in eval mode; it returns `logits` (B, classes, H, W).
+        model: a segmentation model in eval mode; it returns `logits` (B, classes, H, W).
         pixel_values: (channels, H, W), any size.
         shorter_side: in px, that the image is resized to for the scale 1.
         window: side in px of the sliding windows.
