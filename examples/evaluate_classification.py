@@ -21,8 +21,8 @@ from hivit_hf.classification.figures import calibration_figure, confusion_matrix
 from hivit_hf.classification.metrics import calibration
 from hivit_hf.classification.robustness import SEVERITIES, robustness
 from hivit_hf.classification.soup import soup
-from hivit_hf.data.datasets import choose_split
-from hivit_hf.probing.arguments import DatasetArguments
+from hivit_hf.data.datasets import choose_split, open_splits
+from hivit_hf.probing.arguments import EvaluatedImages
 from hivit_hf.training.command_line import argument, parse_arguments, positive, required_argument, run_script, some_of
 from hivit_hf.training.figures import figure_to_png
 
@@ -31,7 +31,7 @@ METRICS = Path(__file__).parent / "metrics"
 
 
 @dataclass(kw_only=True)
-class EvaluationArguments(DatasetArguments):
+class EvaluationArguments(EvaluatedImages):
     """Evaluation of classifiers."""
 
     model_name_or_path: list[str] = required_argument("Folder or Hub name of the classifier; several for a soup.")
@@ -64,7 +64,7 @@ def evaluate_classifier(args: EvaluationArguments):
     output.mkdir(parents=True, exist_ok=True)
 
     # data
-    splits = args.open_splits()
+    splits = open_splits(**args.location())
     images = choose_split(splits, args.eval_split_name, "eval_split_name")
     images = images.select(range(min(len(images), args.max_eval_samples or len(images))))
     column = args.checked_column(images, args.eval_split_name)

@@ -12,14 +12,14 @@ from typing import Annotated
 
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 
-from hivit_hf.data.datasets import choose_split, image_column
-from hivit_hf.probing.arguments import EncoderArguments
+from hivit_hf.data.datasets import choose_split, image_column, open_splits
+from hivit_hf.probing.arguments import EncodedImages
 from hivit_hf.probing.features import FEATURES, extract, load_encoder
 from hivit_hf.training.command_line import argument, parse_arguments, required_argument, run_script, some_of
 
 
 @dataclass(kw_only=True)
-class ExtractionArguments(EncoderArguments):
+class ExtractionArguments(EncodedImages):
     """Features of images."""
 
     split_name: str = argument("train", "Split of the dataset.")
@@ -30,7 +30,7 @@ class ExtractionArguments(EncoderArguments):
 def write_embeddings(args: ExtractionArguments):
     """Computes the features of a split and writes them, with the other columns, to a Parquet file."""
     # data
-    images = choose_split(args.open_splits(), args.split_name, "split_name")
+    images = choose_split(open_splits(**args.location()), args.split_name, "split_name")
     others = images.remove_columns(image_column(images, args.image_column_name, args.split_name))
     for name in sorted(set(args.features) & set(others.column_names)):
         raise ValueError(f"The dataset has a column {name!r} already: rename it, or leave out --features {name}.")

@@ -14,16 +14,16 @@ from typing import Annotated
 from tqdm.auto import tqdm
 
 from hivit_hf.classification.metrics import top_k_accuracy
-from hivit_hf.data.datasets import train_and_eval
+from hivit_hf.data.datasets import open_splits, train_and_eval
 from hivit_hf.data.labels import SINGLE, check_same_labels, find_labels
-from hivit_hf.probing.arguments import EncoderArguments
+from hivit_hf.probing.arguments import EncodedImages
 from hivit_hf.probing.features import FEATURES, cached_features, load_encoder
 from hivit_hf.probing.linear import probe_lars, probe_lbfgs
+from hivit_hf.training.arguments import DatasetSplits
 from hivit_hf.training.command_line import (
     argument,
     parse_arguments,
     positive,
-    proper_fraction,
     required_argument,
     run_script,
     some_of,
@@ -35,15 +35,10 @@ METHODS = ("lbfgs", "lars", "knn")
 
 
 @dataclass(kw_only=True)
-class ProbeArguments(EncoderArguments):
+class ProbeArguments(EncodedImages, DatasetSplits):
     """Linear probes and nearest neighbors."""
 
     random_weights: bool = argument(False, "Random weights instead of the trained ones, as a baseline.")
-    train_split_name: str = argument("train", "Split to train on.")
-    eval_split_name: str | None = argument(None, "Split to evaluate on ('validation', 'val' or 'test').")
-    train_val_split: Annotated[float | None, proper_fraction] = argument(
-        None, "Fraction of the training split that is held out for evaluation instead."
-    )
     label_column_name: str | None = argument(None, "Column of the labels ('label' or the like).")
     features: Annotated[list[str], some_of(*FEATURES)] = argument(list(FEATURES), f"Features: {', '.join(FEATURES)}.")
     methods: Annotated[list[str], some_of(*METHODS)] = argument(list(METHODS), f"Classifiers: {', '.join(METHODS)}.")
@@ -58,7 +53,7 @@ def probe(args: ProbeArguments):
     """Prints and saves the top-1 accuracy of each method on each kind of features."""
     # data
     splits = (args.train_split_name, args.eval_split_name, args.train_val_split)
-    train, evaluation = train_and_eval(args.open_splits(), *splits, seed=0)
+    train, evaluation = train_and_eval(open_splits(**args.location()), *splits, seed=0)
     encoding = find_labels(train, SINGLE, [args.label_column_name] if args.label_column_name else ())
     labels, targets = encoding.targets(train, "train"), encoding.targets(evaluation, "eval")
     check_same_labels(train, evaluation, encoding, (labels, targets))

@@ -90,8 +90,10 @@ class ImageArguments:
 
 
 @dataclass
-class DataArguments(ImageArguments):
-    """Where images and labels come from: a dataset of the `datasets` library, or folders."""
+class DatasetLocation:
+    """Where images are: a dataset of the `datasets` library, or folders."""
+
+    _argument_group_name = "data"
 
     dataset_name: str | None = argument(
         None, "Dataset of the Hub, folder of images or Parquet files, or dataset saved with `save_to_disk`."
@@ -100,21 +102,11 @@ class DataArguments(ImageArguments):
     dataset_revision: str | None = argument(None, "Commit, branch or tag of the Hub dataset.")
     train_dir: str | None = argument(None, "Folder of training images, instead of --dataset_name.")
     validation_dir: str | None = argument(None, "Folder of validation images, beside --train_dir.")
-    train_split_name: str = argument("train", "Split to train on.")
-    eval_split_name: str | None = argument(None, "Split to evaluate on ('validation', 'val' or 'test').")
-    train_val_split: Annotated[float | None, proper_fraction] = argument(
-        None, "Fraction of the training split that is held out for validation."
-    )
-    class_names: list[str] = argument([], "Names of the classes, in the order of their numbers.")
 
     def __post_init__(self):
-        super().__post_init__()
+        check_fields(self)
         if bool(self.dataset_name) == bool(self.train_dir or self.validation_dir):
             raise ValueError("There is no data: give either --dataset_name, or --train_dir.")
-        if self.eval_split_name and self.train_val_split:
-            raise ValueError("Give --eval_split_name or --train_val_split, not both.")
-        if self.validation_dir and self.train_val_split:
-            raise ValueError("Give --validation_dir or --train_val_split, not both.")
 
     def location(self) -> dict[str, str | None]:
         """Where the data is, as keywords of `data.datasets.open_splits`."""
@@ -125,6 +117,30 @@ class DataArguments(ImageArguments):
             "train_dir": self.train_dir,
             "validation_dir": self.validation_dir,
         }
+
+
+@dataclass
+class DatasetSplits(DatasetLocation):
+    """As `DatasetLocation`, and the splits to train and to evaluate on."""
+
+    train_split_name: str = argument("train", "Split to train on.")
+    eval_split_name: str | None = argument(None, "Split to evaluate on ('validation', 'val' or 'test').")
+    train_val_split: Annotated[float | None, proper_fraction] = argument(
+        None, "Fraction of the training split that is held out for validation."
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("eval_split_name", "validation_dir"):
+            if getattr(self, name) and self.train_val_split:
+                raise ValueError(f"Give --{name} or --train_val_split, not both.")
+
+
+@dataclass
+class DataArguments(DatasetSplits, ImageArguments):
+    """Where images and labels come from, and what becomes of the images of a training."""
+
+    class_names: list[str] = argument([], "Names of the classes, in the order of their numbers.")
 
 
 # Fields of transformers' `TrainingArguments` on which the numbers of a training depend; a resumption must share them.
