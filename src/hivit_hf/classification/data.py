@@ -43,10 +43,13 @@ def make_processor(
     The image processor of evaluations, which is saved with the model.
 
     Raises:
-        ValueError: for images that are not square, and statistics of another number of channels.
+        ValueError: for images that are not square, numbers of channels that images do not have, and statistics of
+            another number of channels.
     """
     if not isinstance(config.image_size, int):
         raise ValueError(f"The network takes {config.image_size} px: give one --image_size for square images.")
+    if config.num_channels not in (1, 3, 4):
+        raise ValueError(f"The network takes {config.num_channels} channels, but images have 1, 3 or 4.")
     mean, std = initialization.statistics(data_args, config.num_channels)
     return evaluation_processor(config.image_size, mean, std, data_args.crop_pct)
 

@@ -1,0 +1,103 @@
+"""Output folders: new runs, resumptions of the same run, and refusals of all others."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hivit_hf.training.arguments import HiViTTrainingArguments, ModelArguments
+from hivit_hf.training.resumption import ARGUMENTS, find_checkpoint, save_arguments
+
+
+MODEL = ModelArguments(model_name_or_path="model")
+
+
+def made(folder: Path, **changes) -> HiViTTrainingArguments:
+    return HiViTTrainingArguments(output_dir=str(folder), **changes)
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """The folder of a run with two checkpoints."""
+    folder = tmp_path / "run"
+    for step in (2, 10):
+        (folder / f"checkpoint-{step}").mkdir(parents=True)
+        (folder / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    save_arguments(made(folder), MODEL)
+    return folder
+
+
+def test_new_runs(tmp_path):
+    assert find_checkpoint(made(tmp_path / "a" / "new"), MODEL) is None
+    assert (tmp_path / "a" / "new").is_dir()
+    (tmp_path / "a" / "new" / "notes.txt").touch()
+    assert find_checkpoint(made(tmp_path / "a" / "new"), MODEL) is None
+
+
+def test_folders_of_other_runs(run):
+    with pytest.raises(ValueError, match=r"run holds a run, at checkpoint-10: give --resume_from_checkpoint latest, o"):
+        find_checkpoint(made(run), MODEL)
+    with pytest.raises(ValueError, match=r"run holds checkpoint-10 of another run: give another --output_dir"):
+        find_checkpoint(made(run, do_train=False), MODEL)
+    assert find_checkpoint(made(run, show_layer_table=True), MODEL) is None
+
+
+@pytest.mark.parametrize("name", ["eval_results.json", "all_results.json", "trainer_state.json"])
+def test_folders_of_other_results(name, tmp_path):
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=f"holds {name} of another run: give another --output_dir"):
+        find_checkpoint(made(tmp_path), MODEL)
+
+
+def test_folders_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        ValueError, match=r"file/run cannot be written \(Not a directory\). Choose another --output_dir"
+    ):
+        find_checkpoint(made(tmp_path / "file" / "run"), MODEL)
+
+
+def test_resumptions(run, tmp_path):
+    assert find_checkpoint(made(run, resume_from_checkpoint="latest"), MODEL) == str(run / "checkpoint-10")
+    first = str(run / "checkpoint-2")
+    assert find_checkpoint(made(run, resume_from_checkpoint=first), MODEL) == first
+    assert find_checkpoint(made(tmp_path / "other", resume_from_checkpoint=first), MODEL) == first
+    free = {"logging_steps": 7, "save_total_limit": 9, "stop_after_steps": 3, "torch_compile": True}
+    assert find_checkpoint(made(run, resume_from_checkpoint=first, **free), MODEL) == first
+
+
+def test_resumptions_of_nothing(run, tmp_path):
+    message = "There is no checkpoint to resume at .*: leave out --resume_from_checkpoint to begin"
+    for folder, name in ((tmp_path / "none", "latest"), (run, str(tmp_path / "none")), (run, str(run))):
+        with pytest.raises(ValueError, match=message):
+            find_checkpoint(made(folder, resume_from_checkpoint=name), MODEL)
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"seed": 5}, "seed=42, now it is 5"),
+        ({"layer_decay": 0.5}, "layer_decay=1.0, now it is 0.5"),
+        ({"lr_scheduler_type": "constant"}, "lr_scheduler_type=linear, now it is constant"),
+        ({"optim": "sgd"}, "optim=adamw_torch, now it is sgd"),
+        ({"effective_batch_size": 64}, "learning_rate=6.25e-05, now it is 0.000125"),
+        ({"base_learning_rate": 0.123}, "learning_rate=.*, now it is "),
+    ],
+)
+def test_resumptions_with_other_arguments(changes, words, run):
+    with pytest.raises(ValueError, match=f"run was begun with .*{words}.*: a resumption must have the same argum"):
+        find_checkpoint(made(run, resume_from_checkpoint="latest", **changes), MODEL)
+
+
+def test_resumptions_of_another_kind_of_run(run, tmp_path):
+    other = ModelArguments(model_name_or_path="other")
+    args = made(tmp_path / "other", resume_from_checkpoint=str(run / "checkpoint-2"))
+    with pytest.raises(ValueError, match="run was begun with model_name_or_path=model, now it is other"):
+        find_checkpoint(args, other)
+    begun = json.loads((run / ARGUMENTS).read_text())
+    (run / ARGUMENTS).write_text(json.dumps(begun | {"jitter_scale": [0.1, 2.0]}))
+    with pytest.raises(ValueError, match="run holds another kind of run: resume it with the script that began it"):
+        find_checkpoint(args, MODEL)
+    (run / ARGUMENTS).unlink()
+    assert find_checkpoint(args, MODEL) == str(run / "checkpoint-2")
