@@ -234,13 +234,7 @@ def choose_splits(data_args: SegmentationDataArguments, do_train: bool, seed: in
     Raises:
         ValueError: if there is no such dataset, split or column.
     """
-    opened = open_splits(
-        data_args.dataset_name,
-        data_args.dataset_config_name,
-        data_args.dataset_revision,
-        data_args.train_dir,
-        data_args.validation_dir,
-    )
+    opened = open_splits(**data_args.location())
     if do_train or data_args.train_val_split is not None:
         names = (data_args.train_split_name, data_args.eval_split_name, data_args.train_val_split)
         splits = dict(zip(("train", "eval"), train_and_eval(opened, *names, seed)))
