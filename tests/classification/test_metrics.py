@@ -1,10 +1,16 @@
-"""Classification metrics at their edges, and plots without data."""
+"""Classification metrics at their edges, the confusion matrix, and plots without data."""
 
+from pathlib import Path
+
+import evaluate
 import numpy as np
 import pytest
 
 from hivit_hf.classification.figures import calibration_figure, robustness_figure
 from hivit_hf.classification.metrics import areas_under_curve, calibration, top_k_accuracy
+
+
+CONFUSION = str(Path(__file__).parents[2] / "examples" / "metrics" / "confusion_matrix")
 
 
 def test_metrics_of_edge_cases():
@@ -19,3 +25,20 @@ def test_metrics_of_edge_cases():
     for draw in (lambda: calibration_figure([], 0.0), lambda: robustness_figure({})):
         with pytest.raises(ValueError, match="nothing to draw"):
             draw()
+
+
+def test_confusion_matrix_counts_each_pair():
+    numbers = np.random.default_rng(0)
+    predictions, references = numbers.integers(0, 4, 200), numbers.integers(0, 4, 200)
+    expected = np.zeros((5, 5), dtype=int)
+    for prediction, reference in zip(predictions, references):
+        expected[reference, prediction] += 1
+    confusion = evaluate.load(CONFUSION, keep_in_memory=True)
+    computed = confusion.compute(predictions=predictions, references=references, num_labels=5)
+    assert computed == {"confusion_matrix": expected.tolist()}
+
+
+def test_confusion_matrix_refuses_classes_that_do_not_exist():
+    confusion = evaluate.load(CONFUSION, keep_in_memory=True)
+    with pytest.raises(ValueError, match="between 0 and num_labels - 1 = 1"):
+        confusion.compute(predictions=[0, 2], references=[0, 1], num_labels=2)

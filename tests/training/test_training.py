@@ -1,12 +1,7 @@
 """The training package in small: rules with known values, a loss that falls, and errors before time is spent."""
 
-from pathlib import Path
-
-import evaluate
-import numpy as np
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, confusion_matrix
 
 from hivit_hf import HiViTConfig, HiViTForImageClassification
 from hivit_hf.classification.figures import confusion_matrix_figure
@@ -14,7 +9,6 @@ from hivit_hf.training.figures import figure_to_png, learning_curves
 from hivit_hf.training.trainer_old import FinetuneSettings, finetune
 
 
-METRICS = Path(__file__).parents[2] / "examples" / "metrics"
 CONFIG = {
     "image_size": 16,
     "patch_size": 4,
@@ -119,24 +113,3 @@ def test_figures_refuse_what_does_not_fit():
         learning_curves({"one": [([1], [1]), ([2], [1])]}, "step", "loss")
     with pytest.raises(ValueError, match="must be 3 x 3"):
         confusion_matrix_figure([[1, 0], [0, 1]], ["a", "b", "c"])
-
-
-# -- metrics --------------------------------------------------------------------------------------------------------
-
-
-def test_metric_modules_equal_scikit_learn():
-    numbers = np.random.default_rng(0)
-    predictions, references = numbers.integers(0, 4, 200), numbers.integers(0, 4, 200)
-    accuracy = evaluate.load(str(METRICS / "accuracy"), keep_in_memory=True)
-    computed = accuracy.compute(predictions=predictions, references=references)
-    assert computed == {"accuracy": pytest.approx(accuracy_score(references, predictions))}
-    confusion = evaluate.load(str(METRICS / "confusion_matrix"), keep_in_memory=True)
-    computed = confusion.compute(predictions=predictions, references=references, num_labels=5)
-    expected = confusion_matrix(references, predictions, labels=range(5)).tolist()
-    assert computed == {"confusion_matrix": expected}
-
-
-def test_confusion_matrix_refuses_classes_that_do_not_exist():
-    confusion = evaluate.load(str(METRICS / "confusion_matrix"), keep_in_memory=True)
-    with pytest.raises(ValueError, match="between 0 and num_labels - 1 = 1"):
-        confusion.compute(predictions=[0, 2], references=[0, 1], num_labels=2)
