@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hivit_hf import HiViTConfig, HiViTForMaskedImageModeling
-from hivit_hf.training.initialization import pyramid_start, resize_for
+from hivit_hf.training.initialization import initialize_backbone, resize_for
 from measure import write
 
 
@@ -81,7 +81,7 @@ class Task:
         shutil.copytree(trained, model, ignore=shutil.ignore_patterns("checkpoint-*"))
         weights = load_file(model / "model.safetensors")
         config = json.loads((model / "config.json").read_text())["backbone_config"]
-        other = pyramid_start(str(backbone)).backbone
+        other = initialize_backbone(str(backbone)).model
         resize_for(other, config["image_size"])
         weights |= {f"{self.backbone}.hivit.{name}": tensor for name, tensor in other.hivit.state_dict().items()}
         save_file(weights, model / "model.safetensors", {"format": "pt"})

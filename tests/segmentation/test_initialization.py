@@ -5,13 +5,13 @@ import torch
 
 from hivit_hf import HiViTForImageClassification, HiViTForMaskedImageModeling
 from hivit_hf.segmentation.initialization import load_segmenter, new_segmenter
-from hivit_hf.training.initialization import pyramid_start
+from hivit_hf.training.initialization import initialize_backbone
 from hivit_hf.training.optim import layer_table, layerwise_parameter_groups
 from support.segmentation import NAMES, SMALL, model_folder
 
 
 def test_the_dense_numbering_reaches_into_the_segmenter():
-    start = new_segmenter(pyramid_start(None, "tiny"), NAMES, **SMALL)
+    start = new_segmenter(initialize_backbone(None, "tiny"), NAMES, **SMALL)
     config = start.model.backbone.config
     groups = layerwise_parameter_groups(start.model, config, 0.05, 1e-3, 0.75, count_early_layers=False)
     layers = {name: group["layer_id"] for group in groups for name in group["names"]}

@@ -9,6 +9,7 @@ which scaling truncates, images without objects have no targets, crowds are obje
 
 import io
 import json
+import math
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from PIL import Image
 from pycocotools import mask as run_lengths
 from pycocotools.coco import COCO
@@ -25,8 +27,10 @@ from torchvision.ops import box_convert, masks_to_boxes
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
+from ..data.datasets import check_images, sample_rows
 from ..data.decoding import MAX_PIXELS, UnreadableImageError, open_image, upright
 from ..data.seeding import seed_of, seeded
+from .arguments import DetectionDataArguments
 
 
 _SMALLEST_OVERLAP = 0.5  # IoU of a box with the box around its mask,
@@ -184,10 +188,11 @@ def _fault(annotation: dict, coco: COCO, with_masks: bool) -> str | None:
     if not isinstance(category, int) or category not in coco.cats:
         return f"has category {category!r}, which is not among the {len(coco.cats)} of the file"
     try:
-        left, top, width, height = (float(number) for number in annotation["bbox"])
-    except (KeyError, TypeError, ValueError):
+        left, top, width, height = annotation["bbox"]
+        finite = all(map(math.isfinite, annotation["bbox"]))
+    except (KeyError, TypeError, ValueError, OverflowError):
         return f"must have a bbox of four numbers (left, top, width, height), got {annotation.get('bbox')}"
-    if not all(np.isfinite((left, top, width, height))):
+    if not finite:
         return f"has a bbox that is not finite: {annotation['bbox']}"
     if not (width > 0 and height > 0):
         return f"has a box of no area: {annotation['bbox']}"
@@ -217,10 +222,12 @@ def _mask_fault(annotation: dict, coco: COCO) -> str | None:
         return f"has a mask that cannot be read ({error})"
     if not area:
         return "has an empty mask"
-    overlap = run_lengths.iou([around.tolist()], [annotation["bbox"]], [0]).item()
-    sides = box_convert(torch.tensor([around.tolist(), annotation["bbox"]], dtype=torch.float64), "xywh", "xyxy")
-    if overlap < _SMALLEST_OVERLAP and (sides[0] - sides[1]).abs().max() > _NEAR_PX:
-        box = [round(number, 1) for number in around.tolist()]
+    around = around.tolist()
+    if run_lengths.iou([around], [annotation["bbox"]], [0]).item() >= _SMALLEST_OVERLAP:
+        return None
+    sides = box_convert(torch.tensor([around, annotation["bbox"]], dtype=torch.float64), "xywh", "xyxy")
+    if (sides[0] - sides[1]).abs().max() > _NEAR_PX:
+        box = [round(number, 1) for number in around]
         return f"has a mask that does not match its box: it lies in {box}, the box is {annotation['bbox']}"
     return None
 
@@ -384,3 +391,80 @@ def large_scale_jitter(
             v2.SanitizeBoundingBoxes(),
         ]
     )
+
+
+def read_annotations(
+    data_args: DetectionDataArguments, with_masks: bool, do_train: bool = True
+) -> tuple[CocoAnnotations | None, CocoAnnotations]:
+    """
+    The annotations to train on, if there are any, and those to evaluate on; says what was left out.
+
+    Raises:
+        ValueError: as `read_coco`, and for files whose categories differ.
+    """
+    evaluation = _read(data_args.eval_annotations, data_args.eval_image_dir, data_args, with_masks)
+    if not do_train:
+        return None, evaluation
+    train = _read(data_args.train_annotations, data_args.train_image_dir, data_args, with_masks)
+    known = dict(zip(train.category_ids, train.names))
+    for number, name in zip(evaluation.category_ids, evaluation.names):
+        if known.get(number) != name:
+            raise ValueError(
+                f"Category {number} is {name!r} in {evaluation.path}, but {known.get(number)!r} in {train.path}: both "
+                "must have the same ids and names."
+            )
+    if len(evaluation.names) != len(train.names):
+        lacking = sorted(set(train.names) - set(evaluation.names))[0]
+        raise ValueError(f"{evaluation.path} lacks the category {lacking!r} of {train.path}: list it there too.")
+    return train, evaluation
+
+
+def _read(path: str, folder: str | None, data_args: DetectionDataArguments, with_masks: bool) -> CocoAnnotations:
+    read = read_coco(path, folder, with_masks, data_args.bad_annotations == "leave_out")
+    if read.left_out:
+        PartialState().print(f"{len(read.left_out)} annotations of {path} were left out. The first: {read.left_out[0]}")
+    return read
+
+
+def make_datasets(
+    annotations: tuple[CocoAnnotations | None, CocoAnnotations],
+    data_args: DetectionDataArguments,
+    with_masks: bool,
+    mean: Sequence[float],
+    seed: int,
+) -> tuple[CocoImages | None, CocoImages]:
+    """
+    Jittered images to train on, without those that have no objects, and whole images to evaluate on.
+
+    Args:
+        annotations: of `read_annotations`.
+        data_args: jitter, and number of images.
+        with_masks: whether masks are read.
+        mean: of each channel, which pads jittered images.
+        seed: of the jitter, and of what `max_train_samples` and `max_eval_samples` choose.
+
+    Raises:
+        ValueError: for images that cannot be read.
+    """
+    (train, evaluation), channels = annotations, len(mean)
+    images = _sample(evaluation.images, data_args.max_eval_samples, seed)
+    datasets = [None, CocoImages(evaluation, images, with_masks, None, seed, "eval", channels)]
+    if train is not None:
+        images = train.with_objects()
+        if len(images) < len(train.images):
+            first = next(image for image in train.images if image not in images)
+            PartialState().print(
+                f"{len(train.images) - len(images)} of {len(train.images)} training images have no annotation and are "
+                f"left out, as is published; the first is {first['id']} ({first['file_name']})."
+            )
+        jitter = large_scale_jitter(data_args.crop_size, data_args.jitter_scale, data_args.flip_probability, mean)
+        images = _sample(images, data_args.max_train_samples, seed)
+        datasets[0] = CocoImages(train, images, with_masks, jitter, seed, "train", channels)
+    for dataset in datasets:
+        if dataset is not None:
+            check_images(dataset, data_args.check_images)
+    return tuple(datasets)
+
+
+def _sample(images: list[dict], limit: int | None, seed: int) -> list[dict]:
+    return [images[row] for row in sample_rows(len(images), limit, seed)]

@@ -1,5 +1,8 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""Detectors on HiViT's pyramid: torchvision's Faster and Mask R-CNN, and Deformable DETR of transformers."""
+"""
+Detectors on HiViT: torchvision's Faster and Mask R-CNN as a model of transformers; inputs and detections of these and
+of transformers' Deformable DETR.
+"""
 
 import math
 from collections import OrderedDict
@@ -9,20 +12,17 @@ from functools import partial
 
 import torch
 from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import MultiScaleRoIAlign, box_convert
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 from transformers import (
     AutoBackbone,
     AutoConfig,
-    DeformableDetrConfig,
-    DeformableDetrForObjectDetection,
     DeformableDetrImageProcessor,
     PreTrainedConfig,
     PreTrainedModel,
@@ -31,11 +31,9 @@ from transformers import (
 from transformers.utils import ModelOutput
 
 from ..modeling_hivit import HiViTBackbone
-from ..training.initialization import DenseStart
 
 
 DETECTORS = ("mask_rcnn", "faster_rcnn", "deformable_detr")
-_DETR_LEVELS = ["stage2", "stage3", "stage4"]  # strides 8, 16 and 32, as published; it adds one of 64 by itself
 
 
 @strict
@@ -53,7 +51,7 @@ class HiViTRCNNConfig(PreTrainedConfig):
         box_head_channels (`int`, *optional*, defaults to 1024):
             Width of the two layers that classify a box.
         mask_head_channels (`int`, *optional*, defaults to 256):
-            Channels of the four convolutions that draw a mask.
+            Channels of the four convolutions that predict a mask.
         anchor_strides (`int`, *optional*, defaults to 8):
             Side of the anchors of a level, in pixels of that level: 32 px where the stride is 4.
         canonical_size (`int`, *optional*):
@@ -66,13 +64,13 @@ class HiViTRCNNConfig(PreTrainedConfig):
         image_mean, image_std (`list[float]`, *optional*):
             Of each channel, of values in [0, 1]; ImageNet's if unset.
         max_proposals (`int`, *optional*, defaults to 1000):
-            Proposals of a image that are looked at, twice as many when training.
+            Number of proposals per image, twice as many in training.
         boxes_per_image (`int`, *optional*, defaults to 512):
-            Proposals of a image that the heads learn from.
+            Number of proposals per image that the heads are trained on.
         score_threshold (`float`, *optional*, defaults to 0.05):
             Detections with a lower score are not returned.
         max_detections (`int`, *optional*, defaults to 100):
-            Detections that are returned for a image at most.
+            Largest number of detections per image.
     """
 
     model_type = "hivit_rcnn"
@@ -124,7 +122,7 @@ class HiViTRCNNOutput(ModelOutput):
 
 
 class PyramidFPN(nn.Module):
-    """HiViT's pyramid and a feature pyramid network (arXiv 1612.03144), as torchvision's detectors want a backbone."""
+    """HiViT and a feature pyramid network (arXiv 1612.03144), as torchvision's detectors want a backbone."""
 
     def __init__(self, backbone: HiViTBackbone, out_channels: int):
         super().__init__()
@@ -138,7 +136,7 @@ class PyramidFPN(nn.Module):
         return self.fpn(OrderedDict((str(level), feature_map) for level, feature_map in enumerate(maps)))
 
 
-_DRAWS = {
+_INITIALIZATIONS = {
     "fpn": partial(initialization.kaiming_uniform_, a=1),
     "proposals": partial(initialization.normal_, std=0.01),
     "boxes": partial(initialization.kaiming_uniform_, a=5**0.5),
@@ -146,17 +144,17 @@ _DRAWS = {
 }
 
 
-def _mark(part: nn.Module, draw: str):
-    """Names how the layers of a part are drawn."""
+def _mark(part: nn.Module, name: str):
+    """Names the initialization of the layers of a part."""
     for layer in part.modules():
         if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
-            layer.draw = draw
+            layer.initialization = name
 
 
 class HiViTRCNN(PreTrainedModel):
     """
-    torchvision's Mask R-CNN or Faster R-CNN on the pyramid of HiViT: `stage1`, `stage2`, `stage3` and `stage3`
-    max-pooled, a LayerNorm each, FPN.
+    torchvision's Mask R-CNN or Faster R-CNN on the feature maps of HiViT: `stage1`, `stage2`, `stage3` and `stage3`
+    max-pooled, a LayerNorm each, and a feature pyramid network (FPN).
 
     Images may have any size: they are normalized, resized to `config.min_size` and padded to what HiViT needs. When
     training they are not resized.
@@ -219,9 +217,9 @@ class HiViTRCNN(PreTrainedModel):
         return self.rcnn.backbone.pyramid
 
     def _init_weights(self, module: nn.Module):
-        """As torchvision draws them: loading leaves out what it does when it makes its layers."""
-        if draw := getattr(module, "draw", None):
-            _DRAWS[draw](module.weight)
+        """As torchvision does when it makes its layers, which loading leaves out."""
+        if name := getattr(module, "initialization", None):
+            _INITIALIZATIONS[name](module.weight)
             initialization.zeros_(module.bias)
 
     def forward(self, images: Sequence[torch.Tensor], targets: Sequence[dict] | None = None) -> HiViTRCNNOutput:
@@ -242,129 +240,10 @@ class HiViTRCNN(PreTrainedModel):
         return HiViTRCNNOutput(loss=sum(losses.values()), losses=losses)
 
 
-def build_detector(detector: str, start: DenseStart, names: Sequence[str], changes: dict | None = None):
-    """
-    A detector on a pyramid; all but the backbone is new.
-
-    Args:
-        detector: one of `DETECTORS`.
-        start: the pyramid, with `out_features_of(detector)`, and the normalization of its images. What is frozen of
-            it stays frozen.
-        names: of the classes, without background.
-        changes: keywords of the detector's configuration.
-
-    Returns:
-        `HiViTRCNN` or `DeformableDetrForObjectDetection`.
-
-    Raises:
-        ValueError: for keywords and values that the configuration does not take.
-    """
-    is_detr = detector == "deformable_detr"
-    config_class = DeformableDetrConfig if is_detr else HiViTRCNNConfig
-    changes = _head_changes(config_class, changes or {})
-    labels = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
-    keywords = {"backbone_config": start.backbone.config, **labels}
-    if is_detr:
-        keywords |= {"with_box_refine": True}
-    else:
-        keywords |= {"predicts_masks": detector == "mask_rcnn", "image_mean": start.mean, "image_std": start.std}
-    try:
-        config = config_class(**keywords | changes)
-    except (TypeError, StrictDataclassError) as error:
-        sentence = " ".join(str(error.__cause__ or error).split())
-        raise ValueError(f"--head does not fit: {sentence.rstrip('.')}.") from error
-    if is_detr:
-        _check_detr(config)
-    model = DeformableDetrForObjectDetection(config) if is_detr else HiViTRCNN(config)
-    backbone = pyramid_of(model)
-    backbone.load_state_dict(start.backbone.state_dict())
-    for own, given in zip(backbone.parameters(), start.backbone.parameters()):
-        own.requires_grad_(given.requires_grad)
-    return model
-
-
-def _head_changes(config_class: type[PreTrainedConfig], changes: dict) -> dict:
-    """Changes of fields that the detector has of its own, whole numbers as the fractions that they may stand for."""
-    own = config_class.__annotations__
-    unknown = sorted(set(changes) - set(own))
-    if unknown:
-        raise ValueError(f"--head sets {', '.join(unknown)}, which {config_class.__name__} does not have.")
-    fractions = [name for name, kind in own.items() if kind in (float, "float") and type(changes.get(name)) is int]
-    return changes | {name: float(changes[name]) for name in fractions}
-
-
-def _check_detr(config: DeformableDetrConfig):
-    """What transformers would only stumble over later."""
-    least = {"num_queries": 1, "decoder_layers": 2, "encoder_layers": 1, "num_feature_levels": len(_DETR_LEVELS)}
-    for name, number in least.items():
-        if getattr(config, name) < number:
-            raise ValueError(f"Deformable DETR needs {name} of at least {number}, got {getattr(config, name)}.")
-    for name in ("encoder_attention_heads", "decoder_attention_heads"):
-        heads = getattr(config, name)
-        if heads < 1 or config.d_model % (2 * heads):  # half of the channels are of the position's height
-            raise ValueError(f"d_model {config.d_model} must be a multiple of twice the {name}, {heads}.")
-
-
-def load_detector(
-    name: str, detector: str, names: Sequence[str], head: dict | None = None, sizes: tuple[int, int] | None = None
-):
-    """
-    A trained detector, as it is.
-
-    Args:
-        name: a folder, or a repository of the Hub.
-        detector: one of `DETECTORS` that it must be.
-        names: the classes that it must have, without background.
-        head: keywords of its configuration that it must have.
-        sizes: shorter and longest side in px that an R-CNN then resizes images to.
-
-    Raises:
-        ValueError: if it is another detector, has other classes, or other numbers.
-    """
-    config = AutoConfig.from_pretrained(name)
-    found = config.model_type
-    if isinstance(config, HiViTRCNNConfig):
-        found = "mask_rcnn" if config.predicts_masks else "faster_rcnn"
-    if found != detector:
-        raise ValueError(f"{name} is a {found}, not a {detector}: give --detector {found}, or another folder.")
-    known = [config.id2label[number] for number in range(config.num_labels)]
-    if known != list(names):
-        raise ValueError(
-            f"The detector {name} has the {len(known)} classes {', '.join(known[:5])} ..., not the {len(names)} of the "
-            f"annotations, {', '.join(names[:5])} ...: take annotations of the same categories."
-        )
-    for key, value in _head_changes(type(config), head or {}).items():
-        if getattr(config, key) != value:
-            raise ValueError(
-                f"The detector {name} has {key} {getattr(config, key)}, not {value}: leave it out of --head."
-            )
-    if detector == "deformable_detr":
-        return DeformableDetrForObjectDetection.from_pretrained(name, config=config, dtype=torch.float32)
-    if sizes is not None:
-        config.min_size, config.max_size = sizes
-    return HiViTRCNN.from_pretrained(name, config=config, dtype=torch.float32)
-
-
-def is_detector(name: str) -> bool:
-    """Whether a folder or repository is a detector, rather than a network to begin with."""
-    try:
-        return AutoConfig.from_pretrained(name).model_type in (HiViTRCNNConfig.model_type, "deformable_detr")
-    except (OSError, ValueError, KeyError):
-        return False  # `pyramid_start` says what it is
-
-
-def pyramid_of(model: HiViTRCNN | DeformableDetrForObjectDetection) -> HiViTBackbone:
-    """The backbone of a detector."""
-    return model.pyramid if isinstance(model, HiViTRCNN) else model.model.backbone.model
-
-
-def out_features_of(detector: str) -> list[str] | None:
-    """The stages that a detector reads; None for all four."""
-    return _DETR_LEVELS if detector == "deformable_detr" else None
-
-
 class RCNNBatches:
     """From images to what `HiViTRCNN` takes, and from its output to detections."""
+
+    processor = None  # the model normalizes and resizes by itself
 
     def __call__(self, items: Sequence[dict], training: bool) -> dict:
         """Items of `CocoImages` -> `images`, and `targets` when training."""
@@ -388,12 +267,12 @@ class DetrBatches:
     From images to what Deformable DETR takes, and from its output to detections.
 
     Args:
-        processor: what `detr_processor` makes.
-        crop_px: side of the images when training.
+        processor: of `detr_processor`.
+        crop_size: side of the training images in px.
     """
 
-    def __init__(self, processor: DeformableDetrImageProcessor, crop_px: int):
-        self.processor, self.crop_px = processor, crop_px
+    def __init__(self, processor: DeformableDetrImageProcessor, crop_size: int):
+        self.processor, self.crop_size = processor, crop_size
 
     def __call__(self, items: Sequence[dict], training: bool) -> dict:
         """Items of `CocoImages` -> `pixel_values`, `pixel_mask`, and `labels` when training."""
@@ -401,7 +280,7 @@ class DetrBatches:
         if not training:
             return dict(self.processor(images=images, return_tensors="pt"))
         annotations = [{"image_id": item["image_id"], "annotations": _as_coco(item)} for item in items]
-        square = {"height": self.crop_px, "width": self.crop_px}
+        square = {"height": self.crop_size, "width": self.crop_size}
         batch = self.processor(
             images=images, annotations=annotations, do_resize=False, pad_size=square, return_tensors="pt"
         )
@@ -415,18 +294,17 @@ class DetrBatches:
 
 def _as_coco(item: dict) -> list[dict]:
     """The objects of an item as COCO's annotations, which the processor reads."""
-    boxes = torch.as_tensor(item["boxes"])
-    sides = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)
+    boxes = box_convert(torch.as_tensor(item["boxes"]), "xyxy", "xywh")
     return [
         {"bbox": box, "category_id": label - 1, "area": box[2] * box[3], "iscrowd": 0}
-        for box, label in zip(sides.tolist(), item["labels"].tolist())
+        for box, label in zip(boxes.tolist(), item["labels"].tolist())
     ]
 
 
 def detr_processor(
     patch_size: int, min_size: int, max_size: int, mean: Sequence[float], std: Sequence[float]
 ) -> DeformableDetrImageProcessor:
-    """The image processor of Deformable DETR, which pads to a square that HiViT's units fill: its pipelines need it."""
+    """The image processor of Deformable DETR for HiViT: it pads to a square of whole patches in evaluation."""
     side = -(-max_size // (2 * patch_size)) * 2 * patch_size
     return DeformableDetrImageProcessor(
         size={"shortest_edge": min_size, "longest_edge": max_size},

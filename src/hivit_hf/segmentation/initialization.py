@@ -10,13 +10,12 @@ from ..configuration_hivit import HiViTConfig, nearest_multiples
 from ..modeling_hivit import HiViTBackbone
 from ..training.initialization import (
     PYRAMID,
-    DenseStart,
     Initialization,
     check_architecture,
+    initialize_backbone,
     load_fitting,
     normalization,
     pyramid_config,
-    pyramid_start,
     read_config,
     resize_for,
 )
@@ -37,8 +36,8 @@ def initialize_segmenter(
     if not do_train:
         check_segmenter(model_args.model_name_or_path)
     if model_args.from_scratch:
-        start = pyramid_start(None, model_args.architecture, overrides)
-        resize_pyramid(start.backbone, crop_size)
+        start = initialize_backbone(None, model_args.architecture, overrides)
+        resize_pyramid(start.model, crop_size)
         made = new_segmenter(start, names, **model_args.heads())
     else:
         made = load_segmenter(
@@ -50,7 +49,7 @@ def initialize_segmenter(
 
 
 def new_segmenter(
-    start: DenseStart,
+    start: Initialization,
     names: Sequence[str],
     head_channels: int = 512,
     auxiliary_channels: int = 256,
@@ -67,7 +66,7 @@ def new_segmenter(
         auxiliary_weight: of its loss; 0 for no such head.
     """
     config = UperNetConfig(
-        backbone_config=start.backbone.config,
+        backbone_config=start.model.config,
         hidden_size=head_channels,
         use_auxiliary_head=auxiliary_weight > 0,
         auxiliary_loss_weight=float(auxiliary_weight),
@@ -76,8 +75,8 @@ def new_segmenter(
         label2id={name: number for number, name in enumerate(names)},
     )
     model = UperNetForSemanticSegmentation(config)
-    model.backbone.load_state_dict(start.backbone.state_dict())
-    return Initialization(model, start.mean, start.std, start.notes)
+    model.backbone.load_state_dict(start.model.state_dict())
+    return Initialization(model, start.image_mean, start.image_std, start.notes)
 
 
 def load_segmenter(
@@ -95,7 +94,7 @@ def load_segmenter(
     Args:
         name: where.
         names: of the classes.
-        architecture, changes: as in `pyramid_start`.
+        architecture, changes: as in `initialize_backbone`.
         crop_size: side of the images in px that position embedding and relative position biases are interpolated to.
         head: as in `new_segmenter`; what is given must be what a segmentation model has.
 
@@ -104,9 +103,9 @@ def load_segmenter(
     """
     if _is_segmenter(name):
         return _load_whole(name, names, architecture, changes, crop_size, **head)
-    start = pyramid_start(name, architecture, changes)
+    start = initialize_backbone(name, architecture, changes)
     if crop_size is not None:
-        resize_pyramid(start.backbone, crop_size)
+        resize_pyramid(start.model, crop_size)
     return new_segmenter(start, names, **head)
 
 

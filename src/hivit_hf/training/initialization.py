@@ -170,59 +170,42 @@ def pyramid_config(config: HiViTConfig, **changes) -> HiViTConfig:
     return HiViTConfig(**{**values, **PYRAMID, **changes})
 
 
-@dataclass(frozen=True)
-class DenseStart:
-    """
-    What a dense model begins with.
-
-    Args:
-        backbone: the pyramid.
-        mean, std: of each channel, as the start has learned from.
-        notes: what a user should know, a sentence each.
-    """
-
-    backbone: HiViTBackbone
-    mean: list[float]
-    std: list[float]
-    notes: list[str]
-
-
-def pyramid_start(
+def initialize_backbone(
     name: str | None,
     architecture: str | None = None,
-    changes: dict | None = None,
+    overrides: dict | None = None,
     out_features: Sequence[str] | None = None,
-) -> DenseStart:
+) -> Initialization:
     """
-    A pyramid with the weights of a folder; its norms are new, and the decoder or classifier is left aside.
+    A backbone of four normalized feature maps with the weights of a folder; its norms are new, and a decoder or
+    classifier is left out.
 
     Args:
         name: a folder, or a repository of the Hub; random weights of `architecture` if not given.
         architecture: what the network must be, if given.
-        changes: keywords of the configuration that do not change the shapes of weights.
+        overrides: keywords of the configuration that do not change the shapes of weights.
         out_features: the stages that are returned, all four if not given.
 
     Raises:
         ValueError: if there is no HiViT, it is another network than the recipe's, or weights do not fit.
     """
-    changes, notes = dict(changes or {}), []
+    overrides = dict(overrides or {})
     for key in (*PYRAMID, "out_indices"):
-        if key in changes:
-            raise ValueError(f"--model sets {key}, but what reads the pyramid decides that: leave it out.")
+        if key in overrides:
+            raise ValueError(
+                f"--config_overrides sets {key}, but what reads the feature maps decides that: leave it out."
+            )
     if out_features is not None:
-        changes["out_features"] = list(out_features)
+        overrides["out_features"] = list(out_features)
     if name is None:
-        config = pyramid_config(HiViTConfig.from_architecture(architecture), **changes)
-        channels = config.num_channels
-        mean, std = (list(values) if channels == 3 else [0.5] * channels for values in (IMAGENET_MEAN, IMAGENET_STD))
-        return DenseStart(HiViTBackbone(config), mean, std, notes)
+        config = pyramid_config(HiViTConfig.from_architecture(architecture), **overrides)
+        return Initialization(HiViTBackbone(config), *default_statistics(config.num_channels), [])
     config = read_config(name)
     if architecture is not None:
         check_architecture(config, architecture, name)
-    config = pyramid_config(config, **changes)
-    backbone, found = load_fitting(HiViTBackbone, name, config, ("norms.",))
-    mean, std = normalization(name, config.num_channels)
-    return DenseStart(backbone, mean, std, notes + found)
+    config = pyramid_config(config, **overrides)
+    backbone, notes = load_fitting(HiViTBackbone, name, config, ("norms.",))
+    return Initialization(backbone, *normalization(name, config.num_channels), notes)
 
 
 def load_fitting(
@@ -256,6 +239,7 @@ def load_fitting(
     if misfits:
         raise ValueError(
             f"The weights of {name} do not fit the network: {sorted(misfits)[0]} and {len(misfits) - 1} more are "
-            "missing, left over or of another shape. Leave the sizes in --model as they are, or choose another start."
+            "missing, left over or of another shape. Leave the sizes in --config_overrides as they are, or choose "
+            "another model."
         )
     return model, [f"Not in {name}, so they start at zero: {len(tables)} relative position tables."] if tables else []

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_model, save_model
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -169,7 +169,7 @@ class HiViTTrainer(Trainer):
         if self.args.ema_decay is not None:
             self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(self.args.ema_decay))
             if resume_from_checkpoint:
-                self.average.load_state_dict(load_file(Path(resume_from_checkpoint) / AVERAGE))
+                load_model(self.average, Path(resume_from_checkpoint) / AVERAGE)
             self.average.to(self.args.device)
         output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         if self.average is not None:
@@ -203,13 +203,12 @@ class HiViTTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None):
         super()._save(output_dir, state_dict)
         if self.average is not None and self.args.should_save:
-            weights = {name: tensor.contiguous() for name, tensor in self.average.state_dict().items()}
-            save_file(weights, Path(output_dir or self.args.output_dir) / AVERAGE)
+            save_model(self.average, str(Path(output_dir or self.args.output_dir) / AVERAGE))  # weights may be shared
 
     def _load_best_model(self):
         super()._load_best_model()
         if self.average is not None:
-            self.average.load_state_dict(load_file(Path(self.state.best_model_checkpoint) / AVERAGE))
+            load_model(self.average, Path(self.state.best_model_checkpoint) / AVERAGE)
 
     # -- results
 
