@@ -222,3 +222,14 @@ def test_parts_on_several_devices(model_class, num_on_the_first, tiny_config):
         add_hook_to_module(model, AlignDevicesHook(execution_device="cuda:0", io_same_device=True))
         output = model(torch.zeros(2, 3, 64, 64))
     assert all(tensor.device.type == "cpu" for tensor in output.to_tuple() if isinstance(tensor, torch.Tensor))
+
+
+def test_the_original_names_of_the_early_layers_are_taken(tmp_path):
+    config = HiViTConfig(stem_mlp_ratio=2.0, stem_blocks_per_depth=1)
+    assert (config.early_mlp_ratio, config.early_blocks_per_depth) == (2.0, 1)
+    assert (config.stem_mlp_ratio, config.stem_blocks_per_depth) == (2.0, 1)
+    config.save_pretrained(tmp_path)
+    loaded = HiViTConfig.from_pretrained(tmp_path, stem_mlp_ratio=4.0)
+    assert (loaded.early_mlp_ratio, loaded.early_blocks_per_depth) == (4.0, 1)
+    with pytest.raises(ValueError, match="early_mlp_ratio"):
+        HiViTConfig(stem_mlp_ratio=-1.0)

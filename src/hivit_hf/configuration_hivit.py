@@ -146,6 +146,8 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
     ```"""
 
     model_type = "hivit"
+    # names of the original code, where "stem" is more than the embedding
+    attribute_map = {"stem_blocks_per_depth": "early_blocks_per_depth", "stem_mlp_ratio": "early_mlp_ratio"}
 
     image_size: int | list[int] | tuple[int, int] = 224
     patch_size: int = 16
@@ -212,6 +214,8 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
+        for name in self.attribute_map.keys() & kwargs.keys():
+            setattr(self, name, kwargs.pop(name))
         self._refuse_unknown_keywords(kwargs)
         self.depths = list(self.depths)
         self.global_attention_layers = list(self.global_attention_layers)
@@ -352,7 +356,7 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
     @classmethod
     def _keywords(cls) -> list[str]:
         names = [field.name for field in fields(cls) if not field.name.startswith("_")]
-        return [*names, "out_features", "out_indices", "num_labels"]
+        return [*names, *cls.attribute_map, "out_features", "out_indices", "num_labels"]
 
     def _refuse_unknown_keywords(self, keywords: dict):
         """A saved file may hold what a user or another version of transformers had attached: that is kept."""
