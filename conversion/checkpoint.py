@@ -4,6 +4,10 @@ Reading a checkpoint as data.
 A pickle may name any function to be called while it is read. This reader makes tensors, containers and numbers; every
 other class is replaced by an empty stand-in that is never imported, and every other call is not made but noted. Tensors
 stay in the file, which is mapped into memory, until they are used.
+
+`torch.load(weights_only=True)` is no substitute: it refuses dictionaries of other classes, like the yacs `CfgNode` of
+the supervised code, and modules like `os` in any entry; a nested tuple as a key hangs it, `_codecs.encode` and
+`bytearray` fill the memory, and with `mmap` it reads records of another length than the pickle claims.
 """
 
 import hashlib
@@ -16,7 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from tqdm.auto import tqdm
 
 
@@ -160,8 +165,6 @@ class _TensorUnpickler(pickle._Unpickler):
         notes: where what is left out is written down.
     """
 
-    dispatch = dict(pickle._Unpickler.dispatch)
-
     def __init__(self, file, load_storage, notes: Checkpoint):
         super().__init__(file)
         self.persistent_load, self.notes = load_storage, notes
@@ -239,26 +242,14 @@ class _TensorUnpickler(pickle._Unpickler):
     def _refuse(self):
         raise pickle.UnpicklingError("an operation that no checkpoint needs")
 
-    for _opcode, _method in {
-        pickle.REDUCE: load_reduce,
-        pickle.NEWOBJ: load_newobj,
-        pickle.NEWOBJ_EX: load_newobj_ex,
-        pickle.BUILD: load_build,
-        pickle.DICT: load_dict,
-        pickle.SETITEM: load_setitem,
-        pickle.SETITEMS: load_setitems,
-        pickle.APPEND: load_append,
-        pickle.APPENDS: load_appends,
-        pickle.ADDITEMS: load_additems,
-        pickle.FROZENSET: _refuse,
-        pickle.EXT1: _refuse,
-        pickle.EXT2: _refuse,
-        pickle.EXT4: _refuse,
-        pickle.NEXT_BUFFER: _refuse,
-        pickle.READONLY_BUFFER: _refuse,
-        pickle.BYTEARRAY8: _refuse,
-    }.items():
-        dispatch[_opcode[0]] = _method
+    load_frozenset = load_ext1 = load_ext2 = load_ext4 = _refuse
+    load_next_buffer = load_readonly_buffer = load_bytearray8 = _refuse
+
+
+# the base class maps opcodes to its own methods, by value
+_TensorUnpickler.dispatch = {
+    opcode: getattr(_TensorUnpickler, method.__name__) for opcode, method in pickle._Unpickler.dispatch.items()
+}
 
 
 # -- files ----------------------------------------------------------------------------------------------------------
@@ -335,8 +326,7 @@ def _read_archive(path: Path, notes: Checkpoint) -> object:
 
 def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return load_file(path)
     except (SafetensorError, AttributeError, RuntimeError) as error:
         raise ConversionError(f"{path} cannot be read as safetensors ({shown(str(error))}). Get it again.") from error
 

@@ -5,7 +5,8 @@ from collections import OrderedDict
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from architecture import block_names
 from checkpoint import ConversionError, read_checkpoint, shown
@@ -99,8 +100,7 @@ def _read_folder(folder: Path) -> tuple[HiViTConfig, str, dict[str, torch.Tensor
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config = HiViTConfig.from_pretrained(folder)
-        with safe_open(file, "pt") as opened:
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        tensors = load_file(file)
         class_name = content["architectures"][0]
         model_class = MODEL_CLASSES[class_name]
     except (ValueError, KeyError, TypeError, IndexError, SafetensorError) as error:

@@ -200,7 +200,7 @@ def test_more_than_8_bits_are_scaled_here_as_in_training(mode, level, gray):
     assert upright(image, 1).getpixel((3, 3)) == gray
 
 
-def test_numbers_of_which_nobody_knows_what_is_white(tmp_path):
+def test_levels_without_a_known_white_are_refused(tmp_path):
     for mode, level, words in [
         ("I", 70_000, "from 70000 to 70000, not from 0 to 65535"),
         ("I", -1, "from -1 to -1"),

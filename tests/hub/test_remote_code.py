@@ -17,8 +17,8 @@ from hivit_hf.hub.repository import AUTO_MAP, CODE_FILES, export
 from support.patience import PATIENCE_S
 
 
-# `python` in a stranger's process: hivit_hf cannot be imported, nor what else is named, and nothing is on the path
-STRANGER = """
+# a fresh process in which hivit_hf and the other named packages cannot be imported
+WITHOUT_PACKAGES = """
 import json, sys
 from importlib.machinery import PathFinder
 
@@ -105,10 +105,10 @@ def exported(tmp_path_factory, tiny_network):
     return root, classifier
 
 
-def run_as_stranger(code, arguments, absent, folder):
+def run_without(code, arguments, absent, folder):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home")}
-    command = [sys.executable, "-c", STRANGER + code, ",".join(absent), *map(str, arguments)]
+    command = [sys.executable, "-c", WITHOUT_PACKAGES + code, ",".join(absent), *map(str, arguments)]
     finished = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
     assert finished.returncode == 0, finished.stderr[-4000:]
     return json.loads(finished.stdout.splitlines()[-1])
@@ -119,7 +119,7 @@ def run_as_stranger(code, arguments, absent, folder):
 def test_remote_code(exported, absent, tmp_path):
     root, classifier = exported
     folders = [root / name for name in ("classifier", "autoencoder", "encoder", "image.png")]
-    found = run_as_stranger(USES, folders, absent, tmp_path)
+    found = run_without(USES, folders, absent, tmp_path)
     assert found["config"] == ["HiViTConfig", "transformers_modules", "goldfish"]
     classes = [found[name] for name in ("model", "encoder", "classification", "masked", "pretraining", "backbone")]
     assert classes == [
@@ -157,7 +157,7 @@ spec.loader.exec_module(handler)
 endpoint = handler.EndpointHandler(sys.argv[2])
 print(json.dumps(endpoint({"inputs": open(sys.argv[3], "rb").read(), "parameters": {"top_k": 1}})))
 """
-    answer = run_as_stranger(code, [root / "classifier", root / "image.png"], ("hivit_hf", "torchvision"), tmp_path)
+    answer = run_without(code, [root / "classifier", root / "image.png"], ("hivit_hf", "torchvision"), tmp_path)
     assert len(answer) == 1
     assert answer[0]["label"] in ("tench", "goldfish")
 

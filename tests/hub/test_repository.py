@@ -387,7 +387,7 @@ def test_processors_of_other_classes_stay_what_they_are(classifier, samples, tmp
 
 
 @pytest.mark.parametrize("name", ["NoSuchImageProcessor", "WhisperFeatureExtractor"])
-def test_processors_that_nobody_has_are_refused(name, classifier, tmp_path):
+def test_unknown_image_processors_are_refused(name, classifier, tmp_path):
     classifier.save_pretrained(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": name, "size": 64}))
     words = f"names the image processor {name}, which transformers does not have or cannot use here: save a BitImage"
@@ -506,7 +506,7 @@ def test_every_checkpoint_has_a_card_and_an_architecture():
         assert parameters.get(name, "") in card.content
         assert ("**These weights were never published.**" in card.content) == (about.weights == "unpublished")
         assert card.data.license == "unknown"
-        assert "widget" not in card.data.to_dict()  # nobody has run these weights here
+        assert "widget" not in card.data.to_dict()  # these weights were not run here
         assert about.uploaded == (about.revision is not None)
     assert len({about.repo_id for about in CHECKPOINTS.values()}) == len(CHECKPOINTS)
 
@@ -563,7 +563,7 @@ def expected_rows(name: str) -> list[str]:
     if about.model_class == "HiViTForImageClassification":
         heads, cells = [*heads, "classes"], [*cells, config.num_labels]
     rows = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads), f"| {' | '.join(map(str, cells))} |"]
-    figures = [
+    results = [
         f"| {what} | {value} | paper ([{paper}](https://arxiv.org/abs/{paper.split()[1]})) |"
         for what, value, paper in PAPER_RESULTS.get(name, [])
     ]
@@ -573,12 +573,12 @@ def expected_rows(name: str) -> list[str]:
             value = value[key]
         machine = f"{record['hardware']['cpu']}, {record['hardware']['cores']} cores"
         what = f"{what.format(**record)}, {machine}"
-        figures.append(f"| {what} | {value:.2f} {unit} | `benchmarks/results/{file}.json` |")
-    return rows + (["| | | source |", "|---|---|---|", *figures] if figures else [])
+        results.append(f"| {what} | {value:.2f} {unit} | `benchmarks/results/{file}.json` |")
+    return rows + (["| | | source |", "|---|---|---|", *results] if results else [])
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_every_figure_is_the_papers_or_of_a_result_file(name):
+def test_every_result_is_the_papers_or_of_a_benchmark_file(name):
     card = (ROOT / "model_cards" / f"{name}.md").read_text()
     expected = expected_rows(name)
     assert rows_of_tables(card) == expected
@@ -590,7 +590,7 @@ def test_every_figure_is_the_papers_or_of_a_result_file(name):
         assert rows_of_tables(wrong) != expected, card[at - 20 : at + 20]
 
 
-def test_the_figures_in_the_metadata_are_those_of_the_tables():
+def test_the_results_in_the_metadata_are_those_of_the_tables():
     """In cards of weights that are the measured ones, and in no others."""
     for name, about in CHECKPOINTS.items():
         results = ModelCard.load(ROOT / "model_cards" / f"{name}.md").data.eval_results or []

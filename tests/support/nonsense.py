@@ -47,7 +47,7 @@ def unusual_images() -> dict[str, bytes]:
 
 
 def unreadable() -> dict[str, object]:
-    """Instead of an image."""
+    """What is no image, or none that is accepted."""
     whole, png = encoded(noise(40, 40), "JPEG"), encoded(noise(40, 40))
     return {
         "text": b"not an image",

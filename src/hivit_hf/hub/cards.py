@@ -71,6 +71,19 @@ pixel_values = processor(Image.open({image}).convert("RGB"), return_tensors="pt"
 with torch.no_grad():
     features = model(pixel_values).last_hidden_state  # (1, {units}, {channels})""",
 }
+# file of `benchmarks/results` -> what it measured, the keys of the value, its unit
+_MEASURED = {
+    "inference_cpu.json": (
+        "classification, forward, float32, batch {batch_size}",
+        ("float32", "models", "HiViT-B", "median_s"),
+        "s",
+    ),
+    "onnx_cpu.json": (
+        "the same in onnxruntime, relative to PyTorch, round by round",
+        ("speed", "onnxruntime", "times_slower_than_ours"),
+        "x the time",
+    ),
+}
 _FIELDS = [field.name for field in fields(HiViTConfig) if field.name in HiViTConfig.__annotations__]
 _FIELDS = [name for name in _FIELDS if not name.startswith("_")]
 _TRAINING_FIELDS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "initializer_range")
@@ -141,34 +154,15 @@ def measured_results(model_class: str, config: HiViTConfig, results_dir: Path | 
     if results_dir is None or not same:
         return []
     rows = []
-    for file, what, value, unit in [
-        (
-            "inference_cpu.json",
-            "classification, forward, float32, batch {batch_size}",
-            ("float32", "models", "HiViT-B", "median_s"),
-            "s",
-        ),
-        (
-            "onnx_cpu.json",
-            "the same in onnxruntime, relative to PyTorch, round by round",
-            ("speed", "onnxruntime", "times_slower_than_ours"),
-            "x the time",
-        ),
-    ]:
+    for file, (what, keys, unit) in _MEASURED.items():
         path = results_dir / file
         if not path.exists():
             continue
         record = found = json.loads(path.read_text())
-        for key in value:
+        for key in keys:
             found = found[key]
-        machine = f"{record['hardware']['cpu']}, {record['hardware']['cores']} cores"
-        rows.append(
-            {
-                "what": f"{what.format(**record)}, {machine}",
-                "value": f"{found:.2f} {unit}",
-                "source": f"`benchmarks/results/{file}`",
-            }
-        )
+        what = f"{what.format(**record)}, {record['hardware']['cpu']}, {record['hardware']['cores']} cores"
+        rows.append({"what": what, "value": f"{found:.2f} {unit}", "source": f"`benchmarks/results/{file}`"})
     return rows
 
 
@@ -206,7 +200,6 @@ def render_card(
     on_hub = "/" in about.repo_id
     uploaded = about.uploaded or to_hub
     load_from = about.repo_id if uploaded else about.repo_id.rpartition("/")[2]
-    imports, image = _example_image(about, load_from, uploaded, folder)
     environment = jinja2.Environment(keep_trailing_newline=True)
     environment.filters |= {"plain": _escaped, "url": quote}
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
@@ -226,15 +219,7 @@ def render_card(
         decoder=about.model_class == "HiViTForMaskedImageModeling",
         num_labels=config.num_labels if classifies else 0,
         input_size=f"{height}x{width}",
-        quick_start=imports
-        + _QUICK_START[about.model_class].format(
-            source=load_from,
-            revision=f', revision="{about.revision}"' if about.revision else "",
-            image=image,
-            processor=folder.processor,
-            units=config.grid_size[0] * config.grid_size[1],
-            channels=config.hidden_size,
-        ),
+        quick_start=_quick_start(about, config, folder, load_from, uploaded),
         widget=folder.samples,
         reconstructions=folder.reconstructions,
         limits=_limits(about, config),
@@ -250,6 +235,18 @@ def render_card(
     )
     check_card(text)
     return text
+
+
+def _quick_start(about: Checkpoint, config: HiViTConfig, folder: Folder, load_from: str, uploaded: bool) -> str:
+    imports, image = _example_image(about, load_from, uploaded, folder)
+    return imports + _QUICK_START[about.model_class].format(
+        source=load_from,
+        revision=f', revision="{about.revision}"' if about.revision else "",
+        image=image,
+        processor=folder.processor,
+        units=config.grid_size[0] * config.grid_size[1],
+        channels=config.hidden_size,
+    )
 
 
 def _example_image(about: Checkpoint, load_from: str, uploaded: bool, folder: Folder) -> tuple[str, str]:

@@ -92,12 +92,7 @@ def export(
         ValueError: for models, samples and folders that cannot be exported; before anything is written.
     """
     out_dir, samples = Path(out_dir), [Path(sample) for sample in samples]
-    if isinstance(model, HiViTBackbone):
-        raise ValueError(
-            "A HiViTBackbone has no card: export the model that it was made from, a HiViTModel for example."
-        )
-    if not isinstance(model, HiViTPreTrainedModel) or type(model).__name__ not in AUTO_MODELS.values():
-        raise ValueError(f"export writes HiViT models, got a {type(model).__name__}. Unwrap or merge it first.")
+    _check_model(model)
     about = _about(model, about, out_dir, conversion_report, push_to_hub)
     if onnx:
         for task in _onnx_tasks(model):
@@ -124,9 +119,13 @@ def export(
                 export_onnx(model, folder / "onnx" / ONNX_FILES[task], task)
         found = _run_samples(model, image_processor, images, folder)
         (folder / "README.md").touch()  # it names itself
-        processor = image_processor.to_dict()["image_processor_type"]
-        files, parameters = tree(folder, out_dir.resolve().name), model.num_parameters()
-        found = replace(found, report=conversion_report, tree=files, processor=processor, parameters=parameters)
+        found = replace(
+            found,
+            report=conversion_report,
+            tree=tree(folder, out_dir.resolve().name),
+            processor=image_processor.to_dict()["image_processor_type"],
+            parameters=model.num_parameters(),
+        )
         card = render_card(about, model.config, found, results_dir, to_hub=push_to_hub)
         (folder / "README.md").write_text(card, encoding="utf-8")
     if push_to_hub:
@@ -224,6 +223,16 @@ def _size(num_bytes: int) -> str:
     if num_bytes < 1000:
         return ""  # also the card itself, which names the tree
     return f"{num_bytes / 1e3:.0f} kB" if num_bytes < 1e6 else f"{num_bytes / 1e6:.1f} MB"
+
+
+def _check_model(model):
+    """ValueError for what has no card."""
+    if isinstance(model, HiViTBackbone):
+        raise ValueError(
+            "A HiViTBackbone has no card: export the model that it was made from, a HiViTModel for example."
+        )
+    if not isinstance(model, HiViTPreTrainedModel) or type(model).__name__ not in AUTO_MODELS.values():
+        raise ValueError(f"export writes HiViT models, got a {type(model).__name__}. Unwrap or merge it first.")
 
 
 def _about(
