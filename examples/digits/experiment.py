@@ -32,10 +32,14 @@ INITIALIZATIONS = ("pretrained", "scratch")
 LABELS = ("all_labels", "few_labels")
 LABELS_PER_CLASS = 10
 
-# What the two fine-tunings change in the recipe; both initializations share it.
-FLAGS = {"all_labels": [], "few_labels": ["--num_train_epochs", "15", "--warmup_epochs", "1.5", "--eval_steps", "10"]}
+# What the fine-tunings change in the recipe; both initializations share it.
+SHARED = ["--layer_decay", "1.0", "--crop_scale", "0.7", "1.0", "--crop_pct", "1.0", "--learning_rate", "1e-3"]
+SHARED += ["--eval_strategy", "steps", "--save_strategy", "no", "--check_images", "0"]
+FLAGS = {
+    "all_labels": [*SHARED, "--num_train_epochs", "12", "--ema_decay", "0.99", "--eval_steps", "84"],
+    "few_labels": [*SHARED, "--num_train_epochs", "15", "--warmup_epochs", "1.5", "--eval_steps", "10"],
+}
 FLAGS["few_labels"] += ["--per_device_train_batch_size", "25", "--effective_batch_size", "25"]
-FLAGS["few_labels"] += ["--learning_rate", "1e-3"]
 FAST_PRETRAINING = ["--num_train_epochs", "1", "--warmup_epochs", "0", "--logging_steps", "10"]
 FAST_FINETUNING = ["--max_steps", "2", "--eval_steps", "2"]
 
