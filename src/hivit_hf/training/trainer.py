@@ -194,9 +194,9 @@ class HiViTTrainer(Trainer):
         """As in `Trainer`. Raises ValueError if the metric that decides which checkpoint is best does not exist."""
         with self.averaged_weights():
             metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        best = (self.args.metric_for_best_model or "loss").removeprefix("eval_")
+        best = self.args.metric_for_best_model and self.args.metric_for_best_model.removeprefix("eval_")
         names = [name.removeprefix(f"{metric_key_prefix}_") for name in metrics]
-        if self.is_in_train and best not in names:
+        if self.is_in_train and best is not None and best not in names:
             raise ValueError(f"There is no metric_for_best_model {best}; the metrics are {', '.join(names)}.")
         return metrics
 
