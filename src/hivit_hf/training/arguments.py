@@ -288,6 +288,8 @@ class HiViTTrainingArguments(TrainingArguments):
         if self.data_seed is None:
             self.data_seed = self.seed
         self.hub_private_repo = self.hub_private_repo or None
+        if not self.do_train:
+            self.report_to = "none"  # a single evaluation has no curve, and TensorBoard would write to ./runs
         best = self.metric_for_best_model
         super().__post_init__()
         if best is None and self.lr_scheduler_type not in ("reduce_lr_on_plateau", "greedy"):
