@@ -123,6 +123,7 @@ def test_the_command_line(digits, tmp_path, capsys):
         (("--dataset_name", "/nowhere"), "There is no folder /nowhere. Check the path."),
         (("--train_dir", "a"), "There is no data: give either --dataset_name, or --train_dir."),
         (("--effective_batch_size", 64), "48 training images are fewer than effective_batch_size 64"),
+        (("--report_to", "nonsense"), "nonsense is not supported, only"),
         (("--do_train", "false"), "--do_train false evaluates a classifier that was trained on these labels"),
         (("--optim", "galore_adamw", "--optim_args", "rank=2"), "galore"),
     ],
