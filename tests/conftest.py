@@ -26,6 +26,7 @@ def demo_pretrained(tmp_path_factory):
     """The folder with the weights that `make demo` pre-trains, for the tests that fine-tune them."""
     from digits import experiment
     from digits.data import digits_dataset, write_parquet
+    from support.accelerate_state import forget_accelerator
 
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -34,6 +35,7 @@ def demo_pretrained(tmp_path_factory):
     with FileLock(shared / "demo_pretrained.lock"):
         if not folder.exists():
             data = write_parquet(digits_dataset(), shared / "digits")
+            forget_accelerator()
             experiment.pretrain(data, shared / "demo_run")
             (shared / "demo_run" / "model").rename(folder)
     return folder

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 
 import kill_test
 from hivit_hf.pretraining.arguments import PretrainingArguments, PretrainingDataArguments, PretrainingModelArguments
 from hivit_hf.pretraining.run import PretrainingRun
 from hivit_hf.training.command_line import parse_arguments
+from support.accelerate_state import forget_accelerator
 
 
 SMOKE = Path(__file__).parents[2] / "examples" / "recipes" / "smoke_cpu.yaml"
@@ -26,10 +26,9 @@ def data(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
     """Accelerate's state and the handlers of signals as in a new process."""
+    forget_accelerator()
     yield
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    PartialState._reset_state()
+    forget_accelerator()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)
 

@@ -15,6 +15,7 @@ from hivit_hf.classification.metrics import top_k_accuracy
 from hivit_hf.probing import features
 from hivit_hf.probing.linear import probe_lars, probe_lbfgs
 from hivit_hf.training.neighbors import nearest_neighbors
+from support.accelerate_state import forget_accelerator
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -26,6 +27,7 @@ MULTI, THRESHOLD = "multi_label_classification", 0.915
 def pretrained(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pretrained")
     data = write_parquet(digits_dataset(), folder / "data")
+    forget_accelerator()
     pretrain(data, folder / "run", ["--num_train_epochs", "16", "--dataloader_num_workers", "0"])
     return folder / "run" / "model"
 
