@@ -104,7 +104,7 @@ def test_two_processes_evaluate_every_image_once(tmp_path, images):
     flags = flags_of(values)
     assert finetune_segmentation.main(flags) == 0
     script = tmp_path / "script.py"
-    counted = "print('processes:', PartialState().num_processes); sys.exit(code)"
+    counted = "print('ranks of', PartialState().num_processes, flush=True); sys.exit(code)"
     lines = ["import sys", "from accelerate import PartialState", "from finetune_segmentation import main"]
     script.write_text("\n".join([*lines, "code = main()", counted]))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -118,7 +118,7 @@ def test_two_processes_evaluate_every_image_once(tmp_path, images):
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("processes: 2") == 2 and (tmp_path / "two" / "overlays.png").exists()
+    assert done.stdout.count("ranks of 2") == 2 and (tmp_path / "two" / "overlays.png").exists()
     results = [metrics_of(tmp_path / name) for name in ("one", "two")]
     scores = [{name: one[name] for name in one if "iou" in name or "accuracy" in name} for one in results]
     assert scores[0] == scores[1] and scores[0]["eval_mean_iou"] > 0

@@ -224,11 +224,12 @@ def labeled_images(path: Path, config: HiViTConfig, processor: BaseImageProcesso
             f"{path} holds no labeled images: give a folder with a folder of images for each class, or a dataset "
             f"saved with `save_to_disk`. {error}"
         ) from error
-    unknown = sorted(set(found) - set(config.label2id))
+    class_ids = {name: number for number, name in config.id2label.items()}  # label2id may be missing
+    unknown = sorted(set(found) - set(class_ids))
     if unknown:
-        known = list(config.label2id)[:5]
+        known = list(class_ids)[:5]
         raise ValueError(f"{path} has the classes {unknown[:5]}, but the model knows {known}: give images of these.")
-    targets = torch.tensor([config.label2id[name] for name in found])
+    targets = torch.tensor([class_ids[name] for name in found])
     transform = lambda image: processor(image, return_tensors="pt").pixel_values[0]  # noqa: E731
     return ImageDataset(dataset, column, transform, targets, config.num_channels, name=str(path))
 
