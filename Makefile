@@ -21,10 +21,10 @@ test-all: $(VENV)/installed $(BROWSER)  ## All tests, the slow ones too
 
 test-oldest: $(OLDEST)/installed  ## Exported folders and conformance with the oldest supported versions, in an environment of its own
 	$(OLDEST)/bin/python -m pytest tests/hub/test_remote_code.py
-	$(OLDEST)/bin/python -m pytest tests/conformance
+	$(OLDEST)/bin/python -m pytest tests/conformance || test $$? -eq 5  # nothing to run: no network
 
 conformance: $(VENV)/installed  ## transformers' own tests of models, on ours; pip downloads them once
-	$(RUN) -m pytest tests/conformance
+	$(RUN) -m pytest tests/conformance || test $$? -eq 5  # nothing to run: no network
 
 check: $(VENV)/installed  ## Style
 	$(RUN) -m ruff check .
