@@ -42,6 +42,7 @@ def made(**values) -> tuple:
         ({"crop_scale": [0.5, 1.5]}, "crop_scale must be two numbers"),
         ({"crop_scale": [0.0, 1.0]}, "crop_scale must be two numbers"),
         ({"color_jitter": -0.1}, "color_jitter must not be negative"),
+        ({"rotation_degrees": 200}, r"rotation_degrees must be in \[0, 180\], got 200"),
         ({"random_erasing": 1.1}, r"random_erasing must be in \[0, 1\]"),
         ({"mixup": -0.1}, "mixup must not be negative"),
         ({"cutmix": float("inf")}, "cutmix must not be negative, got inf"),

@@ -51,6 +51,7 @@ CHANGING = {
     "train_split_name": "test", "eval_split_name": "train", "train_val_split": 0.25, "max_train_samples": 32,
     "max_eval_samples": 8, "image_mean": [0.1, 0.2, 0.3], "image_std": [1.0, 2.0, 3.0], "crop_scale": [0.3, 0.4],
     "flip_probability": 1.0, "auto_augment": "rand-m9-mstd0.5-inc1", "color_jitter": 0.9, "random_erasing": 1.0,
+    "rotation_degrees": 90,
     "mixup": 0.8, "cutmix": 1.0, "label_smoothing_factor": 0.3, "crop_pct": 0.5, "num_train_epochs": 2,
     "warmup_epochs": 0.5, "stop_after_steps": 2, "max_steps": 2, "effective_batch_size": 8, "base_learning_rate": 1e-3,
     "learning_rate": 1e-3, "min_learning_rate": 2e-4, "weight_decay": 5.0, "adam_beta1": 0.5, "adam_beta2": 0.6,

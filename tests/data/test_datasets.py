@@ -316,6 +316,17 @@ def test_augmentation_depends_on_seed_epoch_and_row_alone():
         assert torch.equal(torch.rand(2), one[0]) and np.random.rand() == one[1]
 
 
+def test_crops_are_rotated_up_to_an_angle():
+    image = PILImage.fromarray(np.full((16, 16, 3), 255, np.uint8))
+
+    def corners(degrees: float) -> list[float]:
+        transform = training_transform(16, [0.0] * 3, [1.0] * 3, [1, 1], 0.0, None, 0.0, 0.0, degrees)
+        return [float(transform(image)[0, 0, 0]) for _ in range(20)]
+
+    assert corners(0) == [1.0] * 20
+    assert corners(2).count(1.0) > 10 > corners(180).count(1.0)
+
+
 def test_gray_palette_and_turned_images(tmp_path):
     image = PILImage.fromarray(images(1)[0])
     exif = image.getexif()

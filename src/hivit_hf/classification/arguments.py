@@ -57,6 +57,9 @@ class ClassificationDataArguments(DataArguments):
     )
     auto_augment: str | None = argument(None, "timm's policy of augmentation, such as rand-m9-mstd0.5-inc1 (paper).")
     color_jitter: Annotated[float, nonnegative] = argument(0.0, "Strength of color jitter; none with --auto_augment.")
+    rotation_degrees: Annotated[float, within(0, 180)] = argument(
+        0.0, "Largest angle, in degrees, by which crops are rotated at random, either way; corners become black."
+    )
     random_erasing: Annotated[float, fraction] = argument(0.0, "Probability of erasing a random box.")
     mixup: Annotated[float, nonnegative] = argument(0.0, "Alpha of mixup; 0 for none.")
     cutmix: Annotated[float, nonnegative] = argument(0.0, "Alpha of CutMix; 0 for none.")

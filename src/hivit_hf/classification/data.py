@@ -79,6 +79,7 @@ def make_datasets(
         data_args.auto_augment,
         data_args.color_jitter,
         data_args.random_erasing,
+        data_args.rotation_degrees,
     )
     limits = (data_args.max_train_samples, data_args.max_eval_samples)
     rows = [sample_rows(len(split), limit, seed) for split, limit in zip(splits, limits)]

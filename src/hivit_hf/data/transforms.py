@@ -131,16 +131,17 @@ def training_transform(
     auto_augment: str | None,
     color_jitter: float,
     random_erasing: float,
+    rotation_degrees: float = 0.0,
 ) -> Callable:
     """
     timm's training transform, as the published fine-tuning uses it: random resized crop (bicubic) and flip, an
-    augmentation policy or color jitter, then random erasing.
+    augmentation policy or color jitter, then random erasing. The crop may be rotated by a random angle.
 
     Raises:
         ValueError: if the policy cannot be read.
     """
     try:
-        return create_transform(
+        transform = create_transform(
             image_size,
             is_training=True,
             scale=tuple(crop_scale),
@@ -155,6 +156,9 @@ def training_transform(
         )
     except (AssertionError, ValueError, KeyError, IndexError) as error:
         raise ValueError(f"auto_augment {auto_augment!r} is no policy: try rand-m9-mstd0.5-inc1.") from error
+    if rotation_degrees:
+        transform.transforms.insert(1, v2.RandomRotation(rotation_degrees, v2.InterpolationMode.BILINEAR))
+    return transform
 
 
 class ClassificationCollator:
