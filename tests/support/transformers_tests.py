@@ -41,8 +41,8 @@ def source_distribution() -> Path | None:
     with FileLock(DOWNLOADS / "lock"):
         if not archive.exists():
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
-            command += ["--no-build-isolation", "--dest", str(DOWNLOADS), name.replace("-", "==")]
-            # pip then asks the archive for its metadata, which may fail without harm
+            # pip keeps the archive only if it can read its metadata, with the setuptools that this version asks for
+            command += ["--dest", str(DOWNLOADS), name.replace("-", "==")]
             subprocess.run(command, capture_output=True, timeout=600)
             if not archive.exists():
                 return None
