@@ -1,8 +1,8 @@
 """
 python examples/evaluate_classification.py --model_name_or_path MODEL --dataset_name DATASET --output_dir runs/eval
 
-Evaluates a classifier with `evaluate` and a pipeline: top-1 and top-5 accuracy, images per second, confusion matrix,
-calibration. --robustness adds accuracy on corrupted images. --soup first averages the classifiers of several folders.
+Evaluates a classifier: top-1 and top-5 accuracy, images per second, confusion matrix, calibration. --robustness
+adds accuracy on corrupted images. --soup first averages the classifiers of several folders.
 """
 
 import json
@@ -108,7 +108,8 @@ def load_classifier(args: EvaluationArguments, splits: datasets.DatasetDict, col
     def accuracy(model: PreTrainedModel, processor: BaseImageProcessor) -> float:
         images = choose_split(splits, args.soup_split_name, "soup_split_name")
         targets = evaluation.targets_for(model, images, args.soup_split_name, *args.labels)
-        return evaluation.accuracy_of(model, processor, images, column, targets, args.per_device_eval_batch_size)
+        work = (model, processor, images, column, targets)
+        return evaluation.evaluate_images(*work, args.per_device_eval_batch_size)[0]["accuracy"]
 
     model, processor, record = soup(args.model_name_or_path, args.soup, accuracy)
     for part in (model, processor):

@@ -1,22 +1,27 @@
-"""Evaluation of classifiers: metrics through `evaluate`, labels matched by name, refusals."""
+"""Evaluation of classifiers: metrics, labels matched by name, refusals."""
 
 import json
 
 import numpy as np
 import pytest
 import torch
-from datasets import DatasetDict, Value
+from datasets import Dataset, DatasetDict, Image, Value
+from PIL import Image as PILImage
 from sklearn.metrics import top_k_accuracy_score
 
 import evaluate_classification
 import finetune_classification
-from hivit_hf.classification.evaluation import load_for_evaluation, targets_for
+from hivit_hf import HiViTConfig, HiViTForImageClassification
+from hivit_hf.classification.evaluation import evaluate_images, load_for_evaluation, targets_for
 from hivit_hf.classification.metrics import calibration
+from hivit_hf.data.datasets import ImageDataset
+from hivit_hf.data.transforms import EvaluationTransform
+from hivit_hf.image_processing import evaluation_processor
 from support.digit_folders import SMALL, evaluate_with_script, save_random_encoder
 from support.refusals import refusal
 
 
-def test_evaluation_through_evaluate(classifiers, data, tmp_path, capsys):
+def test_metrics_of_an_evaluation(classifiers, data, tmp_path, capsys):
     results = evaluate_with_script(
         classifiers[:1], data, tmp_path, "--max_eval_samples", "60", "--per_device_eval_batch_size", "16"
     )
@@ -37,6 +42,26 @@ def test_evaluation_through_evaluate(classifiers, data, tmp_path, capsys):
     )
     assert {path.name for path in tmp_path.glob("*.png")} == {"confusion_matrix.png", "calibration.png"}
     assert "accuracy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("num_channels", [1, 3])
+def test_images_are_read_as_in_training(num_channels, tmp_path):
+    """Gray ones of 16 bits, which PIL's conversion clips, and networks of one channel."""
+    levels, paths = np.random.default_rng(0).integers(0, 65536, (6, 16, 16)).astype(np.uint16), []
+    for number, image in enumerate(levels):
+        paths.append(str(tmp_path / f"{number}.png"))
+        PILImage.fromarray(image // (number + 1)).save(paths[-1])
+    images = Dataset.from_dict({"image": paths}).cast_column("image", Image())
+    torch.manual_seed(0)
+    config = HiViTConfig(**SMALL, image_size=16, num_channels=num_channels, num_labels=4, initializer_range=0.5)
+    model = HiViTForImageClassification(config).eval()
+    processor = evaluation_processor(16, [0.5] * num_channels, [0.25] * num_channels)
+    read = ImageDataset(images, "image", EvaluationTransform(processor), None, num_channels)
+    with torch.no_grad():
+        logits = model(torch.stack([item["pixel_values"] for item in read])).logits
+    metrics, probabilities = evaluate_images(model, processor, images, "image", logits.argmax(dim=1), batch_size=6)
+    assert metrics["accuracy"] == metrics["top5_accuracy"] == 1.0
+    torch.testing.assert_close(torch.from_numpy(probabilities), logits.softmax(dim=1))
 
 
 def test_labels_are_matched_by_name(classifiers, data):

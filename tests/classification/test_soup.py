@@ -12,7 +12,7 @@ from transformers import BitImageProcessor
 import evaluate_classification
 from digits.data import digits_processor
 from hivit_hf import HiViTConfig, HiViTForImageClassification
-from hivit_hf.classification.evaluation import accuracy_of, load_for_evaluation, targets_for
+from hivit_hf.classification.evaluation import evaluate_images, load_for_evaluation, targets_for
 from hivit_hf.classification.soup import soup
 from support.digit_folders import evaluate_with_script
 from support.refusals import refusal
@@ -36,8 +36,8 @@ def test_greedy_soup_takes_what_does_no_harm(classifiers, data, tmp_path):
     assert scores[taken[0]] == max(scores.values())
     held_out = DatasetDict.load_from_disk(data / "few")["train"]
     model, processor = load_for_evaluation(str(tmp_path / "soup"))
-    reached = accuracy_of(model, processor, held_out, "image", targets_for(model, held_out, "train"))
-    assert reached >= max(scores.values())
+    metrics, _ = evaluate_images(model, processor, held_out, "image", targets_for(model, held_out, "train"))
+    assert metrics["accuracy"] >= max(scores.values())
     states = [load_file(Path(folder) / "model.safetensors") for folder in taken]
     assert_close(model.classifier.weight.data, torch.stack([s["classifier.weight"] for s in states]).mean(dim=0))
 

@@ -1,13 +1,12 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
-"""Evaluation of classifiers with `evaluate`: accuracy, class probabilities, throughput."""
+"""Evaluation of classifiers: accuracy, class probabilities, throughput."""
 
+import time
 from collections.abc import Sequence
 
 import datasets
-import evaluate
 import numpy as np
 import torch
-from evaluate.evaluator.image_classification import ImageClassificationEvaluator
 from torch.utils.data import DataLoader
 from transformers import AutoModelForImageClassification, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
@@ -74,44 +73,7 @@ def targets_for(
     return table[targets]
 
 
-class TopAccuracy(evaluate.Metric):
-    """Top-1 and top-5 accuracy from the scores of all classes, as an `evaluate` metric that needs no network."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Top-1 and top-5 accuracy.",
-            citation="",
-            inputs_description="predictions: scores of all classes; references: class indices.",
-            features=datasets.Features(
-                {"predictions": datasets.List(datasets.Value("float32")), "references": datasets.Value("int32")}
-            ),
-        )
-
-    def _compute(self, predictions: list[list[float]], references: list[int]) -> dict[str, float]:
-        scores, labels = np.asarray(predictions), np.asarray(references)
-        return {"accuracy": top_k_accuracy(scores, labels, 1), "top5_accuracy": top_k_accuracy(scores, labels, 5)}
-
-
-class ScoringEvaluator(ImageClassificationEvaluator):
-    """
-    The "image-classification" evaluator, with the probabilities of all classes rather than the best class only.
-
-    Args:
-        num_labels: number of classes of the model.
-        batch_size: images per forward pass.
-    """
-
-    def __init__(self, num_labels: int, batch_size: int):
-        super().__init__("image-classification")
-        self.PIPELINE_KWARGS = {"top_k": num_labels, "batch_size": batch_size, "function_to_apply": "softmax"}
-        self.probabilities: np.ndarray | None = None  # of the last evaluation, (images, classes)
-
-    def predictions_processor(self, predictions: list[list[dict]], label_mapping: dict[str, int]) -> dict:
-        rows = [sorted(prediction, key=lambda answer: label_mapping[answer["label"]]) for prediction in predictions]
-        self.probabilities = np.array([[answer["score"] for answer in row] for row in rows], dtype=np.float32)
-        return {"predictions": self.probabilities.tolist()}
-
-
+@torch.no_grad()
 def evaluate_images(
     model: PreTrainedModel,
     processor: BaseImageProcessor,
@@ -121,41 +83,25 @@ def evaluate_images(
     batch_size: int = 32,
 ) -> tuple[dict[str, float], np.ndarray]:
     """
-    Top-1 and top-5 accuracy, and throughput with decoding, through `evaluate` and a pipeline.
+    Top-1 and top-5 accuracy, and throughput with decoding.
 
     Returns:
         The metrics, and the probabilities (images, classes).
     """
-    # the model's class numbers, whatever the dataset's are
-    data = dataset.select_columns([column]).add_column("target", targets.tolist())
-    evaluator = ScoringEvaluator(model.config.num_labels, batch_size)
-    numbers = evaluator.compute(
-        model_or_pipeline=model,
-        feature_extractor=processor,
-        data=data,
-        metric=TopAccuracy(),
-        input_column=column,
-        label_column="target",
-        label_mapping=model.config.label2id,
-        device=model.device.index if model.device.type != "cpu" else -1,
-    )
-    return {name: float(value) for name, value in numbers.items()}, evaluator.probabilities
-
-
-@torch.no_grad()
-def accuracy_of(
-    model: PreTrainedModel,
-    processor: BaseImageProcessor,
-    dataset: datasets.Dataset,
-    column: str,
-    targets: torch.Tensor,
-    batch_size: int = 64,
-) -> float:
-    """Top-1 accuracy of a classifier, without a pipeline."""
     channels = model.config.num_channels
-    images = ImageDataset(dataset, column, EvaluationTransform(processor), targets, channels, name="eval")
-    hits = 0
-    for batch in DataLoader(images, batch_size=batch_size, collate_fn=ClassificationCollator()):
-        predicted = model(pixel_values=batch["pixel_values"].to(model.device)).logits.argmax(dim=1)
-        hits += (predicted.cpu() == batch["labels"]).sum().item()
-    return hits / len(images)
+    images = ImageDataset(dataset, column, EvaluationTransform(processor), num_channels=channels, name="eval")
+    loader = DataLoader(images, batch_size=batch_size, collate_fn=ClassificationCollator())
+    start = time.perf_counter()
+    logits = [model(pixel_values=batch["pixel_values"].to(model.device)).logits.cpu() for batch in loader]
+    scores = torch.cat(logits).numpy()
+    scores = np.exp(scores - scores.max(axis=1, keepdims=True))
+    probabilities = scores / scores.sum(axis=1, keepdims=True)
+    seconds = time.perf_counter() - start
+    metrics = {
+        "accuracy": top_k_accuracy(probabilities, targets.numpy(), 1),
+        "top5_accuracy": top_k_accuracy(probabilities, targets.numpy(), 5),
+        "total_time_in_seconds": seconds,
+        "samples_per_second": len(images) / seconds,
+        "latency_in_seconds": seconds / len(images),
+    }
+    return metrics, probabilities

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import datasets
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as v2
@@ -14,7 +15,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from ..data.datasets import ImageDataset
 from ..data.seeding import seeded
-from ..data.transforms import ClassificationCollator, normalize
+from ..data.transforms import ClassificationCollator, EvaluationTransform, normalize
 from ..image_processing import pixel_statistics
 from ..modeling_hivit import HiViTForImageClassification, cut_into_units
 
@@ -83,13 +84,10 @@ def shuffle_grids(grid: int) -> list[int]:
     return [count for count in range(2, grid + 1) if grid % count == 0][-len(SEVERITIES) :]
 
 
-class UnnormalizedTransform:
+class UnnormalizedTransform(EvaluationTransform):
     """The transform of evaluations but for rescaling and normalization: (channels, H, W), uint8, to be corrupted."""
 
-    def __init__(self, processor: BaseImageProcessor):
-        self.processor = processor
-
-    def __call__(self, image) -> torch.Tensor:
+    def __call__(self, image: Image.Image) -> torch.Tensor:
         unscaled = self.processor(image, return_tensors="pt", do_rescale=False, do_normalize=False)
         return unscaled["pixel_values"][0].round().clamp(0, 255).to(torch.uint8)
 
