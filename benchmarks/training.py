@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 
 from hivit_hf import HiViTConfig, HiViTForMaskedImageModeling
-from hivit_hf.pretraining.step import MaskedTraining, Schedule
+from hivit_hf.pretraining.step import MaskedTraining
 from hivit_hf.training.optim import parameter_groups
 from measure import interleave, matrix_product, peak_allocated_mib, summarize, write
 from original_order import reorder
@@ -35,7 +35,7 @@ def masked_autoencoder() -> HiViTForMaskedImageModeling:
 def our_step(pixel_values: torch.Tensor) -> Callable[[], None]:
     """The step of a pre-training run."""
     accelerator = Accelerator(mixed_precision="bf16", dynamo_backend="inductor", cpu=not pixel_values.is_cuda)
-    training = MaskedTraining(masked_autoencoder(), accelerator, Schedule(10**6, 0, LEARNING_RATE))
+    training = MaskedTraining(masked_autoencoder(), accelerator, lambda step: LEARNING_RATE)
 
     def run():
         training.step(0, [{"pixel_values": pixel_values}])

@@ -9,6 +9,7 @@ numbers, flags win. Several CPU processes: torchrun --nproc_per_node 2 examples/
 
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -24,8 +25,9 @@ from hivit_hf.pretraining.arguments import (
 from hivit_hf.pretraining.checkpoint import Checkpoints, find_resumption
 from hivit_hf.pretraining.data import open_stream, read_validation_images
 from hivit_hf.pretraining.run import PretrainingRun, make_accelerator
-from hivit_hf.pretraining.step import MaskedTraining, Schedule
+from hivit_hf.pretraining.step import MaskedTraining
 from hivit_hf.training.command_line import parse_arguments, run_script
+from hivit_hf.training.optim import cosine_learning_rate
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -80,16 +82,17 @@ def prepare(
         model.gradient_checkpointing_enable()
 
     # step
-    schedule = Schedule(
-        training_args.num_steps(data_args.images_per_epoch),
-        training_args.num_warmup_steps(data_args.images_per_epoch),
-        training_args.peak_learning_rate,
-        training_args.min_learning_rate,
+    learning_rate = partial(
+        cosine_learning_rate,
+        total_steps=training_args.num_steps(data_args.images_per_epoch),
+        warmup_steps=training_args.num_warmup_steps(data_args.images_per_epoch),
+        base=training_args.peak_learning_rate,
+        minimum=training_args.min_learning_rate,
     )
     training = MaskedTraining(
         model,
         accelerator,
-        schedule,
+        learning_rate,
         training_args.weight_decay,
         (training_args.adam_beta1, training_args.adam_beta2),
         training_args.max_grad_norm,

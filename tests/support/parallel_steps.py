@@ -7,6 +7,7 @@ Takes a few steps of masked training on fixed batches, each rank on its part, an
 import argparse
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +17,8 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from safetensors.torch import save_file
 
 from hivit_hf import HiViTConfig, HiViTForMaskedImageModeling
-from hivit_hf.pretraining.step import MaskedTraining, Schedule
+from hivit_hf.pretraining.step import MaskedTraining
+from hivit_hf.training.optim import cosine_learning_rate
 
 
 NETWORK = {"image_size": 64, "hidden_size": 64, "depths": [1, 1, 2], "num_attention_heads": 2}
@@ -55,7 +57,8 @@ def main():
     accelerator = make_accelerator(arguments.fsdp)
     torch.manual_seed(0)
     model = HiViTForMaskedImageModeling(HiViTConfig(**NETWORK))
-    training = MaskedTraining(model, accelerator, Schedule(8, 2, 1e-3), max_grad_norm=max_grad_norm)
+    learning_rate = partial(cosine_learning_rate, total_steps=8, warmup_steps=2, base=1e-3)
+    training = MaskedTraining(model, accelerator, learning_rate, max_grad_norm=max_grad_norm)
     kinds = {type(module).__name__ for module in training.model.modules()}
     assert any(kind.startswith("FSDP") for kind in kinds) == arguments.fsdp
     generator, losses = torch.Generator().manual_seed(1), []

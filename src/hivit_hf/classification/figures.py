@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from ..training.figures import COLORS, FAINT, INK, new_figure
+from ..training.figures import COLORS, FAINT, INK, frame, new_figure
 
 
 def confusion_matrix_figure(matrix: Sequence[Sequence[int]], class_names: Sequence[str]) -> Figure:
@@ -71,9 +71,7 @@ def calibration_figure(bins: Sequence[Mapping[str, float]], expected_calibration
     counts.bar(confidence, count / count.sum(), width=0.03, color=COLORS[0])
     counts.set(xlabel="confidence", ylabel="fraction")
     for part in (axes, counts):
-        part.spines[["top", "right"]].set_visible(False)
-        part.spines[["left", "bottom"]].set_color(FAINT)
-        part.tick_params(color=FAINT, labelcolor=INK)
+        frame(part)
     return figure
 
 

@@ -1,7 +1,6 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
 """Initialization of classifiers: a pre-training, another classifier, random weights; LoRA adapters."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +16,7 @@ from ..training.initialization import (
     check_architecture,
     default_statistics,
     initialize_relative_position_biases,
+    missing_weights,
     normalization,
     read_config,
     resize_for,
@@ -46,7 +46,8 @@ def initialize_classifier(
     """
     set_seed(training_args.seed)
     overrides = model_args.overrides() | {"drop_path_rate": model_args.drop_path_rate}
-    overrides |= _label_fields(labels.names, labels.problem_type)
+    overrides |= {"id2label": dict(enumerate(labels.names)), "problem_type": labels.problem_type}
+    overrides["label2id"] = {name: number for number, name in enumerate(labels.names)}
     made = _random(model_args, overrides) if model_args.from_scratch else _load(model_args, labels, overrides)
     if not training_args.do_train and (made.notes or model_args.from_scratch):
         raise ValueError(
@@ -80,8 +81,7 @@ def _load(model_args: ClassificationModelArguments, labels: LabelEncoding, overr
         model, loading = HiViTForImageClassification.from_pretrained(
             name, **overrides, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
         )
-    missing = set(loading["missing_keys"]) | {key for key, *_ in loading["mismatched_keys"]}
-    _check_missing(missing, [key for key, *_ in loading["mismatched_keys"]], name)
+    missing = missing_weights(name, loading, fresh=("classifier.", "hivit.layernorm."))
     if not pretrained and not same_labels:
         missing |= {"classifier.weight", "classifier.bias"}
         notes.append(
@@ -98,18 +98,6 @@ def _load(model_args: ClassificationModelArguments, labels: LabelEncoding, overr
     if model_args.image_size is not None:
         resize_for(model, model_args.image_size)
     return Initialization(model, *normalization(name, config.num_channels), notes)
-
-
-def _check_missing(missing: set[str], mismatched: list[str], name: str):
-    """ValueError for weights that only another network lacks."""
-    own = ("classifier.", "hivit.layernorm.")
-    misfits = sorted(key for key in missing if not key.startswith(own) and not key.endswith(RELATIVE_POSITION_BIAS))
-    misfits = misfits or [key for key in mismatched if key.endswith(RELATIVE_POSITION_BIAS)]
-    if misfits:
-        raise ValueError(
-            f"The weights of {name} do not fit the network: {misfits[0]} and {len(misfits) - 1} more are missing or of "
-            "another shape. Leave the sizes in --config_overrides as they are, or choose another model."
-        )
 
 
 def initialize_head(model: HiViTForImageClassification, std: float):
@@ -140,14 +128,6 @@ def add_lora(model: HiViTForImageClassification, rank: int, base_model: str) -> 
     for config in adapted.peft_config.values():
         config.base_model_name_or_path = base_model
     return adapted
-
-
-def _label_fields(names: Sequence[str], problem_type: str) -> dict:
-    return {
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: index for index, name in enumerate(names)},
-        "problem_type": problem_type,
-    }
 
 
 def _listed(missing: set[str], num_biases: int) -> str:

@@ -1,11 +1,10 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
 """Arguments of masked pre-training: network, images, training. The defaults are those of the published recipe."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from accelerate import Accelerator, DistributedType
 from accelerate.tracking import get_available_trackers
@@ -13,10 +12,11 @@ from accelerate.utils import LoggerType
 
 from ..configuration_hivit import ARCHITECTURES, HiViTConfig
 from ..data.streaming import Source
-from ..training.arguments import accumulation_steps, refuse_overridden
+from ..training.arguments import NetworkArguments, RecipeArguments, accumulation_steps
 from ..training.command_line import (
+    CHANGES_RECIPE,
+    CHANGES_TOPOLOGY,
     MAY_CHANGE,
-    ResumptionChange,
     all_finite,
     all_positive,
     argument,
@@ -24,17 +24,12 @@ from ..training.command_line import (
     check_fields,
     decay_rate,
     fraction,
-    json_object,
     nonnegative,
     one_of,
     positive,
     proper_fraction,
     within,
 )
-
-
-CHANGES_TOPOLOGY = ResumptionChange()  # may differ with --allow_topology_change
-CHANGES_RECIPE = ResumptionChange()  # may differ with --allow_recipe_change
 
 
 def known_trackers(names: list[str]):
@@ -44,35 +39,29 @@ def known_trackers(names: list[str]):
 
 
 @dataclass
-class PretrainingModelArguments:
+class PretrainingModelArguments(NetworkArguments):
     """The network."""
-
-    _argument_group_name = "model"
 
     architecture: Annotated[str, one_of(*ARCHITECTURES)] = argument(
         "base-mae", f"Architecture of the network: {', '.join(ARCHITECTURES)}."
-    )
-    config_overrides: Annotated[str, json_object] = argument(
-        "{}", "Changes of the configuration as JSON, for example '{\"patch_size\": 8}'."
     )
     image_size: Annotated[int, positive] = argument(224, "Side of the training images in px.")
     mask_ratio: Annotated[float, within(0, 1, high_included=False)] = argument(
         0.75, "Fraction of the patches that are masked."
     )
     norm_pix_loss: bool = argument(True, "Normalize the target pixels of each patch.")
-    drop_path_rate: Annotated[float, decay_rate] = argument(0.0, "Stochastic depth rate of the last layer.")
+
+    FLAGS_OF_THEIR_OWN: ClassVar[tuple[str, ...]] = ("image_size", "mask_ratio", "norm_pix_loss", "drop_path_rate")
 
     def __post_init__(self):
-        check_fields(self)
+        super().__post_init__()
         config = self.config()
         config.num_visible_units(math.prod(config.grid_size))
 
     def config(self) -> HiViTConfig:
         """The configuration of the network. Raises ValueError if its numbers do not fit."""
-        overrides = json.loads(self.config_overrides)
-        own = ("image_size", "mask_ratio", "norm_pix_loss", "drop_path_rate")
-        refuse_overridden(overrides, own)
-        changes = {"use_relative_position_bias": False, **overrides, **{name: getattr(self, name) for name in own}}
+        flags = {name: getattr(self, name) for name in self.FLAGS_OF_THEIR_OWN}
+        changes = {"use_relative_position_bias": False, **self.overrides(), **flags}
         return HiViTConfig.from_architecture(self.architecture, **changes)
 
 
@@ -165,25 +154,16 @@ class PretrainingDataArguments:
 
 
 @dataclass
-class PretrainingArguments:
+class PretrainingArguments(RecipeArguments):
     """The training. Names that `TrainingArguments` of transformers has mean what they mean there."""
-
-    _argument_group_name = "training"
 
     output_dir: Annotated[str | None, MAY_CHANGE] = argument(None, "Folder of checkpoints, logs, images and the model.")
     num_train_epochs: Annotated[float, positive] = argument(1600, "Number of training epochs.")
-    max_steps: int = argument(-1, "Number of optimizer steps, instead of --num_train_epochs, if positive.")
-    stop_after_steps: Annotated[int | None, positive, MAY_CHANGE] = argument(
-        None, "Save and stop after this optimizer step; the schedule remains that of the whole training."
-    )
     per_device_train_batch_size: Annotated[int, positive, CHANGES_TOPOLOGY] = argument(
         64, "Training batch size per device and forward pass."
     )
     effective_batch_size: Annotated[int, positive] = argument(
         4096, "Number of images per optimizer step over all devices; gradients are accumulated to reach it."
-    )
-    learning_rate: Annotated[float | None, positive, CHANGES_RECIPE] = argument(
-        None, "Peak learning rate (--base_learning_rate times the images per step / 256)."
     )
     base_learning_rate: Annotated[float, positive, CHANGES_RECIPE] = argument(
         1e-4, "Peak learning rate for 256 images per step."
@@ -195,22 +175,14 @@ class PretrainingArguments:
     weight_decay: Annotated[float, nonnegative, CHANGES_RECIPE] = argument(
         0.05, "Weight decay of matrices; vectors have none."
     )
-    adam_beta1: Annotated[float, decay_rate] = argument(0.9, "First beta of AdamW.")
     adam_beta2: Annotated[float, decay_rate] = argument(0.95, "Second beta of AdamW.")
-    max_grad_norm: Annotated[float, nonnegative, CHANGES_RECIPE] = argument(
-        0.0, "Maximum norm of the gradient; 0 for no clipping."
-    )
     ema_decay: Annotated[float | None, proper_fraction] = argument(
         None, "Decay of a moving average of the weights, which is saved beside them."
     )
     bf16: Annotated[bool, CHANGES_RECIPE] = argument(True, "Mixed precision in bfloat16.")
     fp16: Annotated[bool, CHANGES_RECIPE] = argument(False, "Mixed precision in float16, with a gradient scaler.")
     torch_compile: bool = argument(False, "Compile the network with torch.compile.")
-    gradient_checkpointing: bool = argument(False, "Recompute activations in the backward pass, to save memory.")
     seed: Annotated[int, within(0, 2**32, high_included=False)] = argument(42, "Random seed.")
-    dataloader_num_workers: Annotated[int, nonnegative, CHANGES_TOPOLOGY] = argument(
-        4, "Number of data loading workers per process."
-    )
 
     eval_steps: Annotated[int, positive, MAY_CHANGE] = argument(1000, "Number of steps between two evaluations.")
     logging_steps: Annotated[int, positive, MAY_CHANGE] = argument(20, "Number of steps between two lines of the log.")

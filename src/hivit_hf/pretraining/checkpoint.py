@@ -18,10 +18,10 @@ from accelerate import Accelerator, DistributedType
 from transformers.utils import logging
 
 from ..training.arguments import identity
-from ..training.command_line import annotations_of
+from ..training.command_line import CHANGES_RECIPE, CHANGES_TOPOLOGY, annotations_of
 from ..training.folders import flush_folder, replace_file, replace_folder
 from ..training.resumption import check_same_arguments, refuse_existing_run
-from .arguments import CHANGES_RECIPE, CHANGES_TOPOLOGY, PretrainingArguments
+from .arguments import PretrainingArguments
 
 
 logger = logging.get_logger(__name__)
@@ -195,23 +195,11 @@ def find_resumption(checkpoints: Checkpoints, training_args: PretrainingArgument
     path = latest if given in (None, "latest") else Path(given)
     if path is None:
         return None
-    return compare(path, read_manifest(path), checkpoints.accelerator, training_args, *others)
-
-
-def compare(
-    path: Path, manifest: dict, accelerator: Accelerator, training_args: PretrainingArguments, *others: Any
-) -> Resumption:
-    """
-    Compares a run with the manifest of the checkpoint that it resumes from.
-
-    Raises:
-        ValueError: what does not fit, and what would.
-    """
-    arguments = (training_args, *others)
+    manifest, arguments = read_manifest(path), (training_args, *others)
     marks = {name: annotated for part in arguments for name, annotated in annotations_of(part).items()}
     topology = [name for name, annotated in marks.items() if CHANGES_TOPOLOGY in annotated]
     recipe = [name for name, annotated in marks.items() if CHANGES_RECIPE in annotated]
-    now, was = describe(accelerator, *arguments), manifest["arguments"]
+    now, was = describe(checkpoints.accelerator, *arguments), manifest["arguments"]
     free = topology + (recipe if training_args.allow_recipe_change else [])
     check_same_arguments(
         path,

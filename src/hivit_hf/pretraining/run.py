@@ -206,7 +206,7 @@ class PretrainingRun:
         return self.finished
 
     def _train(self, signals: StopSignals) -> bool:
-        total_steps = self.training.schedule.total_steps
+        total_steps = self.args.num_steps(self.data_args.images_per_epoch)
         last_step = min(total_steps, self.args.stop_after_steps or total_steps)
         batches, clock = iter(self.loader), WaitClock()
         loss_sum, num_losses = 0.0, 0  # since the last line of the log

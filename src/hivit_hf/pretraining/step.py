@@ -2,7 +2,7 @@
 """Optimizer steps of masked pre-training, with Accelerate: schedule, accumulation, clipping, moving average."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -11,23 +11,7 @@ from accelerate import Accelerator, DistributedType
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..modeling_hivit import HiViTForMaskedImageModeling
-from ..training.optim import cosine_learning_rate, parameter_groups
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The learning rate: linear warmup to `learning_rate`, then a cosine to `min_learning_rate`."""
-
-    total_steps: int
-    warmup_steps: float
-    learning_rate: float
-    min_learning_rate: float = 0.0
-
-    def __call__(self, step: int) -> float:
-        """The learning rate of the step after `step` others."""
-        return cosine_learning_rate(
-            step, self.total_steps, self.warmup_steps, self.learning_rate, self.min_learning_rate
-        )
+from ..training.optim import parameter_groups
 
 
 @dataclass(frozen=True)
@@ -55,7 +39,7 @@ class MaskedTraining:
     Args:
         model: trained in place.
         accelerator: decides device, precision and ranks.
-        schedule: the learning rate of each step.
+        learning_rate: of the step after a number of others.
         weight_decay: of matrices; vectors have none.
         betas: of AdamW.
         max_grad_norm: maximum norm of the gradient; 0 for no clipping.
@@ -66,24 +50,22 @@ class MaskedTraining:
         self,
         model: HiViTForMaskedImageModeling,
         accelerator: Accelerator,
-        schedule: Schedule,
+        learning_rate: Callable[[int], float],
         weight_decay: float = 0.05,
         betas: Sequence[float] = (0.9, 0.95),
         max_grad_norm: float = 0.0,
         ema_decay: float | None = None,
     ):
-        self.accelerator, self.schedule, self.max_grad_norm = accelerator, schedule, max_grad_norm
+        self.accelerator, self.learning_rate, self.max_grad_norm = accelerator, learning_rate, max_grad_norm
         self.bare = model  # shares its weights with the prepared one, which may be wrapped or compiled
-        groups = parameter_groups(model, weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=schedule.learning_rate, betas=tuple(betas))
+        optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay), betas=tuple(betas))
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.model.train()
         if accelerator.distributed_type == DistributedType.FSDP:
             self._begin_optimizer()
         self.ema = None
         if ema_decay is not None:
-            average = get_ema_multi_avg_fn(ema_decay)
-            self.ema = AveragedModel(self.bare, multi_avg_fn=average)
+            self.ema = AveragedModel(self.bare, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
             accelerator.register_for_checkpointing(self.ema)
 
     def _begin_optimizer(self):
@@ -102,7 +84,7 @@ class MaskedTraining:
             batches: arguments of the model, all with the same number of images.
             stop: whether this rank was asked to stop; the result says whether any was.
         """
-        rate = self.schedule(number)
+        rate = self.learning_rate(number)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()

@@ -11,6 +11,8 @@ from transformers import TrainingArguments
 
 from ..configuration_hivit import ARCHITECTURES
 from .command_line import (
+    CHANGES_RECIPE,
+    CHANGES_TOPOLOGY,
     MAY_CHANGE,
     all_finite,
     all_positive,
@@ -29,13 +31,11 @@ from .command_line import (
 
 
 @dataclass
-class ModelArguments:
-    """Which weights a training begins with."""
+class NetworkArguments:
+    """The network of a training."""
 
     _argument_group_name = "model"
 
-    model_name_or_path: str | None = argument(None, "Folder or Hub name of the model to begin with.")
-    from_scratch: bool = argument(False, "Begin with random weights of --architecture.")
     architecture: Annotated[str | None, one_of(*ARCHITECTURES)] = argument(
         None, f"Architecture of the network: {', '.join(ARCHITECTURES)}. A model of another one is refused."
     )
@@ -48,22 +48,28 @@ class ModelArguments:
 
     def __post_init__(self):
         check_fields(self)
-        if bool(self.model_name_or_path) == self.from_scratch:
-            raise ValueError("Give either --model_name_or_path, or --from_scratch with --architecture.")
-        if self.from_scratch and not self.architecture:
-            raise ValueError(f"--from_scratch needs --architecture: one of {', '.join(ARCHITECTURES)}.")
-        refuse_overridden(self.overrides(), self.FLAGS_OF_THEIR_OWN)
+        twice = sorted(set(self.overrides()) & set(self.FLAGS_OF_THEIR_OWN))
+        if twice:
+            raise ValueError(f"--config_overrides sets {', '.join(twice)}, which have flags of their own: use those.")
 
     def overrides(self) -> dict:
         """`config_overrides` as a dictionary."""
         return json.loads(self.config_overrides)
 
 
-def refuse_overridden(overrides: dict, own_flags: tuple[str, ...]):
-    """ValueError for keys of `--config_overrides` that are flags."""
-    twice = sorted(set(overrides) & set(own_flags))
-    if twice:
-        raise ValueError(f"--config_overrides sets {', '.join(twice)}, which have flags of their own: use those.")
+@dataclass
+class ModelArguments(NetworkArguments):
+    """Which weights a training begins with."""
+
+    model_name_or_path: str | None = argument(None, "Folder or Hub name of the model to begin with.")
+    from_scratch: bool = argument(False, "Begin with random weights of --architecture.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if bool(self.model_name_or_path) == self.from_scratch:
+            raise ValueError("Give either --model_name_or_path, or --from_scratch with --architecture.")
+        if self.from_scratch and not self.architecture:
+            raise ValueError(f"--from_scratch needs --architecture: one of {', '.join(ARCHITECTURES)}.")
 
 
 @dataclass
@@ -197,7 +203,30 @@ REFUSED = {
 
 
 @dataclass
-class HiViTTrainingArguments(TrainingArguments):
+class RecipeArguments:
+    """What the published recipes need, of pre-training and of `Trainer`'s tasks."""
+
+    _argument_group_name = "training"
+
+    max_steps: int = argument(-1, "Number of optimizer steps, instead of --num_train_epochs, if positive.")
+    stop_after_steps: Annotated[int | None, positive, MAY_CHANGE] = argument(
+        None, "Save and stop after this optimizer step; the schedule remains that of the whole training."
+    )
+    learning_rate: Annotated[float | None, positive, CHANGES_RECIPE] = argument(
+        None, "Peak learning rate (--base_learning_rate times the images per step / 256)."
+    )
+    adam_beta1: Annotated[float, decay_rate] = argument(0.9, "First beta of AdamW.")
+    max_grad_norm: Annotated[float, nonnegative, CHANGES_RECIPE] = argument(
+        0.0, "Maximum norm of the gradient; 0 for no clipping."
+    )
+    gradient_checkpointing: bool = argument(False, "Recompute activations in the backward pass, to save memory.")
+    dataloader_num_workers: Annotated[int, nonnegative, CHANGES_TOPOLOGY] = argument(
+        4, "Number of data loading workers per process."
+    )
+
+
+@dataclass
+class HiViTTrainingArguments(RecipeArguments, TrainingArguments):
     """
     `TrainingArguments` with what the published recipes need: layer-wise learning rate decay, a moving average of the
     weights, learning rates for 256 images, and a number of images per optimizer step that holds on any number of
@@ -206,8 +235,6 @@ class HiViTTrainingArguments(TrainingArguments):
     Raises:
         ValueError: for values that do not fit, and for arguments that would break a promise (`REFUSED`).
     """
-
-    _argument_group_name = "training"
 
     output_dir: str | None = argument(None, "Folder for checkpoints, the log, metrics and the model.")
     do_train: Annotated[bool, MAY_CHANGE] = argument(True, "Train; if not, only evaluate --model_name_or_path.")
@@ -218,25 +245,16 @@ class HiViTTrainingArguments(TrainingArguments):
         None, "Number of images per optimizer step over all devices; --gradient_accumulation_steps follows from it."
     )
     num_train_epochs: Annotated[float, positive] = argument(20, "Number of training epochs.")
-    max_steps: int = argument(-1, "Number of optimizer steps, instead of --num_train_epochs, if positive.")
-    stop_after_steps: Annotated[int | None, positive, MAY_CHANGE] = argument(
-        None, "Save and stop after this optimizer step; the schedule remains that of the whole training."
-    )
-    learning_rate: Annotated[float | None, positive] = argument(
-        None, "Peak learning rate (--base_learning_rate times the images per step / 256)."
-    )
     base_learning_rate: Annotated[float | None, positive] = argument(
         5e-4, "Peak learning rate for 256 images per step."
     )
     weight_decay: Annotated[float, nonnegative] = argument(
         0.05, "Weight decay of matrices; vectors, position embeddings and relative position biases have none."
     )
-    adam_beta1: Annotated[float, decay_rate] = argument(0.9, "First beta of AdamW.")
     adam_beta2: Annotated[float, decay_rate] = argument(0.999, "Second beta of AdamW.")
     layer_decay: Annotated[float, within(0, 1, low_included=False)] = argument(
         1.0, "Factor of the learning rate from one layer to the one below."
     )
-    max_grad_norm: Annotated[float, nonnegative] = argument(0.0, "Maximum norm of the gradient; 0 for no clipping.")
     ema_decay: Annotated[float | None, proper_fraction] = argument(
         None, "Decay of a moving average of the weights, which is then evaluated and saved."
     )
@@ -246,7 +264,6 @@ class HiViTTrainingArguments(TrainingArguments):
     metric_for_best_model: str | None = argument(None, "Metric by which a checkpoint is the best (the task's).")
     optim: str = argument("adamw_torch", "Optimizer, any of transformers'.")
     bf16: bool = argument(False, "Mixed precision in bfloat16.")
-    gradient_checkpointing: bool = argument(False, "Recompute activations in the backward pass, to save memory.")
 
     eval_strategy: str = argument("epoch", "When to evaluate: no, steps or epoch.")
     save_strategy: str = argument("epoch", "When to save: no, steps, epoch or best.")
@@ -256,7 +273,6 @@ class HiViTTrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = argument(False, "Refused.")
     include_num_input_tokens_seen: bool = argument(False, "Refused.")
     report_to: list[str] | None = argument(["tensorboard"], "Trackers: tensorboard, wandb, none, ...")
-    dataloader_num_workers: Annotated[int, nonnegative] = argument(4, "Number of data loading workers per process.")
     remove_unused_columns: bool = argument(False, "Refused.")
     restore_callback_states_from_checkpoint: bool = argument(True, "Refused.")
     label_names: list[str] | None = argument(["labels"], "Refused.")

@@ -132,6 +132,8 @@ class ResumptionChange:
 
 
 MAY_CHANGE = ResumptionChange()
+CHANGES_TOPOLOGY = ResumptionChange()  # of pre-training, with --allow_topology_change
+CHANGES_RECIPE = ResumptionChange()  # of pre-training, with --allow_recipe_change
 
 
 def annotations_of(arguments: Any) -> dict[str, tuple]:

@@ -6,6 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -29,8 +30,7 @@ def learning_curves(
 
     Args:
         curves: for each name its runs, each as (x values, y values). Runs of one name share their x values.
-        x_label: what x is, with its unit.
-        y_label: what y is, with its unit.
+        x_label, y_label: what x and y are, with their units.
         title: above the figure.
         y_limits: lowest and highest y; fitted to the curves if not given.
 
@@ -62,9 +62,7 @@ def learning_curves(
     axes.set(xlabel=x_label, ylabel=y_label, ylim=y_limits)
     axes.set_title(title, loc="left", fontsize=11, color=INK)
     axes.grid(color=FAINT, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.tick_params(color=FAINT, labelcolor=INK)
+    frame(axes)
     if len(curves) > 1:
         axes.legend(frameon=False)
     return figure
@@ -82,6 +80,13 @@ def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure
+
+
+def frame(axes: Axes):
+    """Faint axes at the left and at the bottom only."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+    axes.tick_params(color=FAINT, labelcolor=INK)
 
 
 def palette(names: Sequence[str], opacity: float = 0.6) -> np.ndarray:

@@ -113,21 +113,18 @@ def resize_for(model: HiViTForImageClassification, image_size: int):
 def check_architecture(config: HiViTConfig, architecture: str, name: str, changed: Collection[str] = ()):
     """Whether a network has the sizes of an architecture, but for those that a recipe changes. Raises ValueError."""
     wanted = HiViTConfig.from_architecture(architecture)
+
+    def fits(other: str) -> bool:
+        known = HiViTConfig.from_architecture(other)
+        return all(getattr(known, key) == getattr(config, key) for key in _SIZES)
+
     for key in _SIZES:
         if key not in changed and getattr(config, key) != getattr(wanted, key):
             raise ValueError(
                 f"The recipe is for {architecture}, whose {key} is {getattr(wanted, key)}, but that of {name} is "
                 f"{getattr(config, key)}: choose a recipe for its size, or set --architecture to "
-                f"{_architecture_of(config) or 'what it is in a recipe of your own'}."
+                f"{next(filter(fits, ARCHITECTURES), 'what it is in a recipe of your own')}."
             )
-
-
-def _architecture_of(config: HiViTConfig) -> str | None:
-    for name in ARCHITECTURES:
-        known = HiViTConfig.from_architecture(name)
-        if all(getattr(known, key) == getattr(config, key) for key in _SIZES):
-            return name
-    return None
 
 
 @contextmanager
@@ -212,27 +209,33 @@ def load_fitting(
     kind: type[PreTrainedModel], name: str, config: PreTrainedConfig, fresh: tuple[str, ...] = ()
 ) -> tuple[PreTrainedModel, list[str]]:
     """
-    A model with the weights of a folder, all of which must fit. Relative tables may be missing.
-
-    Args:
-        kind: of the model.
-        name: a folder, or a repository of the Hub.
-        config: of the model.
-        fresh: what the names of weights begin with that may be missing.
-
-    Returns:
-        The model in float32, and what a user should know, a sentence each.
-
-    Raises:
-        ValueError: if weights of the network are missing, left over or of another shape.
+    A model in float32 with the weights of a folder, which must fit as `missing_weights` says, and what a user should
+    know, a sentence each. Raises as it does.
     """
     with silent_transformers():
         model, loading = kind.from_pretrained(
             name, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
         )
-    misfits = [key for key, *_ in loading["mismatched_keys"]]
-    tables = [key for key in loading["missing_keys"] if key.endswith(RELATIVE_POSITION_BIAS)]
-    misfits += [key for key in loading["missing_keys"] if key not in tables and not key.startswith(fresh)]
+    tables = [key for key in missing_weights(name, loading, fresh) if key.endswith(RELATIVE_POSITION_BIAS)]
+    return model, [f"Not in {name}, so they start at zero: {len(tables)} relative position tables."] if tables else []
+
+
+def missing_weights(name: str, loading: dict, fresh: tuple[str, ...]) -> set[str]:
+    """
+    The weights that a model does not have from a folder: relative tables, and those that `fresh` begins.
+
+    Args:
+        name: of the folder, for the message.
+        loading: as `from_pretrained` reports it.
+        fresh: what the names of weights begin with that may be missing or of another shape.
+
+    Raises:
+        ValueError: if other weights of the network are missing, left over or of another shape.
+    """
+    mismatched = {key for key, *_ in loading["mismatched_keys"]}
+    missing = {*loading["missing_keys"], *mismatched}
+    misfits = mismatched | {key for key in missing if not key.endswith(RELATIVE_POSITION_BIAS)}
+    misfits = [key for key in misfits if not key.startswith(fresh)]
     misfits += [
         key for key in loading["unexpected_keys"] if ".stages." in key and not key.endswith(RELATIVE_POSITION_BIAS)
     ]
@@ -242,4 +245,4 @@ def load_fitting(
             "missing, left over or of another shape. Leave the sizes in --config_overrides as they are, or choose "
             "another model."
         )
-    return model, [f"Not in {name}, so they start at zero: {len(tables)} relative position tables."] if tables else []
+    return missing

@@ -7,16 +7,7 @@ import torch
 def nearest_neighbor_accuracy(
     train: torch.Tensor, labels: torch.Tensor, other: torch.Tensor, targets: torch.Tensor, neighbors: int = 20
 ) -> float:
-    """
-    Top-1 accuracy of `nearest_neighbors`.
-
-    Args:
-        train: training features (images, C).
-        labels: their class numbers (images,).
-        other: features to classify (others, C).
-        targets: their class numbers (others,).
-        neighbors: k, number of neighbors.
-    """
+    """Top-1 accuracy of `nearest_neighbors` with the class numbers `targets` (others,)."""
     return (nearest_neighbors(train, labels, other, neighbors) == targets.cpu()).float().mean().item()
 
 

@@ -20,10 +20,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     The trainable parameters in two groups, for any optimizer: matrices are decayed; biases and other vectors (layer
     norms) are not, as in the published pre-training and fine-tuning.
 
-    Args:
-        model: the model whose frozen parameters are left out.
-        weight_decay: of the first group.
-
     Raises:
         ValueError: if the weight decay is negative, or nothing is trainable.
     """
@@ -173,10 +169,7 @@ def poly_learning_rate(step: int | float, total_steps: int, warmup_steps: int, b
     of the training, from the first step on, and is scaled up linearly in the warm-up.
 
     Args:
-        step: steps taken before this one.
-        total_steps: steps of the whole training, warm-up included.
-        warmup_steps: steps of the warm-up; 0 for none.
-        base: the highest learning rate.
+        step, total_steps, warmup_steps, base: as in `cosine_learning_rate`.
         power: 1 for a straight line.
 
     Raises:
@@ -202,11 +195,9 @@ def stepped_learning_rate(step: int, warmup_steps: int, milestones: Sequence[int
     The learning rate of one step of the published detectors: linear in the warm-up, then lower after each milestone.
 
     Args:
-        step: steps taken before this one; the first of a warm-up of n has 1/n of the rate.
-        warmup_steps: steps of the warm-up; 0 for none.
+        step, warmup_steps, base: as in `cosine_learning_rate`; the first step of a warm-up of n has 1/n of the rate.
         milestones: steps after which the rate falls.
         factor: what it falls to each time, of what it was.
-        base: the highest learning rate.
     """
     rate = base * factor ** sum(step >= milestone for milestone in milestones)
     return rate * min(1.0, (step + 1) / warmup_steps) if warmup_steps else rate

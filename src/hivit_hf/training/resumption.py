@@ -33,7 +33,10 @@ def find_checkpoint(args: HiViTTrainingArguments, *others: Any) -> str | None:
     latest = get_last_checkpoint(str(output)) if output.is_dir() else None
     if args.resume_from_checkpoint is None:
         if not args.show_layer_table:
-            _refuse_used(output, latest if args.do_train else None)
+            refuse_existing_run(output, latest if args.do_train else None)
+            for path in sorted(output.iterdir()) if output.is_dir() else []:
+                if path.name in RESULTS or path.name.startswith("checkpoint-"):
+                    raise ValueError(f"{output} holds {path.name} of another run: give another --output_dir.")
             make_output_dir(output)
         return None
     found = latest if args.resume_from_checkpoint == "latest" else args.resume_from_checkpoint
@@ -41,7 +44,9 @@ def find_checkpoint(args: HiViTTrainingArguments, *others: Any) -> str | None:
         raise ValueError(
             f"There is no checkpoint to resume at {found or output}: leave out --resume_from_checkpoint to begin."
         )
-    _check_arguments(Path(found).resolve().parent / ARGUMENTS, identity(args, *others))
+    was = Path(found).resolve().parent / ARGUMENTS
+    if was.exists():
+        check_same_arguments(was.parent, json.loads(was.read_text()), identity(args, *others))
     return found
 
 
@@ -54,30 +59,14 @@ def refuse_existing_run(output: Path, latest: str | Path | None):
         )
 
 
-def _refuse_used(output: Path, latest: str | None):
-    refuse_existing_run(output, latest)
-    for path in sorted(output.iterdir()) if output.is_dir() else []:
-        if path.name in RESULTS or path.name.startswith("checkpoint-"):
-            raise ValueError(f"{output} holds {path.name} of another run: give another --output_dir.")
-
-
-def _check_arguments(path: Path, now: dict):
-    if path.exists():
-        check_same_arguments(path.parent, json.loads(path.read_text()), now)
-
-
 def check_same_arguments(run: Path, was: dict, now: dict, hints: Mapping[str, str] = MappingProxyType({})):
     """
-    Compares the arguments of a resumption with those of its run, by name.
+    ValueError if the arguments of a resumption differ from those of its run, by name.
 
     Args:
         run: folder of the run or checkpoint.
-        was: what the run was begun with.
-        now: what the resumption says.
+        was, now: arguments of the run, and of the resumption.
         hints: what else can be done about an argument.
-
-    Raises:
-        ValueError: if one differs.
     """
     if not was.keys() <= now.keys():
         raise ValueError(f"{run} holds another kind of run: resume it with the script that began it.")
