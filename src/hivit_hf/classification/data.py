@@ -22,11 +22,6 @@ def read_labels(
     """
     The labels of the training split, and the targets of both splits.
 
-    Args:
-        splits: to train and to evaluate on.
-        data_args: where the labels are.
-        problem_type: as in the configuration of the model.
-
     Raises:
         ValueError: for labels that cannot be found or read, or differ between the splits.
     """

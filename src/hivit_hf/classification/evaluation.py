@@ -48,9 +48,7 @@ def targets_for(
     The labels of a dataset as class numbers of the model (images,), matched by name.
 
     Args:
-        model: the classifier.
-        dataset: the images.
-        split: its name, for messages.
+        split: name of the dataset, for messages.
         column: of the labels, if it cannot be told.
         names: of the classes, where labels are bare numbers.
 

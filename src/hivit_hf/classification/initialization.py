@@ -111,8 +111,6 @@ def add_lora(model: HiViTForImageClassification, rank: int, base_model: str) -> 
     The classifier with LoRA (arXiv 2106.09685) on the attention's projections; head and its norm are trained whole.
 
     Args:
-        model: the classifier.
-        rank: of the adapters.
         base_model: folder or repository where the adapted weights will be, which the adapter's configuration names.
 
     Raises:

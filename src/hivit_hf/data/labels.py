@@ -181,12 +181,8 @@ def _guess_column(dataset: Dataset, problem_type: str, split: str) -> str:
 
 def check_same_labels(train: Dataset, evaluation: Dataset, labels: LabelEncoding, targets: Sequence[torch.Tensor]):
     """
-    ValueError if the splits do not have the same labels: other class names, or classes without training images.
-
-    Args:
-        train, evaluation: the splits.
-        labels: the encoding of `train`.
-        targets: of both splits.
+    ValueError if the splits, whose targets are given, do not have the same labels: other class names, or classes
+    without training images. The encoding is that of `train`.
     """
     if labels.problem_type == REGRESSION:
         return

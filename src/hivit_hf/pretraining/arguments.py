@@ -12,7 +12,7 @@ from accelerate.utils import LoggerType
 
 from ..configuration_hivit import ARCHITECTURES, HiViTConfig
 from ..data.streaming import Source
-from ..training.arguments import NetworkArguments, RecipeArguments, accumulation_steps
+from ..training.arguments import NetworkArguments, RecipeArguments
 from ..training.command_line import (
     CHANGES_RECIPE,
     CHANGES_TOPOLOGY,
@@ -246,23 +246,9 @@ class PretrainingArguments(RecipeArguments):
             raise ValueError("--hub_model_id is for --push_to_hub: give it too.")
 
     @property
-    def peak_learning_rate(self) -> float:
-        """The learning rate after the warmup."""
-        return self.learning_rate or self.base_learning_rate * self.effective_batch_size / 256
-
-    @property
     def mixed_precision(self) -> str:
         """As Accelerate names it."""
         return "bf16" if self.bf16 else "fp16" if self.fp16 else "no"
-
-    @property
-    def trackers(self) -> list[str]:
-        """As Accelerate takes them."""
-        return [name for name in self.report_to if name != "none"]
-
-    def accumulation_steps(self, num_processes: int) -> int:
-        """Forward passes per optimizer step. Raises ValueError if they do not come out even."""
-        return accumulation_steps(self.effective_batch_size, self.per_device_train_batch_size, num_processes)
 
     def steps_per_epoch(self, images_per_epoch: int) -> float:
         """Optimizer steps of an epoch."""
@@ -295,7 +281,7 @@ def check_arguments(
         if len(getattr(data_args, name)) != channels:
             raise ValueError(f"{name} needs {channels} numbers, got {getattr(data_args, name)}.")
     training_args.num_warmup_steps(data_args.images_per_epoch)
-    training_args.accumulation_steps(accelerator.num_processes)
+    training_args.accumulation_steps(training_args.per_device_train_batch_size, accelerator.num_processes)
     if accelerator.distributed_type == DistributedType.FSDP:
         for name, value in (("ema_decay", training_args.ema_decay), ("label_column_name", data_args.label_column_name)):
             if value is not None:  # both use weights outside of a training step

@@ -26,7 +26,6 @@ class RunLog:
         folder: of the run; holds log.jsonl of the main process, and with `log_samples` samples_rank00000.jsonl and so
             on of each rank.
         accelerator: has the trackers.
-        log_samples: whether samples are logged.
     """
 
     def __init__(self, folder: Path, accelerator: Accelerator, log_samples: bool = False):

@@ -26,11 +26,9 @@ class Monitor:
     Evaluates validation images, always with the same masks.
 
     Args:
-        validation: the images.
         model: the bare one, which shares its weights with the one that is trained.
         accelerator: decides device and precision, and has the trackers.
         data_args: mean and standard deviation of the pixels.
-        batch_size: of the evaluations.
         folder: where images are written.
     """
 

@@ -39,7 +39,7 @@ def make_accelerator(training_args: PretrainingArguments) -> Accelerator:
     return Accelerator(
         mixed_precision=training_args.mixed_precision,
         dynamo_backend="inductor" if training_args.torch_compile else None,
-        log_with=training_args.trackers or None,
+        log_with=[name for name in training_args.report_to if name != "none"] or None,
         project_dir=training_args.output_dir,
     )
 
@@ -64,16 +64,6 @@ class PretrainingRun:
     """
     The loop over optimizer steps, with checkpoints, evaluations, logs, uploads and rollbacks.
 
-    Args:
-        training: takes the steps.
-        stream: the training images.
-        validation: the images of the evaluations.
-        checkpoints: of the output folder.
-        resumed: the checkpoint to resume from.
-        model_args: the network.
-        data_args: the images.
-        training_args: the training.
-
     Raises:
         ValueError: if nothing can be written to the output folder, or to the repository of the uploads.
     """
@@ -93,8 +83,8 @@ class PretrainingRun:
         self.checkpoints, self.resumed = checkpoints, resumed
         self.args, self.data_args, self.arguments = training_args, data_args, (training_args, data_args, model_args)
         self.accelerator, self.output = training.accelerator, Path(training_args.output_dir)
-        self.accumulation = training_args.accumulation_steps(self.accelerator.num_processes)
         batch_size, device = training_args.per_device_train_batch_size, self.accelerator.device
+        self.accumulation = training_args.accumulation_steps(batch_size, self.accelerator.num_processes)
         self.loader = make_loader(stream, batch_size, training_args.dataloader_num_workers, device.type == "cuda")
         self.log = RunLog(self.output, self.accelerator, training_args.log_samples)
         self.monitor = Monitor(

@@ -33,8 +33,7 @@ class Encoder:
     A frozen HiViT and its image processor.
 
     Args:
-        model: the encoder.
-        processor: the image processor of its folder, or the published evaluation transform.
+        processor: that of the model's folder, or the published evaluation transform.
         identity: hash of its weights and processor, the key of the cache.
     """
 
@@ -102,16 +101,8 @@ def extract(
     """
     Features of all images, on the CPU: name of `FEATURES` -> (images, channels), float32.
 
-    Args:
-        encoder: from `load_encoder`.
-        dataset: the images.
-        column: of the images.
-        batch_size: images per forward pass.
-        num_workers: number of data loading workers.
-        name: of the split, for the progress bar and messages.
-
     Raises:
-        ValueError: for an image that cannot be read, with its row.
+        ValueError: for an image that cannot be read, with its row and the `name` of the split.
     """
     channels = encoder.model.config.num_channels
     images = ImageDataset(dataset, column, EvaluationTransform(encoder.processor), num_channels=channels, name=name)

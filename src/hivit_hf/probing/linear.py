@@ -53,9 +53,7 @@ def probe_lars(
     a linear layer, trained by LARS with momentum 0.9, no weight decay, warm-up and cosine schedule.
 
     Args:
-        train: training features (images, C).
-        labels: their class numbers (images,).
-        other: features to score (others, C).
+        train, labels, other: as in `probe_lbfgs`.
         learning_rate: peak learning rate; MAE's is 0.1 per 256 of its 16384 images per step. It is not scaled down for
             smaller batches, as LARS scales it by the weights and there are fewer steps.
         epochs, warmup_epochs: over the features.

@@ -212,8 +212,14 @@ class RecipeArguments:
     stop_after_steps: Annotated[int | None, positive, MAY_CHANGE] = argument(
         None, "Save and stop after this optimizer step; the schedule remains that of the whole training."
     )
+    effective_batch_size: Annotated[int | None, positive] = argument(
+        None, "Number of images per optimizer step over all devices; --gradient_accumulation_steps follows from it."
+    )
     learning_rate: Annotated[float | None, positive, CHANGES_RECIPE] = argument(
         None, "Peak learning rate (--base_learning_rate times the images per step / 256)."
+    )
+    base_learning_rate: Annotated[float | None, positive] = argument(
+        5e-4, "Peak learning rate for 256 images per step."
     )
     adam_beta1: Annotated[float, decay_rate] = argument(0.9, "First beta of AdamW.")
     max_grad_norm: Annotated[float, nonnegative, CHANGES_RECIPE] = argument(
@@ -223,6 +229,21 @@ class RecipeArguments:
     dataloader_num_workers: Annotated[int, nonnegative, CHANGES_TOPOLOGY] = argument(
         4, "Number of data loading workers per process."
     )
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate after the warmup."""
+        return self.learning_rate or self.base_learning_rate * self.effective_batch_size / 256
+
+    def accumulation_steps(self, batch_size: int, num_processes: int) -> int:
+        """Forward passes per optimizer step. Raises ValueError if they do not come out even."""
+        together = batch_size * num_processes
+        if self.effective_batch_size % together:
+            raise ValueError(
+                f"effective_batch_size {self.effective_batch_size} is no multiple of {batch_size} images on "
+                f"{num_processes} processes: choose per_device_train_batch_size so that it is."
+            )
+        return self.effective_batch_size // together
 
 
 @dataclass
@@ -241,13 +262,7 @@ class HiViTTrainingArguments(RecipeArguments, TrainingArguments):
     do_eval: bool = argument(True, "Evaluate after training.")
     per_device_train_batch_size: Annotated[int, positive] = argument(32, "Training batch size per device.")
     per_device_eval_batch_size: Annotated[int, positive, MAY_CHANGE] = argument(64, "Evaluation batch size per device.")
-    effective_batch_size: Annotated[int | None, positive] = argument(
-        None, "Number of images per optimizer step over all devices; --gradient_accumulation_steps follows from it."
-    )
     num_train_epochs: Annotated[float, positive] = argument(20, "Number of training epochs.")
-    base_learning_rate: Annotated[float | None, positive] = argument(
-        5e-4, "Peak learning rate for 256 images per step."
-    )
     weight_decay: Annotated[float, nonnegative] = argument(
         0.05, "Weight decay of matrices; vectors, position embeddings and relative position biases have none."
     )
@@ -341,30 +356,14 @@ class HiViTTrainingArguments(RecipeArguments, TrainingArguments):
         together = self.per_device_train_batch_size * self.world_size
         if self.effective_batch_size is None:
             self.effective_batch_size = together * self.gradient_accumulation_steps
-        steps = self.accumulation_steps(self.per_device_train_batch_size)
+        steps = self.accumulation_steps(self.per_device_train_batch_size, self.world_size)
         if self.gradient_accumulation_steps not in (1, steps):
             raise ValueError(
                 f"effective_batch_size {self.effective_batch_size} takes {steps} batches of {together} images, but "
                 f"gradient_accumulation_steps is {self.gradient_accumulation_steps}: leave one of them out."
             )
         self.gradient_accumulation_steps = steps
-        if self.learning_rate is None:
-            self.learning_rate = self.base_learning_rate * self.effective_batch_size / 256
-
-    def accumulation_steps(self, batch_size: int) -> int:
-        """Forward passes per optimizer step. Raises ValueError if they do not come out even."""
-        return accumulation_steps(self.effective_batch_size, batch_size, self.world_size)
-
-
-def accumulation_steps(effective_batch_size: int, batch_size: int, num_processes: int) -> int:
-    """Forward passes per optimizer step. Raises ValueError if they do not come out even."""
-    together = batch_size * num_processes
-    if effective_batch_size % together:
-        raise ValueError(
-            f"effective_batch_size {effective_batch_size} is no multiple of {batch_size} images on {num_processes} "
-            "processes: choose per_device_train_batch_size so that it is."
-        )
-    return effective_batch_size // together
+        self.learning_rate = self.peak_learning_rate
 
 
 def identity(*arguments: Any) -> dict:

@@ -158,7 +158,6 @@ def pyramid_config(config: HiViTConfig, **changes) -> HiViTConfig:
     16 px, without what belonged to a head.
 
     Args:
-        config: of the network.
         changes: keywords of the configuration, `drop_path_rate` for example.
     """
     heads = ("model_type", "architectures", "auto_map", "id2label", "label2id", "problem_type")

@@ -77,7 +77,8 @@ class HiViTTrainer(Trainer):
         """
         if self.args.auto_find_batch_size:
             self._train_batch_size = self._fitting_batch_size(self._train_batch_size)
-            self.args.gradient_accumulation_steps = self.args.accumulation_steps(self._train_batch_size)
+            steps = self.args.accumulation_steps(self._train_batch_size, self.args.world_size)
+            self.args.gradient_accumulation_steps = steps
         self.args.dataloader_drop_last = True
         try:
             return super().get_train_dataloader()
