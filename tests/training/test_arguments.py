@@ -213,7 +213,6 @@ def test_data_that_does_not_fit(values, message):
 
 def test_location_of_the_data():
     told = {"dataset_name": "data", "dataset_config_name": "c", "dataset_revision": "r"}
-    expected = {"dataset_name": "data", "config_name": "c", "revision": "r", "train_dir": None, "validation_dir": None}
-    assert DataArguments(**told).location() == expected
+    assert DataArguments(**told).location() == {**told, "train_dir": None, "validation_dir": None}
     folders = DataArguments(train_dir="t", validation_dir="v").location()
     assert (folders["train_dir"], folders["validation_dir"], folders["dataset_name"]) == ("t", "v", None)

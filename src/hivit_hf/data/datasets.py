@@ -56,8 +56,8 @@ def find_dataset(name: str) -> tuple[str, list[str]]:
 
 def open_splits(
     dataset_name: str | None = None,
-    config_name: str | None = None,
-    revision: str | None = None,
+    dataset_config_name: str | None = None,
+    dataset_revision: str | None = None,
     train_dir: str | None = None,
     validation_dir: str | None = None,
 ) -> DatasetDict:
@@ -85,7 +85,7 @@ def open_splits(
         elif kind == "imagefolder":
             loaded = load_dataset(kind, data_dir=name)
         else:
-            loaded = load_dataset(name, config_name, revision=revision)
+            loaded = load_dataset(name, dataset_config_name, revision=dataset_revision)
     except DatasetNotFoundError as error:
         raise ValueError(f"There is no dataset {name}, here or on the Hub: check the name.") from error
     except Exception as error:  # the many readers raise many things

@@ -33,7 +33,7 @@ class Checkpoints:
 
     Args:
         folder: holds `step-00001000` and so on, and `latest`.
-        accelerator: saves and loads model, optimizer, scaler and random states, of each rank its own.
+        accelerator: saves model, optimizer, scaler and random states, of each rank its own.
         save_total_limit: number of newest checkpoints to keep.
         keep_every_steps: checkpoints at multiples of this step are kept as well; 0 for none.
     """
@@ -121,10 +121,6 @@ class Checkpoints:
             return None
         checkpoint = self.folder / pointer.read_text().strip()
         return checkpoint if checkpoint.exists() or not self._aside(checkpoint).exists() else self._aside(checkpoint)
-
-    def load(self, path: Path):
-        """Loads model, optimizer and scaler, and the random state that this rank saved, if it did."""
-        self.accelerator.load_state(str(path))
 
 
 def name_of(step: int) -> str:

@@ -138,7 +138,7 @@ class PretrainingRun:
             self.log.say("resumes with another recipe than before")
             self.rollbacks = 0
         is_latest = path == self.checkpoints.latest()
-        self.checkpoints.load(path)
+        self.accelerator.load_state(str(path))
         self.log.forget_after(self.step)
         states = loader_states(path)
         if not resumed.changed_topology:
@@ -176,7 +176,7 @@ class PretrainingRun:
                 "base_learning_rate, lengthen warmup_epochs, set max_grad_norm, or train in bf16."
             )
         self.log.say(f"{text}: back to {latest.name}, with other images from there on")
-        self.checkpoints.load(latest)
+        self.accelerator.load_state(str(latest))
         self.step = read_manifest(latest)["step"]
         self.log.forget_after(self.step)
         self.save()  # with the place in the data, so that a restart does not read the same again

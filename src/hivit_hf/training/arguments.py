@@ -116,13 +116,7 @@ class DatasetLocation:
 
     def location(self) -> dict[str, str | None]:
         """Where the data is, as keywords of `data.datasets.open_splits`."""
-        return {
-            "dataset_name": self.dataset_name,
-            "config_name": self.dataset_config_name,
-            "revision": self.dataset_revision,
-            "train_dir": self.train_dir,
-            "validation_dir": self.validation_dir,
-        }
+        return {item.name: getattr(self, item.name) for item in fields(DatasetLocation)}
 
 
 @dataclass
