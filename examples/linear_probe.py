@@ -44,7 +44,7 @@ class ProbeArguments(EncodedImages, DatasetSplits):
     methods: Annotated[list[str], some_of(*METHODS)] = argument(list(METHODS), f"Classifiers: {', '.join(METHODS)}.")
     neighbors: Annotated[int, positive] = argument(20, "Number of nearest neighbors.")
     strength: Annotated[float, positive] = argument(1.0, "L2 regularization of the L-BFGS probe.")
-    lars_epochs: Annotated[int, positive] = argument(90, "Epochs of the LARS probe, a ninth of them warm-up.")
+    lars_epochs: Annotated[int, positive] = argument(90, "Epochs of the LARS probe, a ninth of them warmup.")
     lars_learning_rate: Annotated[float, positive] = argument(6.4, "Peak learning rate of the LARS probe.")
     output_dir: str = required_argument("Folder for results.json and the cached features.")
 

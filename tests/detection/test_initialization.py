@@ -36,7 +36,7 @@ def test_weights_and_overrides_that_do_not_fit_are_refused(tmp_path):
 @pytest.mark.parametrize("kind", ["hivit_rcnn", "unheard_of"])  # transformers knows the first once it is imported
 def test_models_of_other_kinds_are_named_where_a_hivit_is_wanted(kind, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
-    with pytest.raises(ValueError, match=f"is a {kind}, not a HiViT: choose another start"):
+    with pytest.raises(ValueError, match=f"is a {kind}, not a HiViT: choose another model"):
         read_config(str(tmp_path))
 
 

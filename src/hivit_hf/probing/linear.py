@@ -50,7 +50,7 @@ def probe_lars(
 ) -> np.ndarray:
     """
     Scores (others, classes) of the linear probe of MAE (arXiv 2111.06377, appendix A.1): batch norm without weights and
-    a linear layer, trained by LARS with momentum 0.9, no weight decay, warm-up and cosine schedule.
+    a linear layer, trained by LARS with momentum 0.9, no weight decay, warmup and cosine schedule.
 
     Args:
         train, labels, other: as in `probe_lbfgs`.

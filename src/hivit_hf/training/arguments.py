@@ -191,7 +191,7 @@ REFUSED = {
     # checkpoints
     "save_only_model": "a resumption needs the optimizer",
     "ignore_data_skip": "a resumption would train on other images",
-    "restore_callback_states_from_checkpoint": "early stopping would count anew after a resumption",
+    "restore_callback_states_from_checkpoint": "early stopping would count from zero again after a resumption",
     "enable_jit_checkpoint": "it saves within a step, so that a resumption would differ from the run",
 }
 

@@ -54,7 +54,7 @@ def read_config(name: str) -> HiViTConfig:
             return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"There is no model at {name}: {str(error).splitlines()[0]}") from error
-    raise ValueError(f"{name} is a {kind}, not a HiViT: choose another start.")
+    raise ValueError(f"{name} is a {kind}, not a HiViT: choose another model.")
 
 
 def normalization(name: str, num_channels: int) -> tuple[list[float], list[float]]:

@@ -77,7 +77,7 @@ def layerwise_parameter_groups(
     count_early_layers: bool = True,
 ) -> list[dict]:
     """
-    The trainable parameters by layer, each with the rate `learning_rate * layer_decay ** (last id - its id)`.
+    The trainable parameters by layer, each with the learning rate `learning_rate * layer_decay ** (last id - its id)`.
 
     Vectors, biases, the position embedding and relative tables are not decayed.
 
@@ -140,18 +140,18 @@ def cosine_learning_rate(
     start: float = 0.0,
 ) -> float:
     """
-    The learning rate of one step, as MAE and HiViT set it: linear in the warm-up, then half a cosine.
+    The learning rate of one step, as MAE and HiViT set it: linear in the warmup, then half a cosine.
 
     Args:
-        step: steps taken before this one, so the first step of a warm-up has learning rate `start`.
-        total_steps: steps of the whole training, warm-up included.
-        warmup_steps: steps of the warm-up; 0 for none.
-        base: the highest learning rate, which the warm-up leads to.
+        step: steps taken before this one, so the first step of a warmup has learning rate `start`.
+        total_steps: steps of the whole training, warmup included.
+        warmup_steps: steps of the warmup; 0 for none.
+        base: the highest learning rate, which the warmup leads to.
         minimum: what the cosine ends at.
-        start: what the warm-up begins with.
+        start: what the warmup begins with.
 
     Raises:
-        ValueError: if the warm-up or the step is not within the training, or `minimum` or `start` exceeds `base`.
+        ValueError: if the warmup or the step is not within the training, or `minimum` or `start` exceeds `base`.
     """
     _check_step(step, total_steps, warmup_steps)
     for name, value in (("minimum", minimum), ("start", start)):
@@ -166,14 +166,14 @@ def cosine_learning_rate(
 def poly_learning_rate(step: int | float, total_steps: int, warmup_steps: int, base: float, power: float) -> float:
     """
     The learning rate of one step, as the published segmenters were trained: it falls to zero as a power of what is left
-    of the training, from the first step on, and is scaled up linearly in the warm-up.
+    of the training, from the first step on, and is scaled up linearly in the warmup.
 
     Args:
         step, total_steps, warmup_steps, base: as in `cosine_learning_rate`.
         power: 1 for a straight line.
 
     Raises:
-        ValueError: if the warm-up or the step is not within the training.
+        ValueError: if the warmup or the step is not within the training.
     """
     _check_step(step, total_steps, warmup_steps)
     rate = base * (1 - step / total_steps) ** power
@@ -192,11 +192,11 @@ def _check_step(step: int | float, total_steps: int, warmup_steps: int | float):
 
 def stepped_learning_rate(step: int, warmup_steps: int, milestones: Sequence[int], factor: float, base: float) -> float:
     """
-    The learning rate of one step of the published detectors: linear in the warm-up, then lower after each milestone.
+    The learning rate of one step of the published detectors: linear in the warmup, then lower after each milestone.
 
     Args:
-        step, warmup_steps, base: as in `cosine_learning_rate`; the first step of a warm-up of n has 1/n of the rate.
-        milestones: steps after which the rate falls.
+        step, warmup_steps, base: as in `cosine_learning_rate`; the first step of a warmup of n has 1/n of `base`.
+        milestones: steps after which the learning rate falls.
         factor: what it falls to each time, of what it was.
     """
     rate = base * factor ** sum(step >= milestone for milestone in milestones)
