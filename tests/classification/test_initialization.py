@@ -104,8 +104,9 @@ def test_another_image_size_interpolates_what_depends_on_it(tmp_path):
         ({"architecture": "base"}, r"recipe is for base, whose hidden_size is 512, but that of .* is 64"),
         (
             {"config_overrides": {"hidden_size": 128}},
-            r"do not fit the network: .* more are missing or of another sh",
+            r"do not fit the network: .* more are missing, left over or of another sh",
         ),
+        ({"config_overrides": {"depths": [1, 1, 1]}}, r"do not fit the network: hivit.stages.2.layers.1.* left over"),
         ({"config_overrides": {"patch_size": 16}}, r"do not fit the network: hivit.embeddings.projection"),
     ],
 )
