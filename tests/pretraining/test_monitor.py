@@ -1,5 +1,7 @@
 """The monitor of pre-training: reconstructions of validation images."""
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -25,3 +27,14 @@ def test_reconstruction_grid_is_a_png_file_and_refuses_what_does_not_fit():
         reconstruction_grid(images, torch.zeros(3, 9, dtype=torch.bool), images, patch_size=4)
     with pytest.raises(ValueError, match="both have the shape"):
         reconstruction_grid(images, mask, images[:1], patch_size=4)
+
+
+def test_the_knn_accuracy_of_a_single_image_is_refused(make_run, data, tmp_path):
+    """Half of the images have known labels: there would be none."""
+    few = pq.read_table(data / "0.parquet").slice(0, 3)
+    (tmp_path / "few").mkdir()
+    pq.write_table(few.append_column("label", pa.array([0, 1, 0])), tmp_path / "few" / "0.parquet")
+    labeled = {"eval_dataset_name": str(tmp_path / "few"), "label_column_name": "label"}
+    with pytest.raises(ValueError, match="takes two labeled images or more, got 1: raise --max_eval_samples"):
+        make_run(max_eval_samples=1, **labeled)
+    assert len(make_run(max_eval_samples=2, **labeled).validation.labels) == 2

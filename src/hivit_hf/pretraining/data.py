@@ -73,13 +73,20 @@ def open_stream(
 def read_validation_images(
     data_args: PretrainingDataArguments, config: HiViTConfig, stream: SampleStream, resumed: Resumption | None = None
 ) -> ValidationImages:
-    """Validation images, or training images if no dataset of validation images is given."""
+    """
+    Validation images, or training images if no dataset of validation images is given.
+
+    Raises:
+        ValueError: for data that cannot be read, or a single image with a label.
+    """
     source = data_args.eval_source()
     if source is not None and resumed is not None and source.name == resumed.manifest["validation"][0]:
         source = replace(source, revision=resumed.manifest["validation"][1])
     opened = stream.sources[0].opened if source is None else open_source(source)
     crop = CenterCrop(config.image_size, evaluation_resize(config.image_size), config.num_channels)
     images, labels = read_some(opened, crop, data_args.max_eval_samples)
+    if labels is not None and len(labels) < 2:
+        raise ValueError(f"kNN accuracy takes two labeled images or more, got {len(labels)}: raise --max_eval_samples.")
     return ValidationImages(images, labels, opened.source.name, opened.revision)
 
 

@@ -2,7 +2,6 @@
 """Logs of pre-training: log.jsonl, trackers, samples, messages. A full disk costs a line, not the run."""
 
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -13,6 +12,8 @@ import xxhash
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 from transformers.utils import logging
+
+from ..training.folders import replace_file
 
 
 logger = logging.get_logger(__name__)
@@ -68,10 +69,8 @@ class RunLog:
             for line in path.read_text(encoding="utf-8").splitlines():
                 with suppress(json.JSONDecodeError):  # a line that was cut off
                     kept += [line] if json.loads(line)["step"] <= step else []
-            partial = path.with_suffix(".partial")
             with suppress(OSError):  # a full disk: they stay, and are there twice
-                partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-                os.replace(partial, path)
+                replace_file(path, "".join(f"{line}\n" for line in kept))
 
     def _append(self, name: str, record: dict):
         try:
