@@ -53,10 +53,6 @@ class EvaluationArguments(EvaluatedImages):
         if (Path(self.output_dir) / "results.json").exists():
             raise ValueError(f"{self.output_dir} holds results.json of another evaluation: give another --output_dir.")
 
-    @property
-    def labels(self) -> tuple[str | None, list[str]]:
-        return self.label_column_name, self.class_names
-
 
 def evaluate_classifier(args: EvaluationArguments):
     """Prints and saves metrics and figures."""
@@ -71,7 +67,8 @@ def evaluate_classifier(args: EvaluationArguments):
 
     # model
     model, processor, record = load_classifier(args, splits, column)
-    targets = evaluation.targets_for(model, images, args.eval_split_name, *args.labels)
+    labels = (args.label_column_name, args.class_names)
+    targets = evaluation.targets_for(model, images, args.eval_split_name, *labels)
 
     # evaluate
     work = (model, processor, images, column, targets)
@@ -107,7 +104,8 @@ def load_classifier(args: EvaluationArguments, splits: datasets.DatasetDict, col
 
     def accuracy(model: PreTrainedModel, processor: BaseImageProcessor) -> float:
         images = choose_split(splits, args.soup_split_name, "soup_split_name")
-        targets = evaluation.targets_for(model, images, args.soup_split_name, *args.labels)
+        labels = (args.label_column_name, args.class_names)
+        targets = evaluation.targets_for(model, images, args.soup_split_name, *labels)
         work = (model, processor, images, column, targets)
         return evaluation.evaluate_images(*work, args.per_device_eval_batch_size)[0]["accuracy"]
 
