@@ -11,6 +11,7 @@ from hivit_hf.training.arguments import (
     DataArguments,
     HiViTTrainingArguments,
     ModelArguments,
+    RecipeArguments,
     identity,
 )
 from hivit_hf.training.command_line import parse_arguments
@@ -35,7 +36,7 @@ def made(**values) -> HiViTTrainingArguments:
 
 
 def test_every_field_of_transformers_is_ours_or_refused_or_known_to_work():
-    ours = set(HiViTTrainingArguments.__annotations__)
+    ours = set(HiViTTrainingArguments.__annotations__) | set(RecipeArguments.__annotations__)
     theirs = {item.name for item in fields(TrainingArguments)}
     unchanged = set(UNCHANGED.split())
     assert not theirs - ours - set(REFUSED) - unchanged
