@@ -33,10 +33,11 @@ LABELS = ("all_labels", "few_labels")
 LABELS_PER_CLASS = 10
 
 # What the fine-tunings change in the recipe; both initializations share it.
-SHARED = ["--layer_decay", "1.0", "--crop_scale", "0.7", "1.0", "--crop_pct", "1.0", "--learning_rate", "1e-3"]
+SHARED = ["--layer_decay", "1.0", "--crop_scale", "0.7", "1.0", "--crop_pct", "1.0", "--rotation_degrees", "10"]
+SHARED += ["--learning_rate", "1e-3", "--label_smoothing_factor", "0.1", "--optim", "adamw_torch_fused"]
 SHARED += ["--eval_strategy", "steps", "--save_strategy", "no", "--check_images", "0"]
 FLAGS = {
-    "all_labels": [*SHARED, "--num_train_epochs", "12", "--ema_decay", "0.99", "--eval_steps", "84"],
+    "all_labels": [*SHARED, "--num_train_epochs", "18", "--ema_decay", "0.99", "--eval_steps", "126"],
     "few_labels": [*SHARED, "--num_train_epochs", "15", "--warmup_epochs", "1.5", "--eval_steps", "10"],
 }
 FLAGS["few_labels"] += ["--per_device_train_batch_size", "25", "--effective_batch_size", "25"]
