@@ -37,7 +37,7 @@ SHARED = ["--layer_decay", "1.0", "--crop_scale", "0.7", "1.0", "--crop_pct", "1
 SHARED += ["--learning_rate", "1e-3", "--label_smoothing_factor", "0.1", "--optim", "adamw_torch_fused"]
 SHARED += ["--eval_strategy", "steps", "--save_strategy", "no", "--check_images", "0"]
 FLAGS = {
-    "all_labels": [*SHARED, "--num_train_epochs", "18", "--ema_decay", "0.99", "--eval_steps", "126"],
+    "all_labels": [*SHARED, "--num_train_epochs", "14", "--ema_decay", "0.99", "--eval_steps", "98"],
     "few_labels": [*SHARED, "--num_train_epochs", "15", "--warmup_epochs", "1.5", "--eval_steps", "10"],
 }
 FLAGS["few_labels"] += ["--per_device_train_batch_size", "25", "--effective_batch_size", "25"]
