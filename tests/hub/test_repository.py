@@ -26,7 +26,7 @@ from hivit_hf.classification.evaluation import load_for_evaluation
 from hivit_hf.hub import repository
 from hivit_hf.hub.cards import check_card, render_card
 from hivit_hf.hub.handler import EndpointHandler, read_image
-from hivit_hf.hub.model_zoo import CHECKPOINTS, Checkpoint
+from hivit_hf.hub.model_zoo import CHECKPOINTS, Checkpoint, PaperResult
 from hivit_hf.hub.repository import export
 from hivit_hf.image_processing import load_processor
 from hivit_hf.training.folders import FolderError
@@ -607,6 +607,12 @@ def test_every_file_that_cards_name_exists():
     for path in (ROOT / "model_cards").glob("*.md"):
         for named in re.findall(r"(?:examples|conversion)/[\w/]+\.(?:py|yaml)", path.read_text()):
             assert (ROOT / named).is_file(), (path.name, named)
+
+
+def test_results_of_any_paper_are_linked():
+    about = dataclasses.replace(CHECKPOINTS["hivit-base"], paper_results=(PaperResult("top-1", "80 %", "2010.11929"),))
+    card = render_card(about, HiViTConfig(**about.arguments))
+    assert "| top-1 | 80 % | paper ([arXiv 2010.11929](https://arxiv.org/abs/2010.11929)) |" in card
 
 
 def test_an_uploaded_checkpoint_is_pinned():

@@ -14,22 +14,14 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .. import modeling_hivit
 from ..configuration_hivit import HiViTConfig
-from .model_zoo import HIVIT_PAPER, Checkpoint
+from .model_zoo import Checkpoint
 
 
 TEMPLATE = Path(__file__).parent / "card_template.md"
 LICENSES = {"apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "cc0-1.0", "other", "unknown"}
 TASKS = {"image-classification", "image-feature-extraction"}
-TAGS = {
-    "hivit",
-    "itpn",
-    "vision",
-    "masked-image-modeling",
-    "masked-autoencoder",
-    "self-supervised",
-    "custom_code",
-    "onnx",
-}
+TAGS = {"hivit", "itpn", "vision", "masked-image-modeling", "masked-autoencoder", "self-supervised"}
+TAGS |= {"custom_code", "onnx"}
 CITATIONS = {
     "hivit": """@inproceedings{zhang2023hivit,
   title = {HiViT: A Simpler and More Efficient Design of Hierarchical Vision Transformer},
@@ -88,7 +80,6 @@ _FIELDS = [field.name for field in fields(HiViTConfig) if field.name in HiViTCon
 _FIELDS = [name for name in _FIELDS if not name.startswith("_")]
 _TRAINING_FIELDS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "initializer_range")
 _TRAINING_FIELDS += ("mask_ratio",)
-_PAPER_LINKS = {paper: f"https://arxiv.org/abs/{paper.split()[1]}" for paper in (HIVIT_PAPER, "arXiv 2211.12735")}
 
 
 @dataclass(frozen=True)
@@ -189,47 +180,32 @@ def render_card(
     """
     folder = folder or Folder()
     height, width = (length * config.patch_size for length in config.grid_size)
-    classifies = about.model_class == "HiViTForImageClassification"
     trained_here = about.weights == "unpublished" and bool(folder.tree)
     whose = ", the paper's own weights" if trained_here else ""
     paper_rows = [
-        {"what": r.what + whose, "value": r.value, "source": f"paper ([{r.paper}]({_PAPER_LINKS[r.paper]}))"}
-        for r in about.paper_results
+        {"what": r.what + whose, "value": r.value, "source": f"paper ({r.paper})"} for r in about.paper_results
     ]
     measured = measured_results(about.model_class, config, results_dir)
-    on_hub = "/" in about.repo_id
     uploaded = about.uploaded or to_hub
     load_from = about.repo_id if uploaded else about.repo_id.rpartition("/")[2]
     environment = jinja2.Environment(keep_trailing_newline=True)
     environment.filters |= {"plain": _escaped, "url": quote}
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        about=about,
+        config=config,
+        folder=folder,
         metadata=_metadata(about, config, folder).to_yaml().strip(),
-        title=about.title,
-        description=about.description,
-        weights=about.weights,
+        decoder=about.model_class == "HiViTForMaskedImageModeling",
+        classifies=about.model_class == "HiViTForImageClassification",
         trained_here=trained_here,
         uploaded=uploaded,
-        on_hub=on_hub,
-        repo_id=about.repo_id,
         load_from=load_from,
-        revision=about.revision,
-        model_class=about.model_class,
         parameters=folder.parameters or count_parameters(about.model_class, config),
-        config=config,
-        decoder=about.model_class == "HiViTForMaskedImageModeling",
-        num_labels=config.num_labels if classifies else 0,
         input_size=f"{height}x{width}",
         quick_start=_quick_start(about, config, folder, load_from, uploaded),
-        widget=folder.samples,
-        reconstructions=folder.reconstructions,
         limits=_limits(about, config),
-        training=about.training,
-        train_it=about.train_it,
         results=paper_rows + measured,
         paper_only=bool(paper_rows) and not measured,
-        weights_source=about.weights_source,
-        report=folder.report,
-        files=folder.tree,
         license_text=_license_text(about, trained_here),
         citation="\n\n".join(CITATIONS[paper] for paper in about.papers),
     )
@@ -302,8 +278,8 @@ def _metadata(about: Checkpoint, config: HiViTConfig, folder: Folder) -> ModelCa
                 metric_type="accuracy",
                 metric_name="top-1 at 224 px",
                 metric_value=float(result.value.split()[0]),
-                source_name=f"paper ({result.paper})",
-                source_url=_PAPER_LINKS[result.paper],
+                source_name=f"paper (arXiv {result.arxiv})",
+                source_url=f"https://arxiv.org/abs/{result.arxiv}",
             )
             for result in about.paper_results
         ]
@@ -365,12 +341,9 @@ def _classifier_limits(config: HiViTConfig) -> tuple[str, str]:
 
 
 def _license_text(about: Checkpoint, trained_here: bool) -> str:
+    if about.weights == "unpublished" and not trained_here:
+        return about.license_note
     if trained_here and about.license == "unknown":
         return "No license is stated for these weights."
-    if trained_here:
-        return f"The license of the weights is {about.license}."
-    if about.weights == "unpublished":
-        return about.license_note
-    if about.license == "unknown":
-        return f"The license of the weights is unknown. {about.license_note}".strip()
-    return f"The license of the weights is {about.license}. {about.license_note}".strip()
+    note = "" if trained_here else about.license_note
+    return f"The license of the weights is {about.license}. {note}".strip()

@@ -1,24 +1,27 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
 """Table of published checkpoints: repository on the Hub, whether it is uploaded, and the contents of its card."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from ..configuration_hivit import ARCHITECTURES
 
 
-HIVIT_PAPER = "arXiv 2205.14949"
-ITPN_PAPER = "arXiv 2211.12735"
 # iTPN-B's encoder. It never had a name of its own, so it is no entry of ARCHITECTURES.
 ITPN_BASE = {"hidden_size": 512, "depths": [3, 3, 24], "num_attention_heads": 8, "early_blocks_per_depth": 1}
 
 
 @dataclass(frozen=True)
 class PaperResult:
-    """A result from a paper: what was measured, its value with the unit, and the paper."""
+    """A result from a paper: what was measured, its value with the unit, and the paper's number on arXiv."""
 
     what: str
     value: str
-    paper: str = HIVIT_PAPER
+    arxiv: str = "2205.14949"
+
+    @property
+    def paper(self) -> str:
+        """The paper as a link in Markdown."""
+        return f"[arXiv {self.arxiv}](https://arxiv.org/abs/{self.arxiv})"
 
 
 @dataclass(frozen=True)
@@ -72,24 +75,14 @@ _ORIGINAL_LICENSE = (
     "ask them before you redistribute."
 )
 _ITPN_LICENSE = "The publishers of iTPN state no license that we know of: ask them before you redistribute."
-_NO_WEIGHTS = "There are no weights to license. What you train is yours."
-_supervised = Checkpoint(
-    title="",
-    repo_id="",
-    model_class="HiViTForImageClassification",
-    description="",
-    weights="unpublished",
-    license_note=_NO_WEIGHTS,
-    datasets=("ILSVRC/imagenet-1k",),
-    training="",
-)
+_IMAGENET = ("ILSVRC/imagenet-1k",)
 
 
 def _supervised_from_scratch(name: str, letter: str, top1: str, drop_path: float) -> Checkpoint:
-    return replace(
-        _supervised,
+    return Checkpoint(
         title=f"HiViT-{letter}, supervised on ImageNet-1k",
         repo_id=f"hivit-hf/hivit-{name}",
+        model_class="HiViTForImageClassification",
         arguments={**ARCHITECTURES[name], "num_labels": 1000},
         description=f"HiViT-{letter} for image classification, trained from scratch on ImageNet-1k.",
         paper_results=(PaperResult("ImageNet-1k, top-1 at 224 px", f"{top1} %"),),
@@ -103,6 +96,28 @@ def _supervised_from_scratch(name: str, letter: str, top1: str, drop_path: float
             "```bash\npython examples/finetune_classification.py --dataset_name ILSVRC/imagenet-1k \\\n"
             f"    --config examples/recipes/supervised_{name}_300ep.yaml --output_dir runs/hivit-{name}\n```"
         ),
+        weights="unpublished",
+        license_note="There are no weights to license. What you train is yours.",
+        datasets=_IMAGENET,
+    )
+
+
+def _itpn_encoder(size: str, letter: str, arguments: dict, main_layers: int) -> Checkpoint:
+    return Checkpoint(
+        title=f"iTPN-{letter} (pixel), encoder",
+        repo_id=f"hivit-hf/itpn-{size}-pixel",
+        model_class="HiViTModel",
+        arguments={**arguments, "use_relative_position_bias": False},
+        description=(
+            f"The encoder of iTPN-{letter} after pre-training on pixels: a HiViT with {main_layers} main layers. "
+            "iTPN's feature pyramid and decoder are another network and are not included."
+        ),
+        training="Masked image modeling of pixels on ImageNet-1k through iTPN's feature pyramid; see its paper.",
+        weights="original",
+        weights_source="linked from the README of [sunsmarterjie/iTPN](https://github.com/sunsmarterjie/iTPN)",
+        license_note=_ITPN_LICENSE,
+        datasets=_IMAGENET,
+        papers=("itpn", "hivit"),
     )
 
 
@@ -136,7 +151,7 @@ CHECKPOINTS = {
             "[zhangxiaosong18/hivit](https://github.com/zhangxiaosong18/hivit)"
         ),
         license_note=_ORIGINAL_LICENSE,
-        datasets=("ILSVRC/imagenet-1k",),
+        datasets=_IMAGENET,
     ),
     "hivit-base-mae-1600ep-ft100ep": Checkpoint(
         title="HiViT-B, masked autoencoder fine-tuned for 100 epochs",
@@ -160,40 +175,10 @@ CHECKPOINTS = {
             "[zhangxiaosong18/hivit](https://github.com/zhangxiaosong18/hivit)"
         ),
         license_note=_ORIGINAL_LICENSE,
-        datasets=("ILSVRC/imagenet-1k",),
+        datasets=_IMAGENET,
     ),
-    "itpn-base-pixel": Checkpoint(
-        title="iTPN-B (pixel), encoder",
-        repo_id="hivit-hf/itpn-base-pixel",
-        model_class="HiViTModel",
-        arguments={**ITPN_BASE, "use_relative_position_bias": False},
-        description=(
-            "The encoder of iTPN-B after pre-training on pixels: a HiViT with 24 main layers. iTPN's feature pyramid "
-            "and decoder are another network and are not included."
-        ),
-        training="Masked image modeling of pixels on ImageNet-1k through iTPN's feature pyramid; see its paper.",
-        weights="original",
-        weights_source="linked from the README of [sunsmarterjie/iTPN](https://github.com/sunsmarterjie/iTPN)",
-        license_note=_ITPN_LICENSE,
-        datasets=("ILSVRC/imagenet-1k",),
-        papers=("itpn", "hivit"),
-    ),
-    "itpn-large-pixel": Checkpoint(
-        title="iTPN-L (pixel), encoder",
-        repo_id="hivit-hf/itpn-large-pixel",
-        model_class="HiViTModel",
-        arguments={**ARCHITECTURES["large"], "use_relative_position_bias": False},
-        description=(
-            "The encoder of iTPN-L after pre-training on pixels: a HiViT with 40 main layers. iTPN's feature pyramid "
-            "and decoder are another network and are not included."
-        ),
-        training="Masked image modeling of pixels on ImageNet-1k through iTPN's feature pyramid; see its paper.",
-        weights="original",
-        weights_source="linked from the README of [sunsmarterjie/iTPN](https://github.com/sunsmarterjie/iTPN)",
-        license_note=_ITPN_LICENSE,
-        datasets=("ILSVRC/imagenet-1k",),
-        papers=("itpn", "hivit"),
-    ),
+    "itpn-base-pixel": _itpn_encoder("base", "B", ITPN_BASE, 24),
+    "itpn-large-pixel": _itpn_encoder("large", "L", ARCHITECTURES["large"], 40),
 }
 # the default models of the Space
 SPACE_CHECKPOINTS = {"classifier": "hivit-base-mae-1600ep-ft100ep", "autoencoder": "hivit-base-mae-1600ep"}

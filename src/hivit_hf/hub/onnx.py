@@ -30,37 +30,19 @@ OUTPUTS = {
 }
 
 
-class _Classification(nn.Module):
-    def __init__(self, model: HiViTForImageClassification):
+class _Task(nn.Module):
+    """A model that returns the `OUTPUTS` of a task; features without what the model does not have of them."""
+
+    def __init__(self, model: HiViTPreTrainedModel, task: str):
         super().__init__()
-        self.model = model
+        self.model, self.task = model.base_model if task == "features" else model, task
 
-    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor]:
-        return (self.model(pixel_values).logits,)
-
-
-class _Features(nn.Module):
-    def __init__(self, model: HiViTPreTrainedModel):
-        super().__init__()
-        self.model = model.base_model
-
-    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(self, pixel_values: torch.Tensor, noise: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        if self.task == "reconstruction":
+            mask = self.model.draw_mask(pixel_values, noise)
+            return self.model.reconstruct(pixel_values, noise=noise), mask
         output = self.model(pixel_values)
-        pooled = output.pooler_output
-        return (output.last_hidden_state,) if pooled is None else (output.last_hidden_state, pooled)
-
-
-class _Reconstruction(nn.Module):
-    def __init__(self, model: HiViTForMaskedImageModeling):
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixel_values: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        mask = self.model.draw_mask(pixel_values, noise)
-        return self.model.reconstruct(pixel_values, noise=noise), mask
-
-
-_WRAPPERS = {"classification": _Classification, "features": _Features, "reconstruction": _Reconstruction}
+        return tuple(output[name] for name in OUTPUTS[self.task] if name in output)
 
 
 def tasks_of(model: HiViTPreTrainedModel) -> list[str]:
@@ -101,7 +83,7 @@ def export_onnx(
     import onnx
 
     with _exportable(model):
-        wrapper = _WRAPPERS[task](model).eval()
+        wrapper = _Task(model, task).eval()
         # of a size that is not compared later, and traced only: its numbers are never computed
         inputs = _example(model, task, batch_size=3, grid=(3, 5) if dynamic_size else model.config.grid_size)
         shapes = {name: {0: torch.export.Dim("batch")} for name in inputs}
@@ -157,7 +139,7 @@ def check_exportable(model: HiViTPreTrainedModel, task: str, dynamic_size: bool 
 def largest_difference(model: HiViTPreTrainedModel, path: Path, task: str, dynamic_size: bool = False) -> float:
     """The largest absolute difference between onnxruntime on a file and PyTorch, over several batches and sizes."""
     session = cpu_session(path)
-    wrapper, own = _WRAPPERS[task](model).eval(), model.config.grid_size
+    wrapper, own = _Task(model, task).eval(), model.config.grid_size
     grids = [own, (2, 3), (own[0] + 3, own[1] + 1)] if dynamic_size else [own]
     largest = 0.0
     for batch_size in (1, 2):

@@ -30,7 +30,7 @@ from ..training.folders import refuse_output, written_whole
 from .cards import Folder, Sample, differences, render_card
 from .handler import RequestError, read_image
 from .model_zoo import Checkpoint
-from .onnx import check_exportable, export_onnx
+from .onnx import check_exportable, export_onnx, tasks_of
 from .visualization import masked_image, pixels_to_image, side_by_side
 
 
@@ -41,18 +41,9 @@ AUTO_MAP |= {auto: f"modeling_hivit.{model_class}" for auto, model_class in AUTO
 CODE_FILES = ("configuration_hivit.py", "modeling_hivit.py", "image_reading.py", "hub/handler.py")
 REQUIREMENTS = ("torch>=2.11", "transformers>=5.17", "safetensors>=0.5", "huggingface-hub>=1.0", "pillow>=11")
 SAMPLE_SUFFIXES = (".jpg", ".jpeg", ".png")
-ONNX_FILES = {"classification": "model.onnx", "features": "model.onnx", "reconstruction": "reconstruction.onnx"}
 WRITTEN_FILES = ["README.md", "config.json", "model.safetensors", "preprocessor_config.json", "requirements.txt"]
-WRITTEN_FILES += [
-    "conversion_report.json",
-    "onnx/",
-    "onnx/*.onnx",
-    "samples/",
-    "LICENSE",
-    *(Path(name).name for name in CODE_FILES),
-]
-WRITTEN_FILES += [Path(name).name for name in CODE_FILES]
-WRITTEN_FILES += [f"samples/*{suffix}" for suffix in SAMPLE_SUFFIXES]
+WRITTEN_FILES += ["conversion_report.json", "LICENSE", *(Path(name).name for name in CODE_FILES)]
+WRITTEN_FILES += ["onnx/", "onnx/*.onnx", "samples/", *(f"samples/*{suffix}" for suffix in SAMPLE_SUFFIXES)]
 MAX_SAMPLES = 24
 
 
@@ -70,8 +61,8 @@ def export(
 ) -> Path:
     """
     Writes a complete repository of the Hub: weights, configuration with labels and the full `auto_map`, image
-    processor, the code that travels, card, sample images with predictions, ONNX files, and the files
-    of an Inference Endpoint. The folder is written whole or not at all. Nothing leaves the machine unless asked.
+    processor, the code that travels, card, sample images with predictions, ONNX files, and the files of an Inference
+    Endpoint. The folder is written whole or not at all. Nothing leaves the machine unless asked.
 
     Args:
         model: any HiViT; its configuration says the names of the classes.
@@ -81,7 +72,7 @@ def export(
         samples: PNG and JPEG files, at most 24.
         conversion_report: of `conversion/convert.py`, if the weights were converted.
         onnx: whether to write `onnx/`, which takes most of the time.
-        results_dir: `benchmarks/results`, if the card may quote what was measured with this very network.
+        results_dir: as in `render_card`.
         overwrite: whether an earlier export in `out_dir` may be replaced.
         push_to_hub: whether to upload the folder to `about.repo_id`; a private repository is made if there is none.
 
@@ -94,29 +85,21 @@ def export(
     out_dir, samples = Path(out_dir), [Path(sample) for sample in samples]
     _check_model(model)
     about = _about(model, about, out_dir, conversion_report, push_to_hub)
-    if onnx:
-        for task in _onnx_tasks(model):
-            check_exportable(model, task)
+    onnx_files = _onnx_files(model) if onnx else {}
+    for task in onnx_files.values():
+        check_exportable(model, task)
     refuse_output(out_dir, overwrite, samples, WRITTEN_FILES)
     images = _read_samples(samples)
-    if image_processor is None:
-        height, width = (length * model.config.patch_size for length in model.config.grid_size)
-        if height != width:
-            raise ValueError(f"The model sees {height}x{width} px, which is no square: give an image_processor.")
-        image_processor = evaluation_processor(height)
-
+    image_processor = image_processor or _published_processor(model.config)
     model.eval()
     with written_whole(out_dir, overwrite, samples, WRITTEN_FILES) as folder:
         _save_model(model, folder)
         image_processor.save_pretrained(folder)
-        for name in (*CODE_FILES, "LICENSE"):
-            shutil.copy(PACKAGE / name, folder)
-        (folder / "requirements.txt").write_text("\n".join(REQUIREMENTS) + "\n")
+        _write_code(folder)
         if conversion_report is not None:
             (folder / "conversion_report.json").write_text(json.dumps(conversion_report, indent=1) + "\n")
-        if onnx:
-            for task in _onnx_tasks(model):
-                export_onnx(model, folder / "onnx" / ONNX_FILES[task], task)
+        for name, task in onnx_files.items():
+            export_onnx(model, folder / "onnx" / name, task)
         found = _run_samples(model, image_processor, images, folder)
         (folder / "README.md").touch()  # it names itself
         found = replace(
@@ -131,6 +114,13 @@ def export(
     if push_to_hub:
         upload(out_dir, about.repo_id)
     return out_dir
+
+
+def _published_processor(config: HiViTConfig) -> BaseImageProcessor:
+    height, width = (length * config.patch_size for length in config.grid_size)
+    if height != width:
+        raise ValueError(f"The model sees {height}x{width} px, which is no square: give an image_processor.")
+    return evaluation_processor(height)
 
 
 def undescribed(model: HiViTPreTrainedModel, name: str) -> Checkpoint:
@@ -312,10 +302,17 @@ def _save_model(model: HiViTPreTrainedModel, folder: Path):
             del config.auto_map
 
 
-def _onnx_tasks(model: HiViTPreTrainedModel) -> list[str]:
-    if isinstance(model, HiViTForImageClassification):
-        return ["classification"]
-    return ["features", "reconstruction"] if isinstance(model, HiViTForMaskedImageModeling) else ["features"]
+def _write_code(folder: Path):
+    """What a Hub folder needs to run without the package."""
+    for name in (*CODE_FILES, "LICENSE"):
+        shutil.copy(PACKAGE / name, folder)
+    (folder / "requirements.txt").write_text("\n".join(REQUIREMENTS) + "\n")
+
+
+def _onnx_files(model: HiViTPreTrainedModel) -> dict[str, str]:
+    """The files in `onnx/` and the task of each: a classifier's `model.onnx` has its scores, others' the features."""
+    names = {"reconstruction": "reconstruction.onnx"}
+    return {names.get(task, "model.onnx"): task for task in reversed(tasks_of(model))}
 
 
 @torch.no_grad()
