@@ -47,11 +47,7 @@ def make_trainer(
     # trainer
     train_dataset, eval_dataset = make_datasets(annotations, data_args, masks, initialization.image_mean, seed)
     return DetectionTrainer(
-        training_args,
-        batches,
-        model=initialization.model,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
+        training_args, batches, model=initialization.model, train_dataset=train_dataset, eval_dataset=eval_dataset
     )
 
 

@@ -44,8 +44,6 @@ def train(
     splits = choose_splits(data_args, training_args.do_train, training_args.seed)
     initialization = initialize_segmenter(model_args, data_args, training_args.do_train)
     model, config = initialization.model, initialization.model.backbone.config
-    if model_args.freeze_backbone:
-        model.backbone.hivit.requires_grad_(False)
     mean, std = initialization.statistics(data_args, config.num_channels)
     datasets = make_datasets(splits, data_args, mean, std, training_args.seed)
 

@@ -17,6 +17,7 @@ from hivit_hf.detection.arguments import (
 )
 from hivit_hf.detection.trainer import DetectionTrainer
 from hivit_hf.training.command_line import ABOUT, parse_arguments, read_recipe
+from hivit_hf.training.dense import DenseTrainingArguments
 from support.detection import NETWORK, SMOKE, command, trainer_for
 
 
@@ -58,7 +59,7 @@ def test_the_published_schedule_is_the_default():
 REFUSED = {
     "tiny images": (["--jitter_scale", "0.0001", "0.001"], "leaves less than 8 px of an image"),
     "rising": (["--decay_factor", "5"], "decay_factor must be in (0, 1]"),
-    "frozen drops": (["--freeze_backbone", "--drop_path_rate", "0.5"], "leaves nothing to --drop_path_rate"),
+    "frozen drops": (["--freeze_backbone", "--drop_path_rate", "0.5"], "for a backbone that is trained: set it to 0"),
     "a thousand images": (["--num_overlays", "1000"], "num_overlays must be in [0, 60]"),
     "nothing to evaluate on": (["--eval_annotations", ""], "nothing to evaluate on: give --eval_annotations"),
     "detector": (["--detector", "yolo"], "detector must be one of mask_rcnn"),
@@ -195,6 +196,7 @@ def test_every_flag_is_tested():
     elsewhere |= {"overlay_threshold", "effective_batch_size", "learning_rate", "base_learning_rate"}
     elsewhere |= {"lr_scheduler_type", "per_device_train_batch_size", "per_device_eval_batch_size"}
     elsewhere |= {"metric_for_best_model"}
-    own = {name for name in DetectionTrainingArguments.__annotations__ if not name.isupper()}
+    training = (DetectionTrainingArguments, DenseTrainingArguments)
+    own = {name for kind in training for name in kind.__annotations__ if not name.isupper()}
     own |= {item.name for kind in (DetectionModelArguments, DetectionDataArguments) for item in fields(kind)}
     assert own == elsewhere | (set(FLAGS) - {"seed", "early_stopping_patience"})

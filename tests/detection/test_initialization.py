@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from transformers import DeformableDetrConfig, ResNetConfig
 
 from hivit_hf.detection.initialization import build_detector, out_features_of
 from hivit_hf.training.initialization import initialize_backbone, read_config
@@ -38,6 +39,13 @@ def test_models_of_other_kinds_are_named_where_a_hivit_is_wanted(kind, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
     with pytest.raises(ValueError, match=f"is a {kind}, not a HiViT: choose another model"):
         read_config(str(tmp_path))
+
+
+def test_detectors_on_other_networks_are_refused(scenes, tmp_path, capsys):
+    DeformableDetrConfig(backbone_config=ResNetConfig()).save_pretrained(tmp_path / "other")
+    flags = ["--model_name_or_path", str(tmp_path / "other"), "--from_scratch", "false"]
+    assert command(scenes, tmp_path / "run", *flags, "--detector", "deformable_detr", "--detector_overrides", "{}") == 2
+    assert "is a deformable_detr without a HiViT inside: choose another model." in capsys.readouterr().err
 
 
 def test_only_detectors_are_evaluated_without_training(scenes, tmp_path, capsys):

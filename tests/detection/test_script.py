@@ -100,8 +100,8 @@ def test_a_detector_is_evaluated_alone_and_trained_again(scenes, tmp_path, capsy
         "holds all_results.json of another run": [*only, str(tmp_path / "alone")],
         "run holds all_results.json of another run: give another --output_dir": [*only, str(tmp_path / "run")],
         "whose hidden_size is 512": [*no, "--architecture", "base", "--config_overrides", "{}"],
-        "not depths in --config_overrides [1, 1, 7]: leave that out": [*no, "--config_overrides", deeper],
-        "not --image_mean [0.1, 0.1, 0.1]: leave that out": [*no, "--image_mean", "0.1", "0.1", "0.1"],
+        "has depths [1, 1, 2], not [1, 1, 7]: leave it out of --config_overrides": [*no, "--config_overrides", deeper],
+        ", not [0.1, 0.1, 0.1]: leave it out of the flags": [*no, "--image_mean", "0.1", "0.1", "0.1"],
         "leave it out of --detector_overrides": [*no, "--detector_overrides", wider],
         f"is a {detector}, not a faster_rcnn": [*no, "--detector", "faster_rcnn"],
     }

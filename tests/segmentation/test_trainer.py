@@ -6,6 +6,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from torch.utils.data import Subset
 from transformers import Trainer
 
 from hivit_hf.segmentation.modeling import share_batch_norms
@@ -33,16 +34,16 @@ def test_other_schedules_are_those_of_transformers(small_scenes, tmp_path):
 def test_memory_does_not_grow_with_the_images_of_an_evaluation(small_scenes, tmp_path, monkeypatch):
     trainer, process, used = trainer_for(small_scenes, tmp_path / "run", num_overlays=0), psutil.Process(), []
     true = np.random.default_rng(0).integers(0, len(map_names()), (512, 683))
+    wrong = torch.nn.functional.one_hot(torch.from_numpy((true + 1) % len(map_names()))).permute(2, 0, 1).byte()
+    item = {"pixel_values": torch.zeros(3, 8, 8), "labels": torch.from_numpy(true)}
 
-    def predictions(dataloader):
-        for _ in range(30):
-            used.append(process.memory_info().rss)
-            yield torch.from_numpy((true + 1) % len(map_names())), {"labels": torch.from_numpy(true)}
+    def predict(model, pixel_values):
+        used.append(process.memory_info().rss)
+        return wrong.clone()
 
-    monkeypatch.setattr(trainer, "_predictions", predictions)
-    rows = SimpleNamespace(dataset=trainer.eval_dataset, indices=range(30))
-    scores = trainer.evaluation_loop(SimpleNamespace(dataset=rows), "evaluating").metrics
-    assert scores["eval_mean_iou"] == 0 and len(used) == 30
+    monkeypatch.setattr(trainer, "predict_image", predict)
+    scores = trainer.measure([[item]] * 30, Subset(trainer.eval_dataset, range(30)))
+    assert scores["mean_iou"] == 0 and len(used) == 30
     assert used[-1] - used[2] < 50 * 2**20
 
 

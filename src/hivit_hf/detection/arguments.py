@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 
 from transformers.trainer_utils import SchedulerType
 
-from ..training.arguments import ImageArguments, ModelArguments
+from ..training.arguments import ImageArguments
 from ..training.command_line import (
     MAY_CHANGE,
     argument,
@@ -19,16 +19,15 @@ from ..training.command_line import (
     positive,
     within,
 )
-from ..training.dense import DenseTrainingArguments
+from ..training.dense import DenseModelArguments, DenseTrainingArguments
 from .modeling import DETECTORS
 
 
 _LEAST_PX = 8  # of an image in the training square
-_PUBLISHED_DECAY_EPOCHS = [27, 33]
 
 
 @dataclass
-class DetectionModelArguments(ModelArguments):
+class DetectionModelArguments(DenseModelArguments):
     """Which weights a detector begins with, and what of it is trained."""
 
     model_name_or_path: str | None = argument(None, "Folder or Hub name of any HiViT, or of a detector, to begin with.")
@@ -36,7 +35,6 @@ class DetectionModelArguments(ModelArguments):
     detector_overrides: Annotated[str, json_object] = argument(
         "{}", "Changes of the detector's configuration as JSON, for example '{\"fpn_channels\": 64}'."
     )
-    freeze_backbone: bool = argument(False, "Train the heads and the norms of the feature maps only.")
 
     DETECTOR_FLAGS: ClassVar[dict[str, str]] = {  # of keys that --detector_overrides must not set
         "min_size": "eval_min_size",
@@ -52,8 +50,6 @@ class DetectionModelArguments(ModelArguments):
         for name, flag in self.DETECTOR_FLAGS.items():
             if name in self.detector_changes():
                 raise ValueError(f"--detector_overrides sets {name}, which has a flag of its own: use --{flag}.")
-        if self.freeze_backbone and self.drop_path_rate:
-            raise ValueError("--freeze_backbone leaves nothing to --drop_path_rate: leave one out.")
 
     def detector_changes(self) -> dict:
         """`detector_overrides` as a dictionary."""
@@ -107,9 +103,6 @@ class DetectionTrainingArguments(DenseTrainingArguments):
         16, "Number of images per optimizer step over all devices; --gradient_accumulation_steps follows from it."
     )
     learning_rate: Annotated[float | None, positive] = argument(None, "Peak learning rate, that of the heads (1e-4).")
-    base_learning_rate: Annotated[float | None, positive] = argument(
-        None, "Peak learning rate for 256 images per step, instead of --learning_rate."
-    )
     lr_scheduler_type: str = argument(
         "constant_with_warmup", "Schedule, any of transformers'; the published one is this one with --decay_epochs."
     )
@@ -144,7 +137,7 @@ class DetectionTrainingArguments(DenseTrainingArguments):
                 )
             return
         if self.decay_epochs is None:
-            self.decay_epochs = list(_PUBLISHED_DECAY_EPOCHS)
+            self.decay_epochs = [27, 33]
         last = self.num_train_epochs if self.max_steps <= 0 else float("inf")
         if sorted(self.decay_epochs) != self.decay_epochs or not all(0 < epoch < last for epoch in self.decay_epochs):
             raise ValueError(

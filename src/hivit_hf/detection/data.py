@@ -10,6 +10,7 @@ which scaling truncates, images without objects have no targets, crowds are obje
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -155,22 +156,18 @@ def _index(content: dict) -> COCO:
 
 
 def _check_images(path: Path, folder: Path, images: list[dict], categories: list[dict]):
-    for what, entries in (("images", images), ("categories", categories)):
-        ids = [entry["id"] for entry in entries]
-        if not ids:
+    unique = (("images", images, "id"), ("categories", categories, "id"), ("categories", categories, "name"))
+    for what, entries, key in unique:
+        if not entries:
             raise ValueError(f"{path} has no {what}: choose another file.")
-        if len(set(ids)) < len(ids):
-            double = next(number for number in ids if ids.count(number) > 1)
-            raise ValueError(f"{path} has two {what} with the id {double}: give each its own.")
-    names = [category["name"] for category in categories]
-    if len(set(names)) < len(names):
-        double = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{path} has two categories with the name {double!r}: give each its own.")
+        twice = [value for value, times in Counter(entry[key] for entry in entries).items() if times > 1]
+        if twice:
+            raise ValueError(f"{path} has two {what} with the {key} {twice[0]!r}: give each its own.")
     there = {file.name for file in folder.iterdir()}
     for image in images:
         name = image["file_name"]
         if name not in there and not (folder / name).is_file():
-            raise ValueError(f"Image {image['id']} of {path} is not there: {folder / name}. Check --*_images.")
+            raise ValueError(f"Image {image['id']} of {path} is not there: {folder / name}. Check --*_image_dir.")
 
 
 def _image_of(annotation: dict, coco: COCO) -> dict:
@@ -438,8 +435,6 @@ def make_datasets(
 
     Args:
         annotations: of `read_annotations`.
-        data_args: jitter, and number of images.
-        with_masks: whether masks are read.
         mean: of each channel, which pads jittered images.
         seed: of the jitter, and of what `max_train_samples` and `max_eval_samples` choose.
 

@@ -3,14 +3,15 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 
 import torch
 from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, DeformableDetrConfig, DeformableDetrForObjectDetection, PreTrainedConfig
 
-from ..configuration_hivit import nearest_multiples
 from ..modeling_hivit import HiViTBackbone
+from ..training.dense import check_crop_size, check_trained, model_type_of
 from ..training.initialization import Initialization, check_architecture, initialize_backbone, normalization
 from .arguments import DetectionDataArguments, DetectionModelArguments
 from .modeling import DetrBatches, HiViTRCNN, HiViTRCNNConfig, RCNNBatches, detr_processor
@@ -20,10 +21,7 @@ _DETR_LEVELS = ["stage2", "stage3", "stage4"]  # strides 8, 16 and 32, as publis
 
 
 def initialize_detector(
-    model_args: DetectionModelArguments,
-    data_args: DetectionDataArguments,
-    names: Sequence[str],
-    do_train: bool = True,
+    model_args: DetectionModelArguments, data_args: DetectionDataArguments, names: Sequence[str], do_train: bool = True
 ) -> Initialization:
     """
     The detector that the arguments ask for, with the normalization of its images. Notes on its weights are printed.
@@ -40,9 +38,9 @@ def initialize_detector(
     """
     name, detector, changes = model_args.model_name_or_path, model_args.detector, model_args.detector_changes()
     sizes = {"min_size": data_args.eval_min_size, "max_size": data_args.eval_max_size}
-    if name is not None and is_detector(name):
-        model = load_detector(name, detector, names, changes, sizes)
-        made = Initialization(model, *_check_trained(model, model_args, data_args), [])
+    sizes = {} if detector == "deformable_detr" else sizes
+    if name is not None and model_type_of(name) in (HiViTRCNNConfig.model_type, "deformable_detr"):
+        made = _load_detector(model_args, data_args, names, sizes)
     elif not do_train:
         raise ValueError(f"{name} is no detector: train one first, without --do_train false.")
     else:
@@ -50,35 +48,12 @@ def initialize_detector(
         start = initialize_backbone(name, model_args.architecture, overrides, out_features_of(detector))
         mean, std = start.statistics(data_args, start.model.config.num_channels)
         start = replace(start, image_mean=mean, image_std=std)
-        model = build_detector(detector, start, names, changes | (sizes if detector != "deformable_detr" else {}))
-        made = replace(start, model=model)
+        made = replace(start, model=build_detector(detector, start, names, changes | sizes))
     for note in made.notes:
         PartialState().print(note)
     if model_args.freeze_backbone:
         backbone_of(made.model).hivit.requires_grad_(False)
     return made
-
-
-def _check_trained(
-    model: HiViTRCNN | DeformableDetrForObjectDetection,
-    model_args: DetectionModelArguments,
-    data_args: DetectionDataArguments,
-) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of a trained detector, which must be what the arguments say."""
-    name, config, overrides = model_args.model_name_or_path, backbone_of(model).config, model_args.overrides()
-    if isinstance(model, HiViTRCNN):
-        mean, std = model.config.image_mean, model.config.image_std
-    else:
-        mean, std = normalization(name, config.num_channels)
-    if model_args.architecture is not None:
-        check_architecture(config, model_args.architecture, name, overrides)
-    wanted = {f"{key} in --config_overrides": (getattr(config, key, None), value) for key, value in overrides.items()}
-    wanted["--image_mean"] = (mean, data_args.image_mean or mean)
-    wanted["--image_std"] = (std, data_args.image_std or std)
-    for what, (own, value) in wanted.items():
-        if own != value:
-            raise ValueError(f"The detector {name} has {own}, not {what} {value}: leave that out.")
-    return mean, std
 
 
 def build_detector(
@@ -89,8 +64,7 @@ def build_detector(
 
     Args:
         detector: one of `DETECTORS`.
-        start: the backbone, with `out_features_of(detector)`, and the normalization of its images. What is frozen of
-            it stays frozen.
+        start: the backbone, with `out_features_of(detector)`, and the normalization of its images.
         names: of the classes, without background.
         changes: keywords of the detector's configuration.
 
@@ -105,11 +79,8 @@ def build_detector(
     if is_detr:
         keywords |= {"with_box_refine": True}
     else:
-        keywords |= {
-            "predicts_masks": detector == "mask_rcnn",
-            "image_mean": start.image_mean,
-            "image_std": start.image_std,
-        }
+        keywords |= {"predicts_masks": detector == "mask_rcnn"}
+        keywords |= {"image_mean": start.image_mean, "image_std": start.image_std}
     try:
         config = config_class(**keywords | changes)
     except (TypeError, StrictDataclassError) as error:
@@ -118,10 +89,7 @@ def build_detector(
     if is_detr:
         _check_detr(config)
     model = DeformableDetrForObjectDetection(config) if is_detr else HiViTRCNN(config)
-    backbone = backbone_of(model)
-    backbone.load_state_dict(start.model.state_dict())
-    for own, given in zip(backbone.parameters(), start.model.parameters()):
-        own.requires_grad_(given.requires_grad)
+    backbone_of(model).load_state_dict(start.model.state_dict())
     return model
 
 
@@ -149,52 +117,41 @@ def _check_detr(config: DeformableDetrConfig):
             raise ValueError(f"d_model {config.d_model} must be a multiple of twice the {name}, {heads}.")
 
 
-def load_detector(
-    name: str, detector: str, names: Sequence[str], changes: dict | None = None, sizes: dict[str, int] | None = None
-) -> HiViTRCNN | DeformableDetrForObjectDetection:
-    """
-    A trained detector, as it is.
-
-    Args:
-        name: a folder, or a repository of the Hub.
-        detector: one of `DETECTORS` that it must be.
-        names: the classes that it must have, without background.
-        changes: keywords of its configuration that it must have.
-        sizes: `min_size` and `max_size` in px that an R-CNN resizes images to from now on.
-
-    Raises:
-        ValueError: if it is another detector, has other classes, or other numbers.
-    """
+def _load_detector(
+    model_args: DetectionModelArguments, data_args: DetectionDataArguments, names: Sequence[str], sizes: dict[str, int]
+) -> Initialization:
+    """A trained detector, which must be what the arguments say; `sizes` in px are changed of an R-CNN."""
+    name = model_args.model_name_or_path
     config = AutoConfig.from_pretrained(name)
     found = config.model_type
     if isinstance(config, HiViTRCNNConfig):
         found = "mask_rcnn" if config.predicts_masks else "faster_rcnn"
-    if found != detector:
-        raise ValueError(f"{name} is a {found}, not a {detector}: give --detector {found}, or another folder.")
-    known = [config.id2label[number] for number in range(config.num_labels)]
-    if known != list(names):
+    if found != model_args.detector:
         raise ValueError(
-            f"The detector {name} has the {len(known)} classes {', '.join(known[:5])} ..., not the {len(names)} of the "
-            f"annotations, {', '.join(names[:5])} ...: take annotations of the same categories."
+            f"{name} is a {found}, not a {model_args.detector}: give --detector {found}, or another folder."
         )
-    for key, value in _own_fields(type(config), changes or {}).items():
-        if getattr(config, key) != value:
-            raise ValueError(
-                f"The detector {name} has {key} {getattr(config, key)}, not {value}: leave it out of "
-                "--detector_overrides."
-            )
-    if detector == "deformable_detr":
-        return DeformableDetrForObjectDetection.from_pretrained(name, config=config, dtype=torch.float32)
-    config.update(sizes or {})
-    return HiViTRCNN.from_pretrained(name, config=config, dtype=torch.float32)
-
-
-def is_detector(name: str) -> bool:
-    """Whether a folder or repository is a detector, rather than a network to begin with."""
-    try:
-        return AutoConfig.from_pretrained(name).model_type in (HiViTRCNNConfig.model_type, "deformable_detr")
-    except (OSError, ValueError, KeyError):
-        return False  # `initialize_backbone` says what it is
+    check_trained(config, name, names, "take annotations of the same categories")
+    backbone, overrides = config.backbone_config, model_args.overrides()
+    if model_args.architecture is not None:
+        check_architecture(backbone, model_args.architecture, name, overrides)
+    if isinstance(config, HiViTRCNNConfig):
+        mean, std = config.image_mean, config.image_std
+    else:
+        mean, std = normalization(name, backbone.num_channels)
+    statistics = SimpleNamespace(image_mean=mean, image_std=std)
+    given_statistics = {key: getattr(data_args, key) or own for key, own in vars(statistics).items()}
+    for source, known, given in (
+        ("--detector_overrides", config, _own_fields(type(config), model_args.detector_changes())),
+        ("--config_overrides", backbone, overrides),
+        ("the flags", statistics, given_statistics),
+    ):
+        for key, value in given.items():
+            own = getattr(known, key, None)
+            if own != value:
+                raise ValueError(f"The detector {name} has {key} {own}, not {value}: leave it out of {source}.")
+    config.update(sizes)
+    model_class = HiViTRCNN if isinstance(config, HiViTRCNNConfig) else DeformableDetrForObjectDetection
+    return Initialization(model_class.from_pretrained(name, config=config, dtype=torch.float32), mean, std, [])
 
 
 def backbone_of(model: HiViTRCNN | DeformableDetrForObjectDetection) -> HiViTBackbone:
@@ -211,9 +168,6 @@ def make_batches(start: Initialization, data_args: DetectionDataArguments) -> RC
     """Inputs and detections of a detector. Raises ValueError for Deformable DETR and crops that patches do not fill."""
     if isinstance(start.model, HiViTRCNN):
         return RCNNBatches()
-    crop, patch = data_args.crop_size, backbone_of(start.model).config.patch_size
-    if crop % patch:
-        nearest = nearest_multiples(crop, patch)
-        raise ValueError(f"crop_size must be a multiple of the patch size {patch}, got {crop}: take {nearest}.")
-    sizes = (data_args.eval_min_size, data_args.eval_max_size)
-    return DetrBatches(detr_processor(patch, *sizes, start.image_mean, start.image_std), crop)
+    patch_size, sizes = backbone_of(start.model).config.patch_size, (data_args.eval_min_size, data_args.eval_max_size)
+    check_crop_size(data_args.crop_size, patch_size)
+    return DetrBatches(detr_processor(patch_size, *sizes, start.image_mean, start.image_std), data_args.crop_size)

@@ -2,14 +2,13 @@
 """`DetectionTrainer`: the published step schedule, average precision, overlays of detections."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
-from transformers.trainer_utils import EvalLoopOutput, SchedulerType
+from torch.utils.data import Subset
+from transformers.trainer_utils import SchedulerType
 
 from ..training.dense import DenseTrainer
 from ..training.optim import stepped_learning_rate
@@ -27,7 +26,6 @@ class DetectionTrainer(DenseTrainer):
     `DenseTrainer` for detectors.
 
     Args:
-        args: the arguments.
         batches: makes the model's inputs of items, and detections of its output.
         keywords: of `Trainer`; the data sets are `CocoImages`.
 
@@ -71,34 +69,22 @@ class DetectionTrainer(DenseTrainer):
         """Not known: `Trainer` would count the elements of one tensor, but images are a list."""
         return 0
 
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Average precision of boxes, and of masks if there are any; the detections are in `predictions`."""
-        images, model = dataloader.dataset.dataset, self._wrap_model(self.model, training=False)
-        category_ids, results = images.annotations.category_ids, []
-        model.eval()
-        hidden = self.args.disable_tqdm or not self.is_world_process_zero()
-        for items in tqdm(dataloader, desc=description, unit="batch", disable=hidden, leave=False):
-            for item, detections in zip(items, self.detect(model, items)):
-                results += as_results(item["image_id"], detections, category_ids)
-        results = gather_object(results)
-        kinds = (BOX, MASK) if images.with_masks else (BOX,)
-        metrics = average_precision(results, images.annotations, [image["id"] for image in images.images], kinds)
-        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        return EvalLoopOutput(predictions=results, label_ids=None, metrics=named, num_samples=len(images))
+    def measure(self, batches: Iterable[list], images: Subset) -> dict[str, float]:
+        """Average precision of boxes, and of masks if there are any."""
+        dataset, results = images.dataset, []
+        for items in batches:
+            for item, detections in zip(items, self._detect(items)):
+                results += as_results(item["image_id"], detections, dataset.annotations.category_ids)
+        kinds = (BOX, MASK) if dataset.with_masks else (BOX,)
+        image_ids = [image["id"] for image in dataset.images]
+        return average_precision(gather_object(results), dataset.annotations, image_ids, kinds)
 
     @torch.no_grad()
-    def detect(self, model, items: Sequence[dict]) -> list[dict]:
-        """Detections of a model in evaluation mode: a dict of tensors for each image, boxes in its pixels."""
+    def _detect(self, items: Sequence[dict]) -> list[dict]:
+        """Detections of the model in evaluation mode: a dict of tensors for each image, boxes in its pixels."""
         inputs = self._prepare_inputs(self.batches(items, training=False))
         with self.compute_loss_context_manager():
-            output = model(**inputs)
+            output = self.model(**inputs)
         return self.batches.detections(output, [tuple(item["image"].shape[1:]) for item in items])
 
     def save_overlays(self):
@@ -108,6 +94,6 @@ class DetectionTrainer(DenseTrainer):
             return
         items = [images[row] for row in range(min(args.num_overlays, len(images)))]
         self.model.eval()
-        found = [detections for item in items for detections in self.detect(self.model, [item])]
+        found = [detections for item in items for detections in self._detect([item])]
         drawn = draw_detections(items, found, images.annotations.names, args.overlay_threshold)
         drawn.save(Path(args.output_dir) / OVERLAYS)

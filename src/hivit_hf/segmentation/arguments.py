@@ -6,28 +6,19 @@ from typing import Annotated, ClassVar
 
 from transformers.trainer_utils import SchedulerType
 
-from ..training.arguments import DataArguments, ModelArguments
-from ..training.command_line import (
-    MAY_CHANGE,
-    all_positive,
-    argument,
-    ascending_pair,
-    fraction,
-    nonnegative,
-    positive,
-)
-from ..training.dense import DenseTrainingArguments
+from ..training.arguments import DataArguments
+from ..training.command_line import MAY_CHANGE, all_positive, argument, ascending_pair, fraction, nonnegative, positive
+from ..training.dense import DenseModelArguments, DenseTrainingArguments
 from .metrics import IGNORE_INDEX
 
 
 @dataclass
-class SegmentationModelArguments(ModelArguments):
-    """Which weights a segmentation model begins with, and what of it is trained."""
+class SegmentationModelArguments(DenseModelArguments):
+    """Which weights a segmentation model begins with, its heads, and what of it is trained."""
 
     model_name_or_path: str | None = argument(
         None, "Folder or Hub name of any HiViT, or of a segmentation model, to begin with."
     )
-    freeze_backbone: bool = argument(False, "Train the heads and the norms of the feature maps only.")
     head_channels: Annotated[int | None, positive] = argument(None, "Width of UPerNet's decoder (the model's, or 512).")
     auxiliary_channels: Annotated[int | None, positive] = argument(
         None, "Width of the auxiliary head (the model's, or 256)."
@@ -40,11 +31,6 @@ class SegmentationModelArguments(ModelArguments):
         super().__post_init__()
         if "image_size" in self.overrides():
             raise ValueError("--config_overrides sets image_size, which follows from --crop_size: use that.")
-        if self.freeze_backbone and self.drop_path_rate:
-            raise ValueError(
-                f"--drop_path_rate {self.drop_path_rate} is for a backbone that is trained: set it to 0, or leave out "
-                "--freeze_backbone."
-            )
 
     def heads(self) -> dict[str, int | float]:
         """What is given of the heads."""
@@ -91,8 +77,8 @@ class SegmentationDataArguments(DataArguments):
                 f"--class_names has {len(names)} names, but as {IGNORE_INDEX} is not labeled in segmentation maps, "
                 f"there can be {most}{' with --do_reduce_labels' if self.do_reduce_labels else ''}: join rare classes."
             )
-        if len(set(names)) < len(names):
-            twice = sorted({name for name in names if names.count(name) > 1})
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
             raise ValueError(f"--class_names must differ, but {', '.join(twice)} is there more than once.")
         if not self.eval_scales:
             raise ValueError("eval_scales must be one or more positive numbers such as 0.5 1.0 1.5.")
@@ -116,9 +102,6 @@ class SegmentationTrainingArguments(DenseTrainingArguments):
         None, "Number of training epochs, instead of --max_steps."
     )
     learning_rate: Annotated[float | None, positive] = argument(None, "Peak learning rate, that of the heads (1e-3).")
-    base_learning_rate: Annotated[float | None, positive] = argument(
-        None, "Peak learning rate for 256 images per step, instead of --learning_rate."
-    )
     lr_scheduler_type: str = argument("polynomial", "Schedule, any of transformers'; polynomial is the published one.")
     warmup_steps: Annotated[float, nonnegative] = argument(750, "Number of warmup steps.")
     poly_power: Annotated[float, positive] = argument(1.0, "Power of the polynomial schedule.")

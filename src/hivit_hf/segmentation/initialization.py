@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from accelerate import PartialState
 from transformers import AutoConfig, UperNetConfig, UperNetForSemanticSegmentation
 
-from ..configuration_hivit import HiViTConfig, nearest_multiples
 from ..modeling_hivit import HiViTBackbone
+from ..training.dense import check_crop_size, check_trained, model_type_of
 from ..training.initialization import (
     PYRAMID,
     Initialization,
@@ -31,20 +31,21 @@ def initialize_segmenter(
     Raises:
         ValueError: as `load_segmenter`; without training, also for weights that lack the heads.
     """
-    names, crop_size = data_args.class_names, data_args.crop_size
-    overrides = model_args.overrides() | {"drop_path_rate": model_args.drop_path_rate}
-    if not do_train:
-        check_segmenter(model_args.model_name_or_path)
-    if model_args.from_scratch:
-        start = initialize_backbone(None, model_args.architecture, overrides)
-        resize_pyramid(start.model, crop_size)
-        made = new_segmenter(start, names, **model_args.heads())
-    else:
-        made = load_segmenter(
-            model_args.model_name_or_path, names, model_args.architecture, overrides, crop_size, **model_args.heads()
+    name = model_args.model_name_or_path
+    if not do_train and model_type_of(name) != UperNetConfig.model_type:
+        read_config(name)
+        raise ValueError(
+            f"{name} is no segmentation model, so --do_train false would evaluate untrained heads: train one first, or "
+            "give the folder of one."
         )
+    changes = model_args.overrides() | {"drop_path_rate": model_args.drop_path_rate}
+    made = load_segmenter(
+        name, data_args.class_names, model_args.architecture, changes, data_args.crop_size, **model_args.heads()
+    )
     for note in made.notes:
         PartialState().print(note)
+    if model_args.freeze_backbone:
+        made.model.backbone.hivit.requires_grad_(False)
     return made
 
 
@@ -80,7 +81,7 @@ def new_segmenter(
 
 
 def load_segmenter(
-    name: str,
+    name: str | None,
     names: Sequence[str],
     architecture: str | None = None,
     changes: dict | None = None,
@@ -92,67 +93,43 @@ def load_segmenter(
     segmentation model with the same classes and heads, as it is.
 
     Args:
-        name: where.
+        name: where; random weights of `architecture` if not given.
         names: of the classes.
         architecture, changes: as in `initialize_backbone`.
         crop_size: side of the images in px that position embedding and relative position biases are interpolated to.
         head: as in `new_segmenter`; what is given must be what a segmentation model has.
 
     Raises:
-        ValueError: if there is no HiViT, it is another network than the recipe's, weights, classes or heads do not fit.
+        ValueError: if there is no HiViT, it is another network than the recipe's, weights, classes or heads do not fit,
+            or patches do not fill a crop.
     """
-    if _is_segmenter(name):
-        return _load_whole(name, names, architecture, changes, crop_size, **head)
+    if name is not None and model_type_of(name) == UperNetConfig.model_type:
+        made = _load_whole(name, names, architecture, changes, **head)
+        _resize(made.model.backbone, crop_size)
+        return made
     start = initialize_backbone(name, architecture, changes)
-    if crop_size is not None:
-        resize_pyramid(start.model, crop_size)
+    _resize(start.model, crop_size)
     return new_segmenter(start, names, **head)
 
 
-def check_segmenter(name: str):
-    """ValueError if a folder or a repository of the Hub has no heads that were trained."""
-    if not _is_segmenter(name):
-        read_config(name)
-        raise ValueError(
-            f"{name} is no segmentation model, so --do_train false would evaluate untrained heads: train one first, or "
-            "give the folder of one."
-        )
-
-
-def _is_segmenter(name: str) -> bool:
-    try:
-        return AutoConfig.from_pretrained(name).model_type == UperNetConfig.model_type
-    except (OSError, ValueError):
-        return False  # `read_config` says what it is
+def _resize(backbone: HiViTBackbone, crop_size: int | None):
+    if crop_size is not None:
+        check_crop_size(crop_size, backbone.config.patch_size)
+        resize_for(backbone, crop_size)
 
 
 def _load_whole(
-    name: str,
-    names: Sequence[str],
-    architecture: str | None,
-    changes: dict | None,
-    crop_size: int | None,
-    **head,
+    name: str, names: Sequence[str], architecture: str | None, changes: dict | None, **head
 ) -> Initialization:
     config = AutoConfig.from_pretrained(name)
-    if getattr(config.backbone_config, "model_type", None) != HiViTConfig.model_type:
-        raise ValueError(f"{name} is no UPerNet with a HiViT inside: choose another model.")
-    known = [config.id2label[number] for number in range(config.num_labels)]
-    if known != list(names):
-        raise ValueError(
-            f"The segmentation model {name} has the {len(known)} classes {', '.join(known[:5])} ..., not the "
-            f"{len(names)} of this dataset: give the same --class_names, or begin with a HiViT."
-        )
+    check_trained(config, name, names, "give the same --class_names, or begin with a HiViT")
     if architecture is not None:
         check_architecture(config.backbone_config, architecture, name)
     _check_heads(config, name, head)
     stages = {key: getattr(config.backbone_config, key) for key in PYRAMID}
     config.backbone_config = pyramid_config(config.backbone_config, **stages | (changes or {}))
     model, notes = load_fitting(UperNetForSemanticSegmentation, name, config)
-    if crop_size is not None:
-        resize_pyramid(model.backbone, crop_size)
-    mean, std = normalization(name, config.backbone_config.num_channels)
-    return Initialization(model, mean, std, notes)
+    return Initialization(model, *normalization(name, config.backbone_config.num_channels), notes)
 
 
 def _check_heads(config: UperNetConfig, name: str, given: dict):
@@ -165,14 +142,3 @@ def _check_heads(config: UperNetConfig, name: str, given: dict):
                 f"The segmentation model {name} has {key} {has[key]}, not {value}: leave out --{key}, or begin with a "
                 "HiViT."
             )
-
-
-def resize_pyramid(backbone: HiViTBackbone, crop_size: int):
-    """Interpolates position embedding and relative position biases to crops. ValueError if patches do not fill them."""
-    patch_size = backbone.config.patch_size
-    if crop_size % patch_size:
-        raise ValueError(
-            f"crop_size must be a multiple of the patch size {patch_size}, got {crop_size}: take "
-            f"{nearest_multiples(crop_size, patch_size)}."
-        )
-    resize_for(backbone, crop_size)

@@ -53,10 +53,8 @@ def pixel_counts(
     The confusion matrix of one image: how often each true class (row) was predicted as each class (column).
 
     Args:
-        prediction: predicted classes (height, width).
-        reference: true classes (height, width).
-        num_labels: number of classes.
-        ignore_index: of pixels that are not labeled and do not count.
+        prediction, reference: predicted and true classes (height, width).
+        num_labels, ignore_index: as of `MeanIoU`.
         number: of the image, for messages.
 
     Returns:

@@ -1,16 +1,15 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
 """`SegmentationTrainer`: the published polynomial schedule, mean IoU of images at their own size, overlays."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image as PILImage
 from torch import nn
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
-from transformers.trainer_utils import EvalLoopOutput, SchedulerType
+from torch.utils.data import Subset
+from transformers.trainer_utils import SchedulerType
 
 from ..training.dense import DenseTrainer
 from ..training.optim import poly_learning_rate
@@ -28,7 +27,6 @@ class SegmentationTrainer(DenseTrainer):
     `DenseTrainer` for semantic segmentation.
 
     Args:
-        args: the arguments.
         model: UPerNet, with the names of the classes in its configuration.
         predict: from a model in eval mode and the pixels of an image (channels, H, W) to probabilities (classes, H, W).
         keywords: of `Trainer`.
@@ -56,45 +54,26 @@ class SegmentationTrainer(DenseTrainer):
         warmup = args.get_warmup_steps(total)
         return lambda step: poly_learning_rate(min(step, total), total, warmup, 1.0, args.poly_power)
 
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
+    def measure(self, batches: Iterable[list], images: Subset) -> dict[str, float]:
         """
         Mean IoU of all images at their own size; some are kept to be drawn. Each process counts its own pixels, one
         image after the other, and the scores are those of the sum.
         """
-        names, dataset, rows = self.class_names, dataloader.dataset.dataset, dataloader.dataset.indices
-        counts, self.samples = np.zeros((len(names), len(names)), dtype=np.int64), []
-        for row, (predicted, item) in zip(rows, self._predictions(dataloader)):
-            predicted, true = predicted.numpy(), item["labels"].numpy()
+        names, self.samples = self.class_names, []
+        counts = np.zeros((len(names), len(names)), dtype=np.int64)
+        for row, (item,) in zip(images.indices, batches):
+            with self.accelerator.autocast():
+                probabilities = self.predict_image(self.model, item["pixel_values"].to(self.args.device))
+            predicted, true = probabilities.argmax(dim=0).cpu().numpy(), item["labels"].numpy()
             counts += pixel_counts(predicted, true, len(names), number=row)
             if len(self.samples) < self.args.num_overlays and self.is_world_process_zero():
-                self.samples.append((dataset.image(row), true, predicted))
+                self.samples.append((images.dataset.image(row), true, predicted))
         counts = self.accelerator.reduce(torch.from_numpy(counts).to(self.args.device), "sum").cpu().numpy()
         scores = iou_scores(counts)
-        metrics = {f"{metric_key_prefix}_{name}": scores[name] for name in ("mean_iou", "mean_accuracy")}
-        metrics[f"{metric_key_prefix}_pixel_accuracy"] = scores["overall_accuracy"]
+        metrics = {name: scores[name] for name in ("mean_iou", "mean_accuracy")}
+        metrics["pixel_accuracy"] = scores["overall_accuracy"]
         known = [(name, iou) for name, iou in zip(names, scores["per_category_iou"]) if iou is not None]
-        metrics |= {f"{metric_key_prefix}_iou_{name}": iou for name, iou in known}
-        return EvalLoopOutput(None, None, metrics, len(dataset))
-
-    def _predictions(self, dataloader: DataLoader) -> Iterator[tuple[torch.Tensor, dict]]:
-        model = self.model
-        was_training = model.training
-        model.eval()
-        hidden = self.args.disable_tqdm or not self.is_world_process_zero()
-        try:
-            for (item,) in tqdm(dataloader, desc="evaluating", unit="image", disable=hidden, leave=False):
-                with self.accelerator.autocast():
-                    probabilities = self.predict_image(model, item["pixel_values"].to(self.args.device))
-                yield probabilities.argmax(dim=0).cpu(), item
-        finally:
-            model.train(was_training)
+        return metrics | {f"iou_{name}": iou for name, iou in known}
 
     def save_overlays(self):
         """Draws what the last evaluation has kept to the output folder."""
