@@ -79,26 +79,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="File of torch.save or safetensors; a folder with --to_original.")
     parser.add_argument("out_dir", type=Path, help="Output folder, which must not exist without --overwrite.")
-    parser.add_argument(
-        "--source",
-        default="auto",
-        choices=["auto", *KEY_MAPS],
-        help="Layout of the keys; detected by default.",
-    )
+    layouts = ["auto", *KEY_MAPS]
+    parser.add_argument("--source", default="auto", choices=layouts, help="Layout of the keys; detected by default.")
     parser.add_argument("--encoder_only", action="store_true", help="Convert the encoder alone, to a HiViTModel.")
-    parser.add_argument(
-        "--num_heads",
-        type=positive,
-        metavar="H",
-        help="Attention heads, if no tensor tells them.",
-    )
+    parser.add_argument("--num_heads", type=positive, metavar="H", help="Attention heads, if no tensor tells them.")
     parser.add_argument("--decoder_num_heads", type=positive, metavar="H", help="Attention heads of the decoder.")
     parser.add_argument("--model_ema", action="store_true", help="Convert the moving average of the weights.")
     parser.add_argument(
-        "--image_size",
-        type=positive,
-        metavar="S",
-        help="Image size in px to interpolate positions to.",
+        "--image_size", type=positive, metavar="S", help="Image size in px to interpolate positions to."
     )
     parser.add_argument(
         "--dtype", choices=DTYPES, help="Dtype of the written weights; that of the checkpoint if not given."

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from architecture import block_names
 from checkpoint import ConversionError, read_checkpoint, shown
-from engine import KEY_MAPS, WRITTEN_FILES, by_reason, compare, expected_shapes, table
+from engine import KEY_MAPS, WRITTEN_FILES, by_reason, compare, expected_shapes, problems_with, table
 from hivit_hf import HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling, HiViTModel
 from hivit_hf.modeling_hivit import relative_position_index
 from hivit_hf.training.folders import written_whole
@@ -51,10 +51,8 @@ def to_original(folder: Path, out_dir: Path, source: str = "auto", overwrite: bo
             state_dict[key], added[key] = index, "index buffer, recomputed"
     if class_name == "HiViTForMaskedImageModeling" and not config.fuse_stages:
         like = tensors["decoder.mask_token"]
-        state_dict |= {
-            "norm.weight": like.new_ones(config.hidden_size),
-            "norm.bias": like.new_zeros(config.hidden_size),
-        }
+        width = config.hidden_size
+        state_dict |= {"norm.weight": like.new_ones(width), "norm.bias": like.new_zeros(width)}
         added |= dict.fromkeys(("norm.weight", "norm.bias"), "identity: the original has it, but does not apply it")
 
     with written_whole(out_dir, overwrite, [folder], WRITTEN_FILES) as target:
@@ -109,12 +107,7 @@ def _read_folder(folder: Path) -> tuple[HiViTConfig, str, dict[str, torch.Tensor
         raise ConversionError(f"{folder} holds a {shown(content.get('model_type'))}, not a hivit.")
     arguments = {} if model_class is not HiViTModel else {"add_pooling_layer": "layernorm.weight" in tensors}
     expected = expected_shapes(model_class, config, arguments)
-    problems = [("missing", name, "nothing", f"{shape}") for name, shape in expected.items() if name not in tensors]
-    for name, tensor in tensors.items():
-        if list(tensor.shape) != expected.get(name):
-            problems.append(("shape", name, f"{list(tensor.shape)}", f"{expected.get(name, 'nothing')}"))
-        elif not torch.isfinite(tensor).all():
-            problems.append(("not finite", name, "NaN or infinity", "numbers"))
+    problems = problems_with(tensors, expected, shown_name=str)
     if problems:
         raise ConversionError(f"{file} and config.json do not belong together:\n{table(problems)}")
     if model_class is HiViTModel:

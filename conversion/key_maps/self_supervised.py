@@ -21,10 +21,7 @@ ENCODER = {
     "blocks.{block}.reduction.weight": "hivit.{block}.reduction.weight",
 }
 
-CLASSIFIER = {
-    "fc_norm.*": "hivit.layernorm.*",
-    "head.*": "classifier.*",
-}
+CLASSIFIER = {"fc_norm.*": "hivit.layernorm.*", "head.*": "classifier.*"}
 
 DECODER = {
     "norm.*": OnlyIf("fuse_stages", "decoder.norm.*", "never applied by the original when only the last stage is read"),
