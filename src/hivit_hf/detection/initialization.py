@@ -45,10 +45,10 @@ def initialize_detector(
         raise ValueError(f"{name} is no detector: train one first, without --do_train false.")
     else:
         overrides = model_args.overrides() | {"drop_path_rate": model_args.drop_path_rate}
-        start = initialize_backbone(name, model_args.architecture, overrides, out_features_of(detector))
-        mean, std = start.statistics(data_args, start.model.config.num_channels)
-        start = replace(start, image_mean=mean, image_std=std)
-        made = replace(start, model=build_detector(detector, start, names, changes | sizes))
+        initialization = initialize_backbone(name, model_args.architecture, overrides, out_features_of(detector))
+        mean, std = initialization.statistics(data_args, initialization.model.config.num_channels)
+        initialization = replace(initialization, image_mean=mean, image_std=std)
+        made = replace(initialization, model=build_detector(detector, initialization, names, changes | sizes))
     for note in made.notes:
         PartialState().print(note)
     if model_args.freeze_backbone:
@@ -57,14 +57,14 @@ def initialize_detector(
 
 
 def build_detector(
-    detector: str, start: Initialization, names: Sequence[str], changes: dict | None = None
+    detector: str, initialization: Initialization, names: Sequence[str], changes: dict | None = None
 ) -> HiViTRCNN | DeformableDetrForObjectDetection:
     """
     A detector with new heads on a backbone.
 
     Args:
         detector: one of `DETECTORS`.
-        start: the backbone, with `out_features_of(detector)`, and the normalization of its images.
+        initialization: the backbone, with `out_features_of(detector)`, and the normalization of its images.
         names: of the classes, without background.
         changes: keywords of the detector's configuration.
 
@@ -75,12 +75,12 @@ def build_detector(
     config_class = DeformableDetrConfig if is_detr else HiViTRCNNConfig
     changes = _own_fields(config_class, changes or {})
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
-    keywords = {"backbone_config": start.model.config, **labels}
+    keywords = {"backbone_config": initialization.model.config, **labels}
     if is_detr:
         keywords |= {"with_box_refine": True}
     else:
         keywords |= {"predicts_masks": detector == "mask_rcnn"}
-        keywords |= {"image_mean": start.image_mean, "image_std": start.image_std}
+        keywords |= {"image_mean": initialization.image_mean, "image_std": initialization.image_std}
     try:
         config = config_class(**keywords | changes)
     except (TypeError, StrictDataclassError) as error:
@@ -89,7 +89,7 @@ def build_detector(
     if is_detr:
         _check_detr(config)
     model = DeformableDetrForObjectDetection(config) if is_detr else HiViTRCNN(config)
-    backbone_of(model).load_state_dict(start.model.state_dict())
+    backbone_of(model).load_state_dict(initialization.model.state_dict())
     return model
 
 
@@ -164,10 +164,12 @@ def out_features_of(detector: str) -> list[str] | None:
     return _DETR_LEVELS if detector == "deformable_detr" else None
 
 
-def make_batches(start: Initialization, data_args: DetectionDataArguments) -> RCNNBatches | DetrBatches:
+def make_batches(initialization: Initialization, data_args: DetectionDataArguments) -> RCNNBatches | DetrBatches:
     """Inputs and detections of a detector. Raises ValueError for Deformable DETR and crops that patches do not fill."""
-    if isinstance(start.model, HiViTRCNN):
+    if isinstance(initialization.model, HiViTRCNN):
         return RCNNBatches()
-    patch_size, sizes = backbone_of(start.model).config.patch_size, (data_args.eval_min_size, data_args.eval_max_size)
+    patch_size = backbone_of(initialization.model).config.patch_size
     check_crop_size(data_args.crop_size, patch_size)
-    return DetrBatches(detr_processor(patch_size, *sizes, start.image_mean, start.image_std), data_args.crop_size)
+    sizes = (data_args.eval_min_size, data_args.eval_max_size)
+    processor = detr_processor(patch_size, *sizes, initialization.image_mean, initialization.image_std)
+    return DetrBatches(processor, data_args.crop_size)

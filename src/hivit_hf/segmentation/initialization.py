@@ -50,7 +50,7 @@ def initialize_segmenter(
 
 
 def new_segmenter(
-    start: Initialization,
+    initialization: Initialization,
     names: Sequence[str],
     head_channels: int = 512,
     auxiliary_channels: int = 256,
@@ -60,14 +60,14 @@ def new_segmenter(
     UPerNet (arXiv 1807.10221) with new heads on a backbone: strides 4, 8, 16 and 32 for patches of 16 px.
 
     Args:
-        start: the backbone, which becomes a part of the model.
+        initialization: the backbone, which becomes a part of the model.
         names: of the classes.
         head_channels: width of the decoder.
         auxiliary_channels: width of the auxiliary head, on stage 3.
         auxiliary_weight: of its loss; 0 for no such head.
     """
     config = UperNetConfig(
-        backbone_config=start.model.config,
+        backbone_config=initialization.model.config,
         hidden_size=head_channels,
         use_auxiliary_head=auxiliary_weight > 0,
         auxiliary_loss_weight=float(auxiliary_weight),
@@ -76,8 +76,8 @@ def new_segmenter(
         label2id={name: number for number, name in enumerate(names)},
     )
     model = UperNetForSemanticSegmentation(config)
-    model.backbone.load_state_dict(start.model.state_dict())
-    return Initialization(model, start.image_mean, start.image_std, start.notes)
+    model.backbone.load_state_dict(initialization.model.state_dict())
+    return Initialization(model, initialization.image_mean, initialization.image_std, initialization.notes)
 
 
 def load_segmenter(
@@ -107,9 +107,9 @@ def load_segmenter(
         made = _load_whole(name, names, architecture, changes, **head)
         _resize(made.model.backbone, crop_size)
         return made
-    start = initialize_backbone(name, architecture, changes)
-    _resize(start.model, crop_size)
-    return new_segmenter(start, names, **head)
+    initialization = initialize_backbone(name, architecture, changes)
+    _resize(initialization.model, crop_size)
+    return new_segmenter(initialization, names, **head)
 
 
 def _resize(backbone: HiViTBackbone, crop_size: int | None):
