@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace):
     for task in tasks:
         check_exportable(model, task, dynamic_size(arguments, task), arguments.opset)
     processor = load_processor(arguments.model, model.config)
-    images = labeled_images(arguments.int8, model.config, processor) if arguments.int8 else None
+    images = labeled_images(arguments.int8, model, processor) if arguments.int8 else None
 
     record = {"opset": arguments.opset, "tolerance": TOLERANCE, "files": {}}
     for task in tasks:

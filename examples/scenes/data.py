@@ -13,9 +13,11 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PILImage
 from sklearn.datasets import load_sample_images
+from torchvision.ops import masks_to_boxes
 
 from digits.data import CLASS_NAMES, digits_dataset
 
@@ -55,12 +57,8 @@ class Scene:
     @property
     def boxes(self) -> np.ndarray:
         """(digits, 4) as left, top, width, height in px: the smallest that hold the masks."""
-        boxes = []
-        for mask in self.masks:
-            rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
-            left, top = columns[0], rows[0]
-            boxes.append([left, top, columns[-1] + 1 - left, rows[-1] + 1 - top])
-        return np.array(boxes)
+        left, top, right, bottom = masks_to_boxes(torch.from_numpy(self.masks)).long().numpy().T  # of pixels inside
+        return np.stack([left, top, right + 1 - left, bottom + 1 - top], axis=1)
 
     @property
     def segmentation_map(self) -> np.ndarray:
@@ -76,20 +74,12 @@ def map_names(kinds: Sequence[int] = ALL_DIGITS) -> list[str]:
 
 
 def scenes(
-    split: str,
-    number: int,
-    height_px: int = 96,
-    width_px: int = 96,
-    seed: int = 0,
-    kinds: Sequence[int] = ALL_DIGITS,
+    split: str, number: int, height_px: int = 96, width_px: int = 96, seed: int = 0, kinds: Sequence[int] = ALL_DIGITS
 ) -> Iterator[Scene]:
     """
     The first `number` scenes of `train` or `test`.
 
     Args:
-        split: name of the split.
-        number: of scenes.
-        height_px, width_px: of a scene.
         seed: other seeds give other scenes.
         kinds: the digits that may occur.
 
@@ -165,14 +155,10 @@ def _photographs(split: str) -> list[np.ndarray]:
 
 def scenes_dataset(number: dict[str, int], **keywords) -> DatasetDict:
     """
-    Scenes as a dataset.
+    Scenes as a dataset; `number` of them by split, and keywords of `scenes`.
 
     Columns: `image_id`; `image`; `annotation`, the segmentation map as an image of one channel; `objects`, lists of
     `bbox` (left, top, width, height in px), `area` (px) and `category`.
-
-    Args:
-        number: of scenes, by split.
-        keywords: of `scenes`.
     """
     names = map_names(keywords.get("kinds", ALL_DIGITS))[1:]
     objects = {"bbox": List(List(Value("float32"), length=4)), "area": List(Value("int64"))}
@@ -195,11 +181,7 @@ def write_coco(folder: Path, number: dict[str, int], **keywords):
     """
     Scenes in COCO's format: images in `folder/SPLIT`, and `folder/annotations/instances_SPLIT.json` with boxes and
     with masks as uncompressed run lengths, which are exact. Categories are numbered from 1, as in segmentation maps.
-
-    Args:
-        folder: to write.
-        number: of scenes, by split.
-        keywords: of `scenes`.
+    Arguments are as of `scenes_dataset`.
     """
     (folder / "annotations").mkdir(parents=True, exist_ok=True)
     names = map_names(keywords.get("kinds", ALL_DIGITS))

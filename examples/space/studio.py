@@ -9,7 +9,7 @@ from PIL import Image
 from hivit_hf import HiViTBackbone, HiViTForImageClassification, HiViTForMaskedImageModeling
 from hivit_hf.hub.handler import RequestError, class_scores, read_image
 from hivit_hf.hub.repository import load_model
-from hivit_hf.hub.visualization import feature_image, masked_image, pixels_to_image
+from hivit_hf.hub.visualization import enlarged, feature_image, masked_image, pixels_to_image
 from hivit_hf.image_processing import load_processor
 
 
@@ -100,7 +100,7 @@ class Studio:
         pixel_values = self.autoencoder_processor(_read(path), return_tensors="pt").pixel_values
         filled = self.autoencoder.reconstruct(pixel_values, bool_masked_pos=mask[None])
         seen, filled = (pixels_to_image(pixels[0], self.autoencoder_processor) for pixels in (pixel_values, filled))
-        return _enlarged(masked_image(seen, mask, self.grid)), _enlarged(filled)
+        return enlarged(masked_image(seen, mask, self.grid), SHOWN_PX), enlarged(filled, SHOWN_PX)
 
     @torch.inference_mode()
     def features(self, path: str | None) -> list[Image.Image]:
@@ -127,9 +127,3 @@ def _read(path: str | None) -> Image.Image:
     except (OSError, TypeError, ValueError) as error:
         raise RequestError("The image did not arrive: send it again.") from error
     return read_image(content)
-
-
-def _enlarged(image: Image.Image) -> Image.Image:
-    """Small images enlarged in whole steps, so that their pixels stay squares."""
-    factor = max(1, SHOWN_PX // image.width)
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

@@ -186,7 +186,7 @@ def test_labeled_images_are_read_a_batch_at_a_time(classifier, model_folder, ima
             seen.append((len(read), len(inputs["pixel_values"])))
             return self.session.run(names, inputs)
 
-    labeled = onnx_export.labeled_images(images, classifier.config, counting)
+    labeled = onnx_export.labeled_images(images, classifier, counting)
     assert (sorted(labeled.targets.tolist()), read) == ([0] * 6 + [1] * 6, [])
     monkeypatch.setattr(onnx_export, "cpu_session", Session)
     cost = onnx_export.int8_cost(tmp_path / "model.onnx", tmp_path / "int8.onnx", labeled, 5)
@@ -212,7 +212,7 @@ def test_the_command_refuses(classifier, autoencoder, model_folder, tmp_path, ca
         ([model_folder, "out", "--int8", tmp_path / "nowhere"], "holds no labeled images"),
         (
             [model_folder, "out", "--int8", tmp_path / "cats"],
-            "the classes ['cat'], but the model knows ['dark', 'light']",
+            "the label 'cat', which the model does not know; its labels are dark, light",
         ),
         ([tmp_path / "mae", "out", "--task", "reconstruction", "--opset", "3"], "opset"),
     ]:

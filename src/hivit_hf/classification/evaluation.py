@@ -57,7 +57,7 @@ def targets_for(
     """
     labels = find_labels(dataset, SINGLE, [column] if column else (), names, split)
     targets = labels.targets(dataset, split)
-    known = {str(name): int(number) for name, number in model.config.label2id.items()}
+    known = {str(name): number for number, name in model.config.id2label.items()}  # label2id may be missing
     used = [labels.names[number] for number in targets.unique().tolist()]
     unknown = [name for name in used if name not in known]
     if unknown:

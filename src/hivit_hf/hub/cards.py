@@ -4,7 +4,7 @@
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
@@ -76,19 +76,9 @@ _MEASURED = {
         "x the time",
     ),
 }
-_FIELDS = [field.name for field in fields(HiViTConfig) if field.name in HiViTConfig.__annotations__]
-_FIELDS = [name for name in _FIELDS if not name.startswith("_")]
+_FIELDS = [name for name in HiViTConfig.__annotations__ if not name.startswith("_")]
 _TRAINING_FIELDS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "initializer_range")
 _TRAINING_FIELDS += ("mask_ratio",)
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A sample image of the repository and the predictions of the pipeline."""
-
-    title: str
-    src: str
-    output: list[dict]
 
 
 @dataclass(frozen=True)
@@ -97,7 +87,7 @@ class Folder:
     Contents of a repository that its card describes.
 
     Args:
-        samples: of a classifier: images with predictions.
+        samples: of a classifier: the widget's images with predictions, `src`, `example_title` and `output` each.
         reconstructions: of an autoencoder: paths of images.
         report: the conversion report, if the weights were converted.
         tree: the files.
@@ -105,7 +95,7 @@ class Folder:
         parameters: of the model in it; counted from the configuration if not given.
     """
 
-    samples: Sequence[Sample] = ()
+    samples: Sequence[dict] = ()
     reconstructions: Sequence[str] = ()
     report: dict | None = None
     tree: str = ""
@@ -229,7 +219,7 @@ def _example_image(about: Checkpoint, load_from: str, uploaded: bool, folder: Fo
     """Imports, and the expression for the image of the quick start: a sample, if there is one."""
     if not folder.samples:
         return "", '"image.jpg"'
-    name = folder.samples[0].src
+    name = folder.samples[0]["src"]
     if not uploaded:
         return "", json.dumps(f"{load_from}/{name}", ensure_ascii=False)
     arguments = [json.dumps(load_from), json.dumps(name, ensure_ascii=False)]
@@ -283,9 +273,6 @@ def _metadata(about: Checkpoint, config: HiViTConfig, folder: Folder) -> ModelCa
             )
             for result in about.paper_results
         ]
-    widget = [
-        {"src": quote(sample.src), "example_title": sample.title, "output": sample.output} for sample in folder.samples
-    ]
     return ModelCardData(
         license=about.license,
         library_name="transformers",
@@ -295,7 +282,7 @@ def _metadata(about: Checkpoint, config: HiViTConfig, folder: Folder) -> ModelCa
         metrics=["accuracy"] if classifies else None,
         model_name=about.title if results else None,
         eval_results=results,
-        widget=widget or None,
+        widget=[sample | {"src": quote(sample["src"])} for sample in folder.samples] or None,
     )
 
 

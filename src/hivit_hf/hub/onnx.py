@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.image_processing_utils import BaseImageProcessor
 
-from ..configuration_hivit import HiViTConfig
 from ..modeling_hivit import HiViTForImageClassification, HiViTForMaskedImageModeling, HiViTPreTrainedModel
 
 
@@ -181,39 +181,32 @@ def quantize(path: Path, out_path: Path):
         quantize_dynamic(path, out_path, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"])
 
 
-def labeled_images(path: Path, config: HiViTConfig, processor: BaseImageProcessor) -> "ImageDataset":
+def labeled_images(path: Path, model: HiViTForImageClassification, processor: BaseImageProcessor) -> "ImageDataset":
     """
     Images with their class ids, decoded when they are accessed.
 
     Args:
         path: a folder with a folder of images for each class, or a dataset saved with `save_to_disk`; classes have the
-            names of `config.id2label`.
+            names of the model's.
 
     Raises:
         ValueError: if there are none, their classes are not those of the model, or packages are missing.
     """
     try:
+        from ..classification.evaluation import targets_for
         from ..data.datasets import ImageDataset, image_column, open_splits
-        from ..data.labels import SINGLE, find_labels
     except ImportError as error:
         raise ValueError(f"Labeled images need {error.name}: pip install 'hivit-hf[train]'.") from error
     try:
         dataset = open_splits(str(path))["train"]
-        labels, column = find_labels(dataset, SINGLE), image_column(dataset)
-        found = [labels.names[number] for number in labels.targets(dataset, "train").tolist()]
+        column, targets = image_column(dataset), targets_for(model, dataset, "train")
     except (KeyError, ValueError) as error:
         raise ValueError(
-            f"{path} holds no labeled images: give a folder with a folder of images for each class, or a dataset "
-            f"saved with `save_to_disk`. {error}"
+            f"{path} holds no labeled images of the model's classes: give a folder with a folder of images for each "
+            f"class, or a dataset saved with `save_to_disk`. {error}"
         ) from error
-    class_ids = {name: number for number, name in config.id2label.items()}  # label2id may be missing
-    unknown = sorted(set(found) - set(class_ids))
-    if unknown:
-        known = list(class_ids)[:5]
-        raise ValueError(f"{path} has the classes {unknown[:5]}, but the model knows {known}: give images of these.")
-    targets = torch.tensor([class_ids[name] for name in found])
     transform = lambda image: processor(image, return_tensors="pt").pixel_values[0]  # noqa: E731
-    return ImageDataset(dataset, column, transform, targets, config.num_channels, name=str(path))
+    return ImageDataset(dataset, column, transform, targets, model.config.num_channels, name=str(path))
 
 
 def int8_cost(path: Path, quantized_path: Path, images: "ImageDataset", batch_size: int = 32) -> dict[str, float | int]:
@@ -226,13 +219,10 @@ def int8_cost(path: Path, quantized_path: Path, images: "ImageDataset", batch_si
     quantize(path, quantized_path)
     hits = dict.fromkeys(("float32", "int8"), 0)
     sessions = {"float32": cpu_session(path), "int8": cpu_session(quantized_path)}
-    for start in tqdm(range(0, len(images), batch_size), desc="accuracy", unit="batch", disable=None):
-        batch = [images[row] for row in range(start, min(start + batch_size, len(images)))]
-        pixel_values = torch.stack([item["pixel_values"] for item in batch]).numpy()
-        labels = torch.stack([item["labels"] for item in batch]).numpy()
+    for batch in tqdm(DataLoader(images, batch_size), desc="accuracy", unit="batch", disable=None):
         for name, session in sessions.items():
-            logits = session.run(["logits"], {"pixel_values": pixel_values})[0]
-            hits[name] += int((logits.argmax(axis=1) == labels).sum())
+            logits = session.run(["logits"], {"pixel_values": batch["pixel_values"].numpy()})[0]
+            hits[name] += int((logits.argmax(axis=1) == batch["labels"].numpy()).sum())
     accuracy = {f"accuracy_{name}": count / len(images) for name, count in hits.items()}
     drop = accuracy["accuracy_float32"] - accuracy["accuracy_int8"]
     return {"images": len(images), **accuracy, "drop": drop}

@@ -1,7 +1,6 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
 """Repositories of the Hub: export of a model with code, card, samples, ONNX files and endpoint; loading; upload."""
 
-import copy
 import json
 import shutil
 from collections.abc import Sequence
@@ -27,11 +26,11 @@ from ..modeling_hivit import (
     HiViTPreTrainedModel,
 )
 from ..training.folders import refuse_output, written_whole
-from .cards import Folder, Sample, differences, render_card
+from .cards import Folder, differences, render_card
 from .handler import RequestError, read_image
 from .model_zoo import Checkpoint
 from .onnx import check_exportable, export_onnx, tasks_of
-from .visualization import masked_image, pixels_to_image, side_by_side
+from .visualization import enlarged, masked_image, pixels_to_image, side_by_side
 
 
 logger = logging.get_logger(__name__)
@@ -44,7 +43,7 @@ SAMPLE_SUFFIXES = (".jpg", ".jpeg", ".png")
 WRITTEN_FILES = ["README.md", "config.json", "model.safetensors", "preprocessor_config.json", "requirements.txt"]
 WRITTEN_FILES += ["conversion_report.json", "LICENSE", *(Path(name).name for name in CODE_FILES)]
 WRITTEN_FILES += ["onnx/", "onnx/*.onnx", "samples/", *(f"samples/*{suffix}" for suffix in SAMPLE_SUFFIXES)]
-MAX_SAMPLES = 24
+MAX_SAMPLES, SHOWN_PX = 24, 192
 
 
 def export(
@@ -290,16 +289,10 @@ def _read_samples(samples: Sequence[Path]) -> dict[str, tuple[Path, Image.Image]
 
 def _save_model(model: HiViTPreTrainedModel, folder: Path):
     """Weights and configuration, with the `auto_map` of all classes: transformers would write that of one class."""
-    config = model.config
-    before = copy.copy(getattr(config, "auto_map", None)), config.architectures
-    config.auto_map = dict(AUTO_MAP)
-    config.architectures = [type(model).__name__]
-    try:
-        model.save_pretrained(folder)
-    finally:
-        config.auto_map, config.architectures = before
-        if before[0] is None:
-            del config.auto_map
+    model.save_pretrained(folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | {"auto_map": AUTO_MAP}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def _write_code(folder: Path):
@@ -330,11 +323,13 @@ def _run_samples(
         shutil.copyfile(path, folder / "samples" / name)
     if isinstance(model, HiViTForImageClassification):
         classify = pipeline("image-classification", model=model, image_processor=processor)
-        # the files, as a user would: the pipeline reads transparent and 16-bit ones in its own way
-        answers = [classify(str(folder / "samples" / name), top_k=3) for name in images]
-        titles = [Path(name).stem.replace("_", " ") for name in images]
-        rounded = [[{**guess, "score": round(guess["score"], 4)} for guess in answer] for answer in answers]
-        return Folder(samples=[Sample(t, f"samples/{n}", a) for t, n, a in zip(titles, images, rounded)])
+        samples = []
+        for name in images:  # the files, as a user would: the pipeline reads transparent and 16-bit ones in its own way
+            answers = classify(str(folder / "samples" / name), top_k=3)
+            output = [{**answer, "score": round(answer["score"], 4)} for answer in answers]
+            title = Path(name).stem.replace("_", " ")
+            samples.append({"src": f"samples/{name}", "example_title": title, "output": output})
+        return Folder(samples=samples)
     if not isinstance(model, HiViTForMaskedImageModeling):
         return Folder()
     paths, generator = [], torch.Generator().manual_seed(0)
@@ -345,10 +340,10 @@ def _run_samples(
         mask = model.draw_mask(pixel_values, noise)
         reconstruction = model.reconstruct(pixel_values, bool_masked_pos=mask)
         seen = pixels_to_image(pixel_values[0], processor)
-        row = [seen, masked_image(seen, mask[0], model.config.grid_size)]
-        row.append(pixels_to_image(reconstruction[0], processor))
+        masked = masked_image(seen, mask[0], model.config.grid_size)
+        row = [seen, masked, pixels_to_image(reconstruction[0], processor)]
         paths.append(_unused(f"samples/{Path(name).stem}_reconstructed", folder))
-        side_by_side([_visible_size(part) for part in row]).save(folder / paths[-1])
+        side_by_side([enlarged(part, SHOWN_PX) for part in row]).save(folder / paths[-1])
     return Folder(reconstructions=paths)
 
 
@@ -356,9 +351,3 @@ def _unused(stem: str, folder: Path) -> str:
     """A PNG file's name that no sample has."""
     names = (f"{stem}{number}.png" for number in ("", *(f"_{n}" for n in range(2, 3 + 2 * MAX_SAMPLES))))
     return next(name for name in names if not (folder / name).exists())
-
-
-def _visible_size(image: Image.Image) -> Image.Image:
-    """Small images enlarged in whole steps, so that their pixels can be seen."""
-    factor = max(1, 192 // image.width)
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)

@@ -29,6 +29,12 @@ def masked_image(image: Image.Image, bool_masked_pos: torch.BoolTensor, grid: tu
     return image
 
 
+def enlarged(image: Image.Image, width_px: int) -> Image.Image:
+    """A small image enlarged in whole steps up to `width_px`, so that its pixels stay squares."""
+    factor = max(1, width_px // image.width)
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
 def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
     """Images of one size in a row, on white."""
     width, height = images[0].size
