@@ -333,9 +333,9 @@ def _why_no_state_dict(entry: object) -> str | None:
     """None if it is names and tensors."""
     if not isinstance(entry, dict):
         return "it is no dictionary"
-    if not dict.__len__(entry):
+    if not entry:
         return "it is empty"
-    for name, tensor in dict.items(entry):
+    for name, tensor in entry.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             kind = tensor.name if isinstance(tensor, _StandIn) else type(tensor).__name__
             return f"its {shown(name)!r} is a {shown(kind)}, which is no tensor"
@@ -366,22 +366,19 @@ def read_checkpoint(path: str | Path, model_ema: bool = False) -> Checkpoint:
         raise ConversionError(f"{path} holds no state dict, but a {type(content).__name__}.")
 
     wanted = ["model_ema", "state_dict_ema"] if model_ema else ["model", "state_dict"]
-    entries = dict(dict.items(content))
-    problems = {entry: _why_no_state_dict(entries[entry]) for entry in wanted if entry in entries}
+    problems = {entry: _why_no_state_dict(content[entry]) for entry in wanted if entry in content}
     found = [entry for entry, problem in problems.items() if problem is None]
     if found:
         checkpoint.entry = found[0]
-        checkpoint.other_entries = sorted(shown(entry) for entry in entries if entry != found[0])
-        checkpoint.tensors = dict(dict.items(entries[found[0]]))
-    elif not problems and not model_ema and _why_no_state_dict(content) is None:
-        checkpoint.tensors = entries
+        checkpoint.other_entries = sorted(shown(entry) for entry in content if entry != found[0])
+        content = content[found[0]]
     elif problems:
         reasons = "; ".join(f"{entry}: {problem}" for entry, problem in problems.items())
         raise ConversionError(f"{path} holds no state dict that can be used ({reasons}).")
-    else:
-        held = ", ".join(sorted(map(shown, entries))[:12]) or "nothing"
+    elif model_ema or _why_no_state_dict(content) is not None:
+        held = ", ".join(sorted(map(shown, content))[:12]) or "nothing"
         raise ConversionError(f"{path} holds no state dict under {' or '.join(wanted)}; it holds: {held}.")
-    checkpoint.tensors = _without_wrappers(checkpoint.tensors)
+    checkpoint.tensors = _without_wrappers(content)
     return checkpoint
 
 

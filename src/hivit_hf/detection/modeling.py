@@ -38,39 +38,25 @@ DETECTORS = ("mask_rcnn", "faster_rcnn", "deformable_detr")
 
 @strict
 class HiViTRCNNConfig(PreTrainedConfig):
-    r"""
+    """
     Configuration of `HiViTRCNN`. The defaults are the published detector.
 
     Args:
-        backbone_config (`HiViTConfig`):
-            Configuration of the backbone.
-        predicts_masks (`bool`, *optional*, defaults to `True`):
-            Mask R-CNN, or Faster R-CNN.
-        fpn_channels (`int`, *optional*, defaults to 256):
-            Channels of all levels of the feature pyramid network.
-        box_head_channels (`int`, *optional*, defaults to 1024):
-            Width of the two layers that classify a box.
-        mask_head_channels (`int`, *optional*, defaults to 256):
-            Channels of the four convolutions that predict a mask.
-        anchor_strides (`int`, *optional*, defaults to 8):
-            Side of the anchors of a level, in pixels of that level: 32 px where the stride is 4.
-        canonical_size (`int`, *optional*):
-            Side in px of the boxes whose features come from `stage3`; those of boxes half as large come from `stage2`.
-            The size of the pre-training's images if unset, as in the feature pyramid network's paper.
-        min_size (`int`, *optional*, defaults to 800):
-            Shorter side in px that images are resized to, unless the longer one is then more than `max_size`.
-        max_size (`int`, *optional*, defaults to 1333):
-            Longest side in px.
-        image_mean, image_std (`list[float]`, *optional*):
-            Of each channel, of values in [0, 1]; ImageNet's if unset.
-        max_proposals (`int`, *optional*, defaults to 1000):
-            Number of proposals per image, twice as many in training.
-        boxes_per_image (`int`, *optional*, defaults to 512):
-            Number of proposals per image that the heads are trained on.
-        score_threshold (`float`, *optional*, defaults to 0.05):
-            Detections with a lower score are not returned.
-        max_detections (`int`, *optional*, defaults to 100):
-            Largest number of detections per image.
+        backbone_config: configuration of the backbone.
+        predicts_masks: Mask R-CNN, or Faster R-CNN.
+        fpn_channels: channels of all levels of the feature pyramid network.
+        box_head_channels: width of the two layers that classify a box.
+        mask_head_channels: channels of the four convolutions that predict a mask.
+        anchor_strides: side of the anchors of a level, in pixels of that level: 32 px where the stride is 4.
+        canonical_size: side in px of the boxes whose features come from `stage3`; those of boxes half as large come
+            from `stage2`. The size of the pre-training's images if unset, as in the feature pyramid network's paper.
+        min_size: shorter side in px that images are resized to, unless the longer one is then more than `max_size`.
+        max_size: longest side in px.
+        image_mean, image_std: of each channel, of values in [0, 1]; ImageNet's if unset.
+        max_proposals: number of proposals per image, twice as many in training.
+        boxes_per_image: number of proposals per image that the heads are trained on.
+        score_threshold: detections with a lower score are not returned.
+        max_detections: largest number of detections per image.
     """
 
     model_type = "hivit_rcnn"
@@ -110,10 +96,10 @@ class HiViTRCNNOutput(ModelOutput):
     Output of `HiViTRCNN`.
 
     Args:
-        loss (`torch.Tensor` of shape `()`, *optional*): the sum of `losses`.
-        losses (`dict`, *optional*): of the proposals and of the heads, by name.
-        detections (`list[dict]`, *optional*): for each image `boxes` `(n, 4)` as left, top, right, bottom in px,
-            `labels` `(n,)` from 1 on, `scores` `(n,)`, and `masks` `(n, 1, H, W)` in [0, 1] if there are any.
+        loss: the sum of `losses`.
+        losses: of the proposals and of the heads, by name.
+        detections: for each image `boxes` (n, 4) as left, top, right, bottom in px, `labels` (n,) from 1 on, `scores`
+            (n,), and `masks` (n, 1, H, W) in [0, 1] if there are any.
     """
 
     loss: torch.Tensor | None = None

@@ -6,6 +6,7 @@ import gc
 import logging
 import warnings
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -125,12 +126,9 @@ def check_exportable(model: HiViTPreTrainedModel, task: str, dynamic_size: bool 
         raise ValueError("A reconstruction has a fixed size, as the number of visible units follows from it.")
     if opset not in OPSETS:
         raise ValueError(f"opset must be from {OPSETS[0]} to {OPSETS[-1]}, got {opset}. Leave it out.")
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"ONNX needs {error.name}: pip install 'hivit-hf[onnx]'.") from error
+    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]
+    if missing:
+        raise ValueError(f"ONNX needs {', '.join(missing)}: pip install 'hivit-hf[onnx]'.")
     if {(parameter.dtype, parameter.device.type) for parameter in model.parameters()} != {(torch.float32, "cpu")}:
         raise ValueError("ONNX files are made of float32 models on the CPU: call model.float().cpu() first.")
 

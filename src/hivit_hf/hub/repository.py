@@ -13,7 +13,6 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from transformers import pipeline
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.utils import logging
 
 from .. import modeling_hivit
 from ..auto_registration import AUTO_MODELS
@@ -33,7 +32,6 @@ from .onnx import check_exportable, export_onnx, tasks_of
 from .visualization import enlarged, masked_image, pixels_to_image, side_by_side
 
 
-logger = logging.get_logger(__name__)
 PACKAGE = Path(__file__).parents[1]
 AUTO_MAP = {"AutoConfig": "configuration_hivit.HiViTConfig"}
 AUTO_MAP |= {auto: f"modeling_hivit.{model_class}" for auto, model_class in AUTO_MODELS.items()}
@@ -43,6 +41,9 @@ SAMPLE_SUFFIXES = (".jpg", ".jpeg", ".png")
 WRITTEN_FILES = ["README.md", "config.json", "model.safetensors", "preprocessor_config.json", "requirements.txt"]
 WRITTEN_FILES += ["conversion_report.json", "LICENSE", *(Path(name).name for name in CODE_FILES)]
 WRITTEN_FILES += ["onnx/", "onnx/*.onnx", "samples/", *(f"samples/*{suffix}" for suffix in SAMPLE_SUFFIXES)]
+# what a card quotes of a conversion report
+REPORTED = [("source", "file", str), ("source", "sha256", str), ("source", "title", str), ("source", "size_bytes", int)]
+REPORTED += [("proof", "equal", int), ("proof", "compared", int), ("proof", "largest_difference", (int, float))]
 MAX_SAMPLES, SHOWN_PX = 24, 192
 
 
@@ -258,11 +259,7 @@ def _about(
 def _check_report(report: dict):
     """ValueError for what is no report of `conversion/convert.py`."""
     try:
-        source, proof = report["source"], report["proof"]
-        known = all(isinstance(source[name], str) for name in ("file", "sha256", "title"))
-        counts = source["size_bytes"], proof["equal"], proof["compared"]
-        known = known and all(isinstance(count, int) for count in counts)
-        known = known and isinstance(proof["largest_difference"], (int, float))
+        known = all(isinstance(report[part][name], kind) for part, name, kind in REPORTED)
     except (KeyError, TypeError, IndexError):
         known = False
     if not known:
