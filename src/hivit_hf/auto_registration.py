@@ -41,11 +41,18 @@ def _register_models(_module):
 
 
 def _register_image_processor(auto):
-    from transformers import BitImageProcessor
+    from transformers import BitImageProcessorPil
+    from transformers.utils import is_torchvision_available
 
     from .configuration_hivit import HiViTConfig
 
-    auto.AutoImageProcessor.register(HiViTConfig, BitImageProcessor, exist_ok=True)
+    # a backend that is not registered is reported as not available, though another is taken
+    classes = {"pil": BitImageProcessorPil}
+    if is_torchvision_available():
+        from transformers import BitImageProcessor
+
+        classes["torchvision"] = BitImageProcessor
+    auto.AutoImageProcessor.register(HiViTConfig, image_processor_classes=classes, exist_ok=True)
 
 
 _NETWORK = f"{__package__}.modeling_hivit"
