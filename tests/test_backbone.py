@@ -10,10 +10,15 @@ from torch.testing import assert_close
 from transformers import (
     AutoBackbone,
     AutoConfig,
+    DetrConfig,
+    DetrForObjectDetection,
+    DetrImageProcessor,
     Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
     MaskFormerConfig,
     MaskFormerForInstanceSegmentation,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
 )
 
 from hivit_hf import HiViTBackbone, HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling, HiViTModel
@@ -48,6 +53,27 @@ def test_levels_are_the_normalized_stages_and_the_last_is_max_pooled(tiny_config
         mean, variance = stage.mean(1, keepdim=True), stage.var(1, keepdim=True, unbiased=False)
         expected = (stage - mean) / (variance + 1e-6).sqrt() * norm.weight[:, None, None] + norm.bias[:, None, None]
         assert_close(level, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(70, 90), (1, 33), (64, 50)], ids=str)
+@pytest.mark.parametrize("windows", [{}, {"window_size": 3, "global_attention_layers": [1]}], ids=["global", "windows"])
+def test_any_size_equals_padding_by_hand(tiny_config, redraw, size, windows):
+    backbone = redraw(HiViTBackbone(pyramid_config(tiny_config(), out_features=["stem", *LEVELS], **windows))).eval()
+    (height, width), pixel_values = size, torch.randn(2, 3, *size)
+    padded = torch.zeros(2, 3, -(-height // 16) * 16, -(-width // 16) * 16)
+    padded[:, :, :height, :width] = pixel_values
+    with torch.no_grad():
+        maps, expected = backbone(pixel_values).feature_maps, backbone(padded).feature_maps
+    for stride, found, whole in zip([4, 4, 8, 16, 32], maps, expected):
+        rows, columns = -(-height // stride), -(-width // stride)
+        assert found.shape[2:] == (rows, columns)
+        assert torch.equal(found, whole[:, :, :rows, :columns])
+
+
+def test_any_size_trains(tiny_config):
+    backbone = HiViTBackbone(pyramid_config(tiny_config()))
+    sum(level.square().mean() for level in backbone(torch.randn(1, 3, 70, 90)).feature_maps).backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in backbone.parameters())
 
 
 @pytest.mark.parametrize("kind", [HiViTForMaskedImageModeling, HiViTForImageClassification, HiViTBackbone])
@@ -118,8 +144,6 @@ def test_some_levels_only(tiny_config):
     maps = pyramid(torch.randn(1, 3, 64, 32)).feature_maps
     sum(level.square().mean() for level in maps).backward()
     assert all(parameter.grad is not None for parameter in pyramid.parameters())  # none unused
-    with pytest.raises(ValueError, match="multiples of patch_size 16"):
-        pyramid(torch.randn(1, 3, 64, 40))
     with pytest.raises(ValueError, match="needs all units"):
         pyramid(torch.randn(1, 3, 64, 64), bool_masked_pos=torch.zeros(1, 16, dtype=torch.bool))
 
@@ -134,6 +158,37 @@ print(type(AutoBackbone.from_config(config)).__name__)
 print(type(AutoModel.from_config(hivit_hf.HiViTConfig(hidden_size=32, num_attention_heads=4))).__name__)"""
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert ran.stdout.split() == ["HiViTBackbone", "HiViTModel"], ran.stderr
+
+
+def test_segmenters_and_detectors_take_any_size(tiny_config):
+    small = {"num_labels": 3, "backbone_config": pyramid_config(tiny_config())}
+    segmenter = UperNetForSemanticSegmentation(
+        UperNetConfig(**small, hidden_size=16, auxiliary_channels=8, auxiliary_in_channels=32)
+    )
+    with torch.no_grad():
+        assert segmenter.eval()(torch.randn(2, 3, 70, 90)).logits.shape == (2, 3, 70, 90)
+    small["backbone_config"] = tiny_config()
+    layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    layers |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "d_model": 16, "num_queries": 4}
+    detector = DetrForObjectDetection(DetrConfig(**small, **layers)).eval()
+    images = [torch.randint(0, 255, (3, *size), dtype=torch.uint8) for size in ((70, 50), (48, 90))]
+    batch = DetrImageProcessor(size={"shortest_edge": 50, "longest_edge": 100})(images, return_tensors="pt")
+    height, width = batch.pixel_values.shape[2:]
+    assert height % 16 and width % 16
+    rows, columns = -(-height // 16), -(-width // 16)
+    whole = torch.zeros(2, 3, rows * 16, columns * 16)
+    whole[:, :, :height, :width] = batch.pixel_values
+    with torch.no_grad():
+        found, mask = detector.model.backbone(batch.pixel_values, batch.pixel_mask)[-1]
+        expected = detector.model.backbone(whole, torch.ones(2, rows * 16, columns * 16))[-1][0]
+        assert detector(**batch).pred_boxes.isfinite().all()
+    assert torch.equal(found, expected)
+    # what the processor padded is masked: the second image fills the height by half, the first one the width
+    for image, found in zip(batch.pixel_mask, mask):
+        used = image.any(dim=1).sum() / height, image.any(dim=0).sum() / width
+        assert [found.any(dim=1).sum(), found.any(dim=0).sum()] == [
+            pytest.approx(fraction * length, abs=1) for fraction, length in zip(used, (rows, columns))
+        ]
 
 
 @pytest.mark.parametrize(

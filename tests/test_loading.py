@@ -1,6 +1,7 @@
 """Saving, loading, the Auto classes, and what transformers' ecosystem does with a model."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -114,6 +115,22 @@ def test_lora_trains_saves_and_loads(tiny_config, tmp_path):
     assert_close(again.eval()(pixel_values).logits, model.eval()(pixel_values).logits)
 
 
+def test_lora_of_the_relative_position_bias(tiny_config, redraw):
+    from peft import LoraConfig, get_peft_model
+
+    base = redraw(HiViTForImageClassification(tiny_config())).eval()
+    pixel_values, labels = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 3])
+    expected = base(pixel_values).logits
+    table = "attention.relative_position_bias_table"
+    model = get_peft_model(base, LoraConfig(r=2, target_parameters=[table], init_lora_weights=False)).eval()
+    output = model(pixel_values=pixel_values, labels=labels)
+    assert not torch.equal(output.logits, expected)
+    output.loss.backward()
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert len(trained) == 4 and all("attention.lora_" in name for name in trained)
+    assert all(parameter.grad.any() for parameter in model.parameters() if parameter.requires_grad)
+
+
 def test_auto_classes_from_one_import(pretrained, tiny_config, tmp_path):
     folder, _ = pretrained
     HiViTForImageClassification(tiny_config()).save_pretrained(tmp_path / "classifier")
@@ -140,6 +157,22 @@ print(pipeline("image-classification", model=classifier, image_processor=folder)
         "BitImageProcessor",
         "HiViTForImageClassification",
     ]
+
+
+def test_image_processors_are_found_without_a_warning(tiny_config, tmp_path):
+    """Each backend has its class: transformers reports one that is not registered as not available."""
+    HiViTForImageClassification(tiny_config()).save_pretrained(tmp_path)
+    BitImageProcessor(size={"shortest_edge": 64}).save_pretrained(tmp_path)
+    code = """
+import sys
+import hivit_hf
+from transformers import AutoImageProcessor, pipeline
+for backend in [None, "torchvision", "pil"]:
+    print(type(AutoImageProcessor.from_pretrained(sys.argv[1], backend=backend)).__name__)
+"""
+    ran = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, timeout=600)
+    assert ran.stdout.split() == ["BitImageProcessor", "BitImageProcessor", "BitImageProcessorPil"], ran.stderr
+    assert "not available" not in ran.stderr
 
 
 @pytest.mark.parametrize(
@@ -200,6 +233,27 @@ def test_a_saved_file_may_hold_what_a_user_attached(tiny_config, tmp_path, caplo
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "my_note": "kept"}))
     assert HiViTConfig.from_pretrained(tmp_path).my_note == "kept"
+
+
+def test_what_trainer_writes_is_loaded_without_a_warning(tiny_config, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    model = HiViTForMaskedImageModeling(tiny_config(encoder_stride=8))
+    model.config.use_cache = False
+    model.save_pretrained(tmp_path)
+    loaded = HiViTConfig.from_pretrained(tmp_path)
+    assert loaded.encoder_stride == 8
+    assert not caplog.records
+    with pytest.raises(ValueError, match="no keyword 'use_cache'"):
+        HiViTConfig(use_cache=False)
+
+
+def test_encoder_stride_is_the_patch_size_unless_it_is_set(tiny_config):
+    config = tiny_config(patch_size=8)
+    assert config.encoder_stride == 8
+    config.update({"image_size": 32, "patch_size": 16, "encoder_stride": 32})  # as transformers' run_mim.py does
+    assert HiViTForMaskedImageModeling(config)(torch.randn(1, 3, 32, 32)).logits.shape == (1, 4, 16 * 16 * 3)
+    with pytest.raises(ValueError, match="encoder_stride must be positive, got 0"):
+        tiny_config(encoder_stride=0)
 
 
 @pytest.mark.parametrize("num_on_the_first", [0, 1, 2, 3, 4, 6])

@@ -10,7 +10,15 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.initialization import no_init_weights
 
-from hivit_hf import HiViTBackbone, HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling, HiViTModel
+from hivit_hf import (
+    HiViTBackbone,
+    HiViTConfig,
+    HiViTForImageClassification,
+    HiViTForMaskedImageModeling,
+    HiViTModel,
+    modeling_hivit,
+    units_to_map,
+)
 from hivit_hf.modeling_hivit import HiViTAttention, image_to_pixels, pixels_to_image, sin_cos_position_embeddings
 from oracle import Oracle
 
@@ -223,6 +231,44 @@ def test_tuples_hold_what_the_named_output_holds(model_class, tiny_config):
         assert_close(output, expected, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("model_class", [HiViTModel, HiViTForMaskedImageModeling, HiViTBackbone])
+def test_attentions_that_there_are_not_are_refused(model_class, tiny_config):
+    model = model_class(tiny_config()).eval()
+    assert model.config._attn_implementation == "sdpa"
+    with pytest.raises(ValueError, match=r'but sdpa gives no attentions.*set_attn_implementation\("eager"\)'):
+        model(images(model.config, 1), output_attentions=True)
+    model.set_attn_implementation("eager")
+    assert len(model(images(model.config, 1), output_attentions=True).attentions) == 2
+
+
+@pytest.mark.parametrize("model_class", [HiViTForMaskedImageModeling, HiViTForImageClassification, HiViTBackbone])
+def test_linear_layers_get_three_dimensions(model_class, tiny_config):
+    """Those of 8-bit quantization take no more."""
+    model, dimensions = model_class(tiny_config()).eval(), []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda _, inputs: dimensions.append(inputs[0].ndim))
+    model(images(model.config, 2))
+    assert dimensions and max(dimensions) <= 3
+
+
+def test_units_become_maps(tiny_config, redraw):
+    model, size = make(HiViTModel, tiny_config(), redraw), (32, 48)
+    pixel_values = images(model.config, 2, size=size)
+    backbone = HiViTBackbone(tiny_config(out_features=["stem", "stage1", "stage2", "stage3"])).eval()
+    backbone.hivit.load_state_dict(model.state_dict(), strict=False)
+    with torch.no_grad():
+        output = model(pixel_values, output_stage_hidden_states=True)
+        maps = backbone(pixel_values).feature_maps
+    for stage, expected in zip(output.stage_hidden_states, maps):
+        assert_close(units_to_map(stage, (2, 3)), expected)
+    assert_close(model.units_to_map(output.last_hidden_state, grid=(2, 3)), maps[3])
+    assert units_to_map(torch.zeros(1, 16, 8)).shape == (1, 8, 4, 4)
+    for units, grid in [(6, None), (6, (2, 2)), (4, (3, 2))]:
+        with pytest.raises(ValueError, match=rf"units needs \d of them, got {units}: give grid as \(rows, columns\)"):
+            units_to_map(torch.zeros(1, units, 8), grid)
+
+
 def test_noise_keeps_the_smallest_and_a_mask_wins(tiny_config, draw_masks):
     model = HiViTForMaskedImageModeling(tiny_config(mask_ratio=0.7)).eval()
     pixel_values, noise = images(model.config, 2), torch.rand(2, 16)
@@ -331,8 +377,10 @@ def test_bfloat16_is_close_and_trains(variant, tiny_config, draw_masks):
         output.loss.backward()
 
 
-def test_half_precision_on_cpu_writes_attention_out(tiny_config, monkeypatch):
-    """SDPA is slower than explicit attention on CPUs in bfloat16 and faster in float32."""
+@pytest.mark.parametrize(("capability", "expected"), [("AVX512", 0), ("AVX2", 2), ("DEFAULT", 2)])
+def test_half_precision_writes_attention_out_where_that_is_faster(capability, expected, tiny_config, monkeypatch):
+    """SDPA is slower than explicit attention on CPUs with AVX-512 in bfloat16, and faster elsewhere."""
+    monkeypatch.setattr(modeling_hivit, "CPU_CAPABILITY", capability)
     calls = []
     original = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(
@@ -344,9 +392,19 @@ def test_half_precision_on_cpu_writes_attention_out(tiny_config, monkeypatch):
     assert len(calls) == 2
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(images(model.config, 1))
-    assert len(calls) == 2
+    assert len(calls) == 2 + expected
 
 
+@pytest.mark.parametrize("capability", ["AVX2", "DEFAULT"])
+def test_flex_attention_is_refused_on_cpus_where_it_is_wrong(capability, tiny_config, monkeypatch):
+    monkeypatch.setattr(modeling_hivit, "CPU_CAPABILITY", capability)
+    model = HiViTModel(tiny_config()).eval()
+    model.set_attn_implementation("flex_attention")
+    with pytest.raises(ValueError, match=rf"flex_attention is not correct .* has {capability}: load .*\"sdpa\""):
+        model(images(model.config, 1))
+
+
+@pytest.mark.skipif(modeling_hivit.CPU_CAPABILITY != "AVX512", reason="refused without AVX-512")
 @pytest.mark.parametrize("masked", [False, True], ids=["full", "masked"])
 def test_flex_attention_gives_each_head_its_own_bias(masked, tiny_config, redraw, draw_masks):
     config = tiny_config(hidden_size=64)
@@ -502,6 +560,20 @@ def test_exports_the_full_and_the_masked_path(tiny_config, redraw, draw_masks):
         exported = program.module()(others, **second)
         for name, value in expected.items():
             assert_close(exported[name], value, atol=1e-5, rtol=1e-5, msg=labeled(name))
+
+
+@pytest.mark.parametrize("use_relative_position_bias", [True, False], ids=["relative", "no_relative"])
+@pytest.mark.parametrize("model_class", [HiViTForImageClassification, HiViTBackbone])
+def test_exports_for_any_size_from_an_example_of_its_own(model_class, use_relative_position_bias, tiny_config, redraw):
+    """The example has the very size of the configuration, and does not bind the program to it."""
+    model = make(model_class, tiny_config(use_relative_position_bias=use_relative_position_bias), redraw)
+    sizes = dict.fromkeys((0, 2, 3), torch.export.Dim.AUTO)
+    program = torch.export.export(model, (images(model.config, 2),), dynamic_shapes={"pixel_values": sizes})
+    for size in [(64, 64), (32, 48), (112, 80)]:
+        pixel_values = images(model.config, 3, size=size)
+        expected = model(pixel_values)
+        for one, other in zip(program.module()(pixel_values).to_tuple(), expected.to_tuple()):
+            assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

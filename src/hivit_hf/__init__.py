@@ -21,6 +21,7 @@ _MODULE_OF = {
     "HiViTForMaskedImageModeling": "modeling_hivit",
     "HiViTModel": "modeling_hivit",
     "HiViTPreTrainedModel": "modeling_hivit",
+    "units_to_map": "modeling_hivit",
 }
 
 __all__ = sorted(_MODULE_OF)

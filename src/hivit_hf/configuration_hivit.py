@@ -52,6 +52,8 @@ _TRANSFORMERS_KEYWORDS = {
     "experts_implementation",
     "quantization_config",
 }
+# What Trainer sets on the configuration of every model, and so writes into files.
+_TRAINER_KEYWORDS = {"use_cache"}
 
 
 @strict
@@ -121,6 +123,9 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
             Attention heads of the decoder.
         decoder_mlp_ratio (`float`, *optional*, defaults to 4.0):
             Width of the decoder's MLPs, relative to `decoder_hidden_size`.
+        encoder_stride (`int`, *optional*):
+            Pixels per unit side in the reconstruction, which transformers' `run_mim.py` reads and sets; `patch_size` if
+            unset. It has no effect: the decoder predicts whole units.
         out_features (`list[str]`, *optional*):
             Stages that `HiViTBackbone` returns, of `"stem"`, `"stage1"`, `"stage2"`, `"stage3"` and, with
             `add_pooled_stage`, `"stage4"`, in this order. Unset: the last.
@@ -178,6 +183,7 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
     decoder_num_hidden_layers: int = 6
     decoder_num_attention_heads: int = 16
     decoder_mlp_ratio: float | int = 4.0
+    encoder_stride: int | None = None
     add_pooled_stage: bool = False
     apply_layernorm: bool = False
     _out_features: list[str] | None = None
@@ -221,6 +227,8 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
         self.global_attention_layers = list(self.global_attention_layers)
         if not isinstance(self.image_size, int):
             self.image_size = list(self.image_size)
+        if self.encoder_stride is None:
+            self.encoder_stride = self.patch_size
         self._check_stages(out_features)
         self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
         if not self.out_features:
@@ -292,6 +300,7 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
         positive = ["patch_size", "num_channels", "hidden_size", "early_blocks_per_depth", "num_attention_heads"]
         positive += ["decoder_hidden_size", "decoder_num_hidden_layers", "decoder_num_attention_heads"]
         positive += ["early_mlp_ratio", "mlp_ratio", "decoder_mlp_ratio", "layer_norm_eps", "initializer_range"]
+        positive += ["encoder_stride"]
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
@@ -365,6 +374,8 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
             if inherited or name in _TRANSFORMERS_KEYWORDS:
                 continue
             if self.transformers_version is not None:
+                if name in _TRAINER_KEYWORDS:
+                    continue
                 logger.warning(f"HiViTConfig keeps {name}={keywords[name]!r} of the loaded file, but does not use it.")
                 continue
             close = difflib.get_close_matches(name, self._keywords(), n=1, cutoff=0.7)

@@ -26,8 +26,10 @@ Units are in raster order, and so are the tokens inside a unit, as (row, column)
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -113,8 +115,36 @@ def pixels_to_image(pixels: torch.Tensor, patch_size: int, grid: tuple[int, int]
     return units.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
-def units_to_map(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """(B, N, t, t, channels) or (B, N, channels) -> (B, channels, rows * t, columns * t)."""
+def pad_to_units(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """Images with zeros at the right and below, up to whole units: (B, channels, H, W), H and W rounded up."""
+    height, width = pixel_values.shape[2:]
+    return nn.functional.pad(pixel_values, (0, -width % patch_size, 0, -height % patch_size))
+
+
+def units_to_map(tokens: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
+    """
+    Features of units as a map: the `last_hidden_state` of `HiViTModel`, one of its `hidden_states` or
+    `stage_hidden_states`, or what a layer gave.
+
+    Args:
+        tokens (`torch.Tensor` of shape `(B, N, t, t, channels)` or `(B, N, channels)`): all units in raster order.
+        grid (`tuple[int, int]`, *optional*): rows and columns of units, `(H / patch_size, W / patch_size)`; a square if
+            not given.
+
+    Returns:
+        `torch.Tensor` of shape `(B, channels, rows * t, columns * t)`.
+
+    Raises:
+        ValueError: if the number of units is not that of the grid.
+    """
+    num_units = tokens.shape[1]
+    if grid is None:
+        grid = (math.isqrt(num_units),) * 2
+    if math.prod(grid) != num_units:
+        raise ValueError(
+            f"A map of {grid[0]}x{grid[1]} units needs {math.prod(grid)} of them, got {num_units}: give grid as (rows, "
+            "columns) of the image, and mask nothing."
+        )
     if tokens.ndim == 3:
         tokens = tokens[:, :, None, None]
     tokens = tokens.unflatten(1, grid).permute(0, 5, 1, 3, 2, 4)
@@ -123,7 +153,10 @@ def units_to_map(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
 
 def visible_indices(bool_masked_pos: torch.BoolTensor, num_visible_units: int) -> torch.LongTensor:
     """Positions of the visible units in raster order: (B, N) -> (B, V)."""
-    return bool_masked_pos.bool().to(torch.uint8).argsort(dim=1, stable=True)[:, :num_visible_units]
+    num_units = bool_masked_pos.shape[1]
+    # unlike a stable sort, one without equal numbers can be exported to ONNX
+    order = bool_masked_pos.bool() * num_units + torch.arange(num_units, device=bool_masked_pos.device)
+    return order.argsort(dim=1)[:, :num_visible_units]
 
 
 def check_per_unit(name: str, values: torch.Tensor, shape: tuple[int, int]):
@@ -135,7 +168,8 @@ def check_per_unit(name: str, values: torch.Tensor, shape: tuple[int, int]):
 
 def resize_table(table: torch.Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> torch.Tensor:
     """Bicubic interpolation of a table over a grid: (rows * columns, channels) -> the same for `new_size`."""
-    if size == new_size:
+    # while a network is exported for any size, a comparison would bind it to the size of the example
+    if all(isinstance(length, int) for length in new_size) and size == new_size:
         return table
     image = table.to(torch.promote_types(table.dtype, torch.float32)).t().unflatten(1, size).unsqueeze(0)
     image = nn.functional.interpolate(image, size=new_size, mode="bicubic", align_corners=False)
@@ -196,6 +230,11 @@ class HiViTEmbeddings(nn.Module):
         return self.norm(tokens).unflatten(0, units.shape[:2])
 
 
+def in_three_dimensions(layers: Callable, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Applies what works on the last dimension to (B, ..., channels) as (B, tokens, channels): int8 takes no more."""
+    return layers(hidden_states.flatten(1, -2)).unflatten(1, hidden_states.shape[1:-1])
+
+
 class HiViTMerge(nn.Module):
     """Joins 2x2 neighbors, in the order (0,0), (1,0), (0,1), (1,1) of (row, column), and doubles the channels."""
 
@@ -208,7 +247,7 @@ class HiViTMerge(nn.Module):
         # (B, V, 2t, 2t, c) -> (B, V, t, row, t, column, c) -> (B, V, t, t, column, row, c) -> (B, V, t, t, 4c)
         hidden_states = hidden_states.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
         hidden_states = hidden_states.permute(0, 1, 2, 4, 5, 3, 6).flatten(4)
-        return self.reduction(self.norm(hidden_states))
+        return in_three_dimensions(self.reduction, self.norm(hidden_states))
 
 
 class HiViTDropPath(nn.Module):
@@ -263,13 +302,27 @@ def eager_attention_forward(
     return torch.matmul(probabilities.to(value.dtype), value).transpose(1, 2), probabilities
 
 
+CPU_CAPABILITY = torch.backends.cpu.get_cpu_capability()  # once, as it cannot be traced
+
+
 def effective_attention(implementation: str, query: torch.Tensor) -> str:
     """
     The attention that runs where `config._attn_implementation` is `implementation`: `eager` in place of `sdpa` on CPUs
-    in bfloat16 and float16, where PyTorch's fused kernel is the slower one (benchmarks/results/attention.json).
+    with AVX-512 in bfloat16 and float16, where PyTorch's fused kernel is the slower one. On CPUs without, whose matrix
+    products are slow in these types, it is the faster one by far (benchmarks/results/attention.json).
+
+    Raises:
+        ValueError: for `flex_attention` on CPUs without AVX-512, where PyTorch's is wrong for some numbers of units.
     """
-    half_on_cpu = query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16)
-    return "eager" if implementation == "sdpa" and half_on_cpu else implementation
+    if query.device.type != "cpu":
+        return implementation
+    if implementation == "flex_attention" and CPU_CAPABILITY != "AVX512":
+        raise ValueError(
+            f"flex_attention is not correct on CPUs without AVX-512, this one has {CPU_CAPABILITY}: load the model "
+            'with attn_implementation="sdpa" or "eager", or use a GPU.'
+        )
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return "eager" if implementation == "sdpa" and half and CPU_CAPABILITY == "AVX512" else implementation
 
 
 class HiViTAttention(nn.Module):
@@ -349,6 +402,13 @@ class HiViTAttention(nn.Module):
         output, probabilities = attention(
             self, query, key, value, bias, dropout=dropout, scaling=self.scaling, **kwargs
         )
+        if probabilities is None and kwargs.get("output_attentions"):
+            raise ValueError(
+                f"output_attentions=True, but {implementation} gives no attentions: load the model with "
+                'attn_implementation="eager", or call set_attn_implementation("eager").'
+            )
+        if torch.compiler.is_exporting():  # SDPA is taken apart later, and what it gives then has other strides
+            output = output.clone(memory_format=torch.contiguous_format)
         return output.flatten(2), probabilities
 
     def attend_in_windows(
@@ -393,7 +453,7 @@ class HiViTAttention(nn.Module):
 
 
 class HiViTMLPLayer(GradientCheckpointingLayer):
-    """A layer of stages 1 and 2: one MLP block on the tokens of each unit, of any shape (..., channels)."""
+    """A layer of stages 1 and 2: one MLP block on the tokens of each unit, of any shape (B, ..., channels)."""
 
     def __init__(self, config: HiViTConfig, channels: int, mlp_ratio: float, drop_path_rate: float = 0.0):
         super().__init__()
@@ -402,7 +462,7 @@ class HiViTMLPLayer(GradientCheckpointingLayer):
         self.drop_path = HiViTDropPath(drop_path_rate)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
-        return hidden_states + self.drop_path(self.mlp(self.norm2(hidden_states)))
+        return hidden_states + self.drop_path(in_three_dimensions(self.mlp, self.norm2(hidden_states)))
 
 
 class HiViTAttentionLayer(HiViTMLPLayer):
@@ -421,6 +481,7 @@ class HiViTAttentionLayer(HiViTMLPLayer):
         super().__init__(config, channels, mlp_ratio, drop_path_rate)
         self.norm1 = nn.LayerNorm(channels, eps=config.layer_norm_eps)
         self.attention = HiViTAttention(config, channels, num_heads, use_relative_position_bias, window_size)
+        self.attend_to_window_padding = config.attend_to_window_padding
 
     def forward(
         self,
@@ -430,7 +491,7 @@ class HiViTAttentionLayer(HiViTMLPLayer):
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         # the original fills windows up with zeros before the norm, which makes its bias of them
-        padding = self.norm1.bias if self.attention.config.attend_to_window_padding else None
+        padding = self.norm1.bias if self.attend_to_window_padding else None
         attended, _ = self.attention(self.norm1(hidden_states), position_index, grid, padding, **kwargs)
         return super().forward(hidden_states + self.drop_path(attended))
 
@@ -495,6 +556,43 @@ class HiViTDecoder(nn.Module):
         return self.head(self.layernorm(hidden_states))
 
 
+# -- layer-wise learning rate decay ---------------------------------------------------------------------------------
+
+# Not decayed in fine-tuning, though they are matrices; pre-training decays them.
+POSITION_PARAMETERS = ("position_embeddings", "relative_position_bias_table")
+LAYER = re.compile(r"(?:^|\.)stages\.(\d)\.(?:layers\.(\d+)|merge)\.")
+
+
+def number_of_layer_ids(config: HiViTConfig, count_early_layers: bool = True) -> int:
+    """How many ids `layer_id` gives: the embedding, each counted layer, and the head."""
+    return (config.num_hidden_layers if count_early_layers else config.depths[2]) + 2
+
+
+def layer_id(name: str, config: HiViTConfig, count_early_layers: bool = True) -> int:
+    """
+    The layer of a parameter for layer-wise decay, as in one of the two numberings of the original.
+
+    The patch and the position embedding are 0. With `count_early_layers`, as in fine-tuning for classification, every
+    layer counts (1 to 28 in base), a merge has the id of the layer before it, and the rest is the head (29). Without,
+    as in detection and segmentation, all before the main stage is 0, and only the main stage counts (1 to 20, head 21).
+
+    Args:
+        name: of the parameter, with or without prefixes such as that of PEFT.
+        config: of the network.
+        count_early_layers: which numbering.
+    """
+    if "decoder." not in name:
+        if re.search(r"(?:^|\.)(?:embeddings\.|position_embeddings$)", name):
+            return 0
+        if found := LAYER.search(name):
+            stage, layers = int(found[1]), config.stage_layers
+            layer = layers[stage] if found[2] is None else int(found[2]) + 1
+            if count_early_layers:
+                return sum(layers[:stage]) + layer
+            return layer if stage == 2 else 0
+    return number_of_layer_ids(config, count_early_layers) - 1
+
+
 # -- models ---------------------------------------------------------------------------------------------------------
 
 
@@ -519,6 +617,21 @@ class HiViTPreTrainedModel(PreTrainedModel):
     def __init__(self, config: HiViTConfig, *args, **kwargs):
         config.check()
         super().__init__(config, *args, **kwargs)
+
+    units_to_map = staticmethod(units_to_map)
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """
+        The layer of each parameter, as timm's `create_optimizer_v2(model, layer_decay=...)` asks for it.
+
+        Args:
+            coarse: whether all before the main stage is one layer, see `layer_id`.
+        """
+        return partial(layer_id, config=self.config, count_early_layers=not coarse)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the matrices that timm's optimizers do not decay, as in fine-tuning."""
+        return {name for name, _ in self.named_parameters() if name.endswith(POSITION_PARAMETERS)}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -671,7 +784,18 @@ class HiViTModel(HiViTPreTrainedModel):
 
     def check_pixel_values(self, pixel_values: torch.Tensor | None) -> tuple[int, int]:
         """The grid of units, as (rows, columns), of images that the model can take. ValueError for others."""
-        channels, patch_size = self.config.num_channels, self.config.patch_size
+        height, width = self.check_images(pixel_values)
+        patch_size = self.config.patch_size
+        if height % patch_size or width % patch_size:
+            raise ValueError(
+                f"Image height and width must be multiples of patch_size {patch_size}, got {height}x{width}. Resize to "
+                f"height {nearest_multiples(height, patch_size)} and width {nearest_multiples(width, patch_size)}."
+            )
+        return height // patch_size, width // patch_size
+
+    def check_images(self, pixel_values: torch.Tensor | None) -> tuple[int, int]:
+        """Height and width of images of any size. ValueError for what is no batch of images."""
+        channels = self.config.num_channels
         is_tensor = isinstance(pixel_values, torch.Tensor)
         if not is_tensor or pixel_values.ndim != 4 or pixel_values.shape[1] != channels or not pixel_values.shape[0]:
             got = tuple(pixel_values.shape) if is_tensor else f"a {type(pixel_values).__name__}"
@@ -680,12 +804,9 @@ class HiViTModel(HiViTPreTrainedModel):
                 f"images, or make the model with another num_channels."
             )
         height, width = pixel_values.shape[2:]
-        if height % patch_size or width % patch_size or not height or not width:
-            raise ValueError(
-                f"Image height and width must be multiples of patch_size {patch_size}, got {height}x{width}. Resize to "
-                f"height {nearest_multiples(height, patch_size)} and width {nearest_multiples(width, patch_size)}."
-            )
-        return height // patch_size, width // patch_size
+        if not height or not width:
+            raise ValueError(f"Images must have pixels, got {height}x{width}: they are empty.")
+        return height, width
 
     def _count_visible_units(self, bool_masked_pos: torch.BoolTensor, batch_size: int, num_units: int) -> int:
         """Number of visible units per row of a mask that a user gave. ValueError if rows differ or none is left."""
@@ -733,7 +854,9 @@ class HiViTForMaskedImageModeling(HiViTPreTrainedModel):
         if noise is None:
             noise = torch.rand(shape, device=pixel_values.device)
         check_per_unit("noise", noise, shape)
-        keep = noise.argsort(dim=1, stable=True)[:, : self.config.num_visible_units(shape[1])]
+        # the sort of ONNX is stable, but its exporter knows only the other one
+        order = noise.argsort(dim=1) if torch.compiler.is_exporting() else noise.argsort(dim=1, stable=True)
+        keep = order[:, : self.config.num_visible_units(shape[1])]
         return torch.ones_like(noise, dtype=torch.bool).scatter(1, keep, False)
 
     @can_return_tuple
@@ -905,18 +1028,23 @@ class HiViTBackbone(BackboneMixin, HiViTPreTrainedModel):
         """
         Args:
             pixel_values (`torch.Tensor` of shape `(B, num_channels, H, W)`):
-                Images, with heights and widths that are multiples of `config.patch_size`.
+                Images of any height and width. They are padded with zeros to whole units, at the right and below.
 
         Returns:
-            `BackboneOutput` with `feature_maps`, one `(B, channels, height, width)` per `config.out_features`. Where
-            the grid of units has an odd length, the pooling keeps what is left at the right and the lower edge.
+            `BackboneOutput` with `feature_maps`, one `(B, channels, ceil(H / stride), ceil(W / stride))` per
+            `config.out_features`, and with `hidden_states` of all units, padding included. Where the grid of units has
+            an odd length, the pooling keeps what is left at the right and the lower edge.
 
         Raises:
             ValueError: for images of other shapes, and for masks: a map needs all units.
         """
-        grid = self.hivit.check_pixel_values(pixel_values)
+        size, patch_size = self.hivit.check_images(pixel_values), self.config.patch_size
         if kwargs.get("bool_masked_pos") is not None:
             raise ValueError("HiViTBackbone got bool_masked_pos, but a map needs all units: use HiViTModel to mask.")
+        padded = any(length % patch_size for length in size)
+        if padded:
+            pixel_values = pad_to_units(pixel_values, patch_size)
+        grid = self.hivit.check_pixel_values(pixel_values)
         encoded = self.hivit(pixel_values, output_stage_hidden_states=True, return_dict=True, **kwargs)
         stages = dict(zip(self.stage_names, encoded.stage_hidden_states))
         maps = []
@@ -924,6 +1052,9 @@ class HiViTBackbone(BackboneMixin, HiViTPreTrainedModel):
             feature_map = units_to_map(stages["stage3" if name == "stage4" else name], grid)
             if name == "stage4":
                 feature_map = nn.functional.max_pool2d(feature_map, kernel_size=2, ceil_mode=True)
+            elif padded:  # not stage4, every number of which covers some of the image
+                stride = patch_size * grid[0] // feature_map.shape[2]
+                feature_map = feature_map[:, :, : -(-size[0] // stride), : -(-size[1] // stride)]
             if self.norms is not None:
                 feature_map = self.norms[name](feature_map.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
             maps.append(feature_map)

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 import finetune_classification
 from hivit_hf import HiViTForImageClassification
 from hivit_hf.classification import trainer as classification_trainer
-from hivit_hf.training.optim import layer_id
+from hivit_hf.modeling_hivit import layer_id
 from support.classification import (
     history_of,
     log_of,

@@ -82,6 +82,25 @@ def test_features_of_an_autoencoder_have_no_pooling(autoencoder, tmp_path):
     assert_close(hidden, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("model_class", [HiViTForImageClassification, HiViTBackbone, HiViTForMaskedImageModeling])
+def test_pytorchs_own_exporter_takes_the_models_as_they_are(model_class, tiny_network, tmp_path):
+    """With SDPA and the relative position bias; masks are drawn with the sort that ONNX knows."""
+    model = tiny_network(model_class)
+    assert model.config._attn_implementation == "sdpa" and model.config.use_relative_position_bias
+    inputs = {"pixel_values": torch.randn(2, 3, 64, 64)}
+    if model_class is HiViTForMaskedImageModeling:
+        inputs["noise"] = torch.rand(2, 16).round(decimals=1)  # some are equal
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(model, (), path, kwargs=inputs, dynamo=True, external_data=False, verbose=False)
+    with torch.no_grad():
+        expected = model(**inputs).to_tuple()
+    expected = [tensor for entry in expected for tensor in (entry if isinstance(entry, tuple) else [entry])]
+    found = run(path, **inputs)
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected):
+        assert_close(one, other, atol=1e-4, rtol=0)
+
+
 def test_what_a_model_cannot_do_is_refused(classifier, autoencoder, tiny_network, tmp_path, monkeypatch):
     path = tmp_path / "new" / "model.onnx"
     refusals = [

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from hivit_hf import HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling
+from hivit_hf.modeling_hivit import layer_id
 from hivit_hf.training.optim import (
     cosine_learning_rate,
-    layer_id,
     layer_table,
     layerwise_parameter_groups,
     parameter_groups,
@@ -139,3 +139,31 @@ def test_scales_and_decay_of_base(base):
     assert len(table) == 61
     assert table[1].split()[:4] == ["0", "0.0090", "1.795e-05", "0.05"]
     assert table[-1].split()[:4] == ["29", "1.0000", "2.000e-03", "0"]
+
+
+# -- timm -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decay", [0.75, 1.0])
+def test_timms_optimizers_decay_the_same_layers(decay):
+    from timm.optim import create_optimizer_v2
+
+    model = HiViTForImageClassification(HiViTConfig(**CONFIG))
+    options = {"lr": 0.1, "weight_decay": 0.05, "layer_decay": decay}
+    theirs = create_optimizer_v2(model, opt="adamw", **options).param_groups
+    ours = layerwise_parameter_groups(model, model.config, 0.05, 0.1, decay)
+    found = {
+        id(p): [group["lr"] * group.get("lr_scale", 1), group["weight_decay"]]
+        for group in theirs
+        for p in group["params"]
+    }
+    assert len(found) == len(list(model.parameters()))
+    for group in ours:
+        for parameter in group["params"]:
+            assert found[id(parameter)] == pytest.approx([group["lr"], group["weight_decay"]])
+
+
+def test_the_coarse_layers_are_those_of_dense_tasks():
+    model = HiViTForImageClassification(HiViTConfig(**CONFIG))
+    for name, _ in model.named_parameters():
+        assert model.group_matcher(coarse=True)(name) == layer_id(name, model.config, count_early_layers=False)

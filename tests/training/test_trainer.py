@@ -11,8 +11,8 @@ from torch.testing import assert_close
 from transformers import Trainer
 
 from hivit_hf import HiViTConfig, HiViTForImageClassification
+from hivit_hf.modeling_hivit import layer_id
 from hivit_hf.training.arguments import HiViTTrainingArguments
-from hivit_hf.training.optim import layer_id
 from hivit_hf.training.trainer import AVERAGE, HiViTTrainer
 from support.classification import Colors, log_of
 

@@ -103,7 +103,6 @@ def export_onnx(
             input_names=list(inputs),
             output_names=outputs,
             opset_version=opset,
-            custom_translation_table={torch.ops.aten.sort.stable: _stable_sort()},
             dynamo=True,
             verbose=False,
         )
@@ -156,19 +155,6 @@ def cpu_session(path: Path):
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-
-def _stable_sort():
-    """How ONNX sorts, which the exporter does not know: TopK puts the lower of equal indices first, so it is stable."""
-    from onnxscript import FLOAT, opset18
-
-    def stable_sort(self, stable: bool | None = None, dim: int = -1, descending: bool = False):
-        values = opset18.Cast(self, to=FLOAT.dtype)
-        length = opset18.Gather(opset18.Shape(self), opset18.Constant(value_ints=[dim]))
-        ordered, indices = opset18.TopK(values, length, axis=dim, largest=int(descending))
-        return opset18.CastLike(ordered, self), indices
-
-    return stable_sort
 
 
 def quantize(path: Path, out_path: Path):

@@ -2,17 +2,12 @@
 """What the optimizer decays, and the learning rate of each step."""
 
 import math
-import re
 from collections.abc import Sequence
 
 from torch import nn
 
 from ..configuration_hivit import HiViTConfig
-
-
-# Not decayed in fine-tuning, though they are matrices; pre-training decays them.
-POSITION_PARAMETERS = ("position_embeddings", "relative_position_bias_table")
-_LAYER = re.compile(r"(?:^|\.)stages\.(\d)\.(?:layers\.(\d+)|merge)\.")
+from ..modeling_hivit import LAYER, POSITION_PARAMETERS, layer_id, number_of_layer_ids
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -36,36 +31,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 def _is_decayed(name: str, parameter: nn.Parameter, exempt: tuple[str, ...] = ()) -> bool:
     return parameter.ndim > 1 and not name.endswith(("bias", *exempt))
-
-
-def number_of_layer_ids(config: HiViTConfig, count_early_layers: bool = True) -> int:
-    """How many ids `layer_id` gives: the embedding, each counted layer, and the head."""
-    return (config.num_hidden_layers if count_early_layers else config.depths[2]) + 2
-
-
-def layer_id(name: str, config: HiViTConfig, count_early_layers: bool = True) -> int:
-    """
-    The layer of a parameter for layer-wise decay, as in one of the two numberings of the original.
-
-    The patch and the position embedding are 0. With `count_early_layers`, as in fine-tuning for classification, every
-    layer counts (1 to 28 in base), a merge has the id of the layer before it, and the rest is the head (29). Without,
-    as in detection and segmentation, all before the main stage is 0, and only the main stage counts (1 to 20, head 21).
-
-    Args:
-        name: of the parameter, with or without prefixes such as that of PEFT.
-        config: of the network.
-        count_early_layers: which numbering.
-    """
-    if "decoder." not in name:
-        if re.search(r"(?:^|\.)(?:embeddings\.|position_embeddings$)", name):
-            return 0
-        if found := _LAYER.search(name):
-            stage, layers = int(found[1]), config.stage_layers
-            layer = layers[stage] if found[2] is None else int(found[2]) + 1
-            if count_early_layers:
-                return sum(layers[:stage]) + layer
-            return layer if stage == 2 else 0
-    return number_of_layer_ids(config, count_early_layers) - 1
 
 
 def layerwise_parameter_groups(
@@ -127,7 +92,7 @@ def layer_table(groups: list[dict]) -> str:
 
 
 def _short(name: str) -> str:
-    found = _LAYER.search(name)
+    found = LAYER.search(name)
     return found[0].strip(".") if found else name.removeprefix("hivit.")
 
 
