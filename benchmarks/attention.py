@@ -2,11 +2,15 @@
 python benchmarks/attention.py [--rounds 15]
 
 Times eager attention ("written out") and SDPA on the shapes of the base models at 224 px: why the network replaces SDPA
-by eager attention on CPUs in bfloat16 (`effective_attention`). Writes benchmarks/results/attention.json.
+by eager attention on CPUs with AVX-512 in bfloat16, and on no others (`effective_attention`). Writes
+benchmarks/results/attention.json, and on a CPU without AVX-512 attention_avx2.json. A CPU with AVX-512 is made one
+without by `ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2`: PyTorch's own kernels, and
+the matrix products of both libraries.
 """
 
 import argparse
 import json
+import os
 import statistics
 
 import torch
@@ -22,6 +26,10 @@ SHAPES = {
     "encoder": (8, 196, 8, 64),
     "decoder": (8, 196, 16, 32),
 }
+
+
+# what limits the instructions of PyTorch, of oneDNN and of MKL
+SWITCHES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 
 
 def sdpa(module, query, key, value, attention_mask, scaling):
@@ -62,7 +70,11 @@ def main():
                 row = {"shape": name, "precision": precision, "backward": backward, "sdpa_over_written_out": ratio}
                 rows.append(row)
                 print(json.dumps(row))
-    print("written:", write("attention", {"rows": rows}, "cpu"))
+    capability = torch.backends.cpu.get_cpu_capability()
+    environment = {name: os.environ[name] for name in SWITCHES if name in os.environ}
+    results = {"cpu_capability": capability, "environment": environment, "rows": rows}
+    name = "attention" if capability == "AVX512" else f"attention_{capability.lower()}"
+    print("written:", write(name, results, "cpu"))
 
 
 if __name__ == "__main__":
