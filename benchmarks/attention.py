@@ -2,10 +2,10 @@
 python benchmarks/attention.py [--rounds 15]
 
 Times eager attention ("written out") and SDPA on the shapes of the base models at 224 px: why the network replaces SDPA
-by eager attention on CPUs with AVX-512 in bfloat16, and on no others (`effective_attention`). Writes
-benchmarks/results/attention.json, and on a CPU without AVX-512 attention_avx2.json. A CPU with AVX-512 is made one
-without by `ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2`: PyTorch's own kernels, and
-the matrix products of both libraries.
+by eager attention on some CPUs in bfloat16 (`effective_attention`). Writes benchmarks/results/attention.json on CPUs
+that multiply bfloat16, attention_avx512.json and attention_avx2.json on others. A CPU with AVX-512 is made one without
+by `ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2`: PyTorch's own kernels, and the
+matrix products of both libraries.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import statistics
 import torch
 from torch import nn
 
-from hivit_hf.modeling_hivit import eager_attention_forward
+from hivit_hf.modeling_hivit import CPU_MULTIPLIES_BFLOAT16, eager_attention_forward
 from measure import PRECISIONS, interleave, write
 
 
@@ -73,7 +73,8 @@ def main():
     capability = torch.backends.cpu.get_cpu_capability()
     environment = {name: os.environ[name] for name in SWITCHES if name in os.environ}
     results = {"cpu_capability": capability, "environment": environment, "rows": rows}
-    name = "attention" if capability == "AVX512" else f"attention_{capability.lower()}"
+    bfloat16 = capability == "AVX512" and CPU_MULTIPLIES_BFLOAT16
+    name = "attention" if bfloat16 else f"attention_{capability.lower()}"
     print("written:", write(name, results, "cpu"))
 
 

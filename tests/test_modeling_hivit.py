@@ -377,22 +377,29 @@ def test_bfloat16_is_close_and_trains(variant, tiny_config, draw_masks):
         output.loss.backward()
 
 
-@pytest.mark.parametrize(("capability", "expected"), [("AVX512", 0), ("AVX2", 2), ("DEFAULT", 2)])
-def test_half_precision_writes_attention_out_where_that_is_faster(capability, expected, tiny_config, monkeypatch):
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("capability", "bfloat16", "written_out"),
+    [("AVX512", True, {True, False}), ("AVX512", False, {True}), ("AVX2", False, {}), ("DEFAULT", False, {})],
+)
+def test_half_precision_writes_attention_out_where_that_is_faster(
+    capability, bfloat16, written_out, training, tiny_config, monkeypatch
+):
     """SDPA is slower than explicit attention on CPUs with AVX-512 in bfloat16, and faster elsewhere."""
     monkeypatch.setattr(modeling_hivit, "CPU_CAPABILITY", capability)
+    monkeypatch.setattr(modeling_hivit, "CPU_MULTIPLIES_BFLOAT16", bfloat16)
     calls = []
     original = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(
         torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or original(*a, **k)
     )
-    model = HiViTModel(tiny_config()).eval()
+    model = HiViTModel(tiny_config()).train(training)
     assert model.config._attn_implementation == "sdpa"
     model(images(model.config, 1))
     assert len(calls) == 2
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(images(model.config, 1))
-    assert len(calls) == 2 + expected
+    assert len(calls) == (2 if training in written_out else 4)
 
 
 @pytest.mark.parametrize("capability", ["AVX2", "DEFAULT"])

@@ -302,14 +302,17 @@ def eager_attention_forward(
     return torch.matmul(probabilities.to(value.dtype), value).transpose(1, 2), probabilities
 
 
-CPU_CAPABILITY = torch.backends.cpu.get_cpu_capability()  # once, as it cannot be traced
+# once, as these cannot be traced
+CPU_CAPABILITY = torch.backends.cpu.get_cpu_capability()
+CPU_MULTIPLIES_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
 
 
-def effective_attention(implementation: str, query: torch.Tensor) -> str:
+def effective_attention(implementation: str, query: torch.Tensor, training: bool) -> str:
     """
-    The attention that runs where `config._attn_implementation` is `implementation`: `eager` in place of `sdpa` on CPUs
-    with AVX-512 in bfloat16 and float16, where PyTorch's fused kernel is the slower one. On CPUs without, whose matrix
-    products are slow in these types, it is the faster one by far (benchmarks/results/attention.json).
+    The attention that runs where `config._attn_implementation` is `implementation`: `eager` in place of `sdpa` in
+    bfloat16 and float16 on CPUs where PyTorch's fused kernel is the slower one (benchmarks/results/attention*.json).
+    With AVX-512, it is in training, and on processors that multiply bfloat16 in inference too. Without AVX-512, it is
+    the faster one by far.
 
     Raises:
         ValueError: for `flex_attention` on CPUs without AVX-512, where PyTorch's is wrong for some numbers of units.
@@ -322,7 +325,8 @@ def effective_attention(implementation: str, query: torch.Tensor) -> str:
             'with attn_implementation="sdpa" or "eager", or use a GPU.'
         )
     half = query.dtype in (torch.bfloat16, torch.float16)
-    return "eager" if implementation == "sdpa" and half and CPU_CAPABILITY == "AVX512" else implementation
+    slow_sdpa = half and CPU_CAPABILITY == "AVX512" and (training or CPU_MULTIPLIES_BFLOAT16)
+    return "eager" if implementation == "sdpa" and slow_sdpa else implementation
 
 
 class HiViTAttention(nn.Module):
@@ -386,7 +390,7 @@ class HiViTAttention(nn.Module):
         """All units among each other: (B, V, 3 * channels) -> (B, V, channels), and the probabilities if eager."""
         # (B, V, 3 * channels) -> three of (B, heads, V, d), which are views
         query, key, value = (part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in qkv.chunk(3, dim=2))
-        implementation = effective_attention(self.config._attn_implementation, query)
+        implementation = effective_attention(self.config._attn_implementation, query, self.training)
         bias = None
         if self.relative_position_bias_table is not None:
             if "flash" in implementation:
