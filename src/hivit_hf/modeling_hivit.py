@@ -40,11 +40,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import ModelOutput, TransformersKwargs
+from transformers.utils import ModelOutput, TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_hivit import HiViTConfig, nearest_multiples
+
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -407,9 +410,9 @@ class HiViTAttention(nn.Module):
             self, query, key, value, bias, dropout=dropout, scaling=self.scaling, **kwargs
         )
         if probabilities is None and kwargs.get("output_attentions"):
-            raise ValueError(
-                f"output_attentions=True, but {implementation} gives no attentions: load the model with "
-                'attn_implementation="eager", or call set_attn_implementation("eager").'
+            logger.warning_once(
+                f"output_attentions=True, but {implementation} gives no attentions, so none are returned: load the "
+                'model with attn_implementation="eager", or call set_attn_implementation("eager").'
             )
         if torch.compiler.is_exporting():  # SDPA is taken apart later, and what it gives then has other strides
             output = output.clone(memory_format=torch.contiguous_format)
