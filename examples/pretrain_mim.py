@@ -4,7 +4,8 @@ accelerate launch examples/pretrain_mim.py --config examples/recipes/mae_base_16
 
 Masked pre-training on streams: a dataset of the Hub, or a folder of Parquet files, tars or images. It can be killed at
 any moment: the same command with --resume_from_checkpoint latest resumes with the next sample. A recipe file gives the
-numbers, flags win. Several CPU processes: torchrun --nproc_per_node 2 examples/pretrain_mim.py ...
+numbers, flags win. --model_name_or_path begins with the weights of a model. Several CPU processes: torchrun
+--nproc_per_node 2 examples/pretrain_mim.py ...
 """
 
 import sys
@@ -15,7 +16,6 @@ from pathlib import Path
 from accelerate import Accelerator
 from transformers import set_seed
 
-from hivit_hf import HiViTForMaskedImageModeling
 from hivit_hf.pretraining.arguments import (
     PretrainingArguments,
     PretrainingDataArguments,
@@ -24,6 +24,7 @@ from hivit_hf.pretraining.arguments import (
 )
 from hivit_hf.pretraining.checkpoint import Checkpoints, find_resumption
 from hivit_hf.pretraining.data import open_stream, read_validation_images
+from hivit_hf.pretraining.initialization import complete, initialize_autoencoder
 from hivit_hf.pretraining.run import PretrainingRun, make_accelerator
 from hivit_hf.pretraining.step import MaskedTraining
 from hivit_hf.training.command_line import parse_arguments, run_script
@@ -70,16 +71,16 @@ def prepare(
     )
     resumed = find_resumption(checkpoints, training_args, data_args, model_args)
 
-    # data
-    config = model_args.config()
-    stream = open_stream(data_args, training_args, config, accelerator, resumed)
-    validation = read_validation_images(data_args, config, stream, resumed)
-
     # model
-    set_seed(training_args.seed)
-    model = HiViTForMaskedImageModeling(config)
+    initialization = initialize_autoencoder(model_args, training_args.seed, resumed)
+    model_args, data_args = complete(initialization, model_args, data_args)
+    model, config = initialization.model, initialization.model.config
     if training_args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+
+    # data
+    stream = open_stream(data_args, training_args, config, accelerator, resumed)
+    validation = read_validation_images(data_args, config, stream, resumed)
 
     # step
     learning_rate = partial(
@@ -99,7 +100,10 @@ def prepare(
         training_args.ema_decay,
     )
     set_seed(training_args.seed + accelerator.process_index)  # the same weights, but not the same dropped paths
-    return PretrainingRun(training, stream, validation, checkpoints, resumed, model_args, data_args, training_args)
+    run = PretrainingRun(training, stream, validation, checkpoints, resumed, model_args, data_args, training_args)
+    for note in initialization.notes:
+        run.log.say(note)
+    return run
 
 
 if __name__ == "__main__":

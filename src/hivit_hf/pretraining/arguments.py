@@ -12,11 +12,13 @@ from accelerate.utils import LoggerType
 
 from ..configuration_hivit import ARCHITECTURES, HiViTConfig
 from ..data.streaming import Source
+from ..image_processing import IMAGENET_MEAN
 from ..training.arguments import NetworkArguments, RecipeArguments
 from ..training.command_line import (
     CHANGES_RECIPE,
     CHANGES_TOPOLOGY,
     MAY_CHANGE,
+    OF_THE_MODEL,
     all_finite,
     all_positive,
     argument,
@@ -40,12 +42,18 @@ def known_trackers(names: list[str]):
 
 @dataclass
 class PretrainingModelArguments(NetworkArguments):
-    """The network."""
+    """The network, with random weights or those of a model."""
 
-    architecture: Annotated[str, one_of(*ARCHITECTURES)] = argument(
-        "base-mae", f"Architecture of the network: {', '.join(ARCHITECTURES)}."
+    model_name_or_path: str | None = argument(
+        None, "Folder or Hub name of the model to begin with (random weights of --architecture)."
     )
-    image_size: Annotated[int, positive] = argument(224, "Side of the training images in px.")
+    architecture: Annotated[str | None, one_of(*ARCHITECTURES)] = argument(
+        None,
+        f"Architecture of the network: {', '.join(ARCHITECTURES)} (base-mae). A model of another one is refused.",
+    )
+    image_size: Annotated[int | None, positive, OF_THE_MODEL] = argument(
+        None, "Side of the training images in px (the model's, or 224)."
+    )
     mask_ratio: Annotated[float, within(0, 1, high_included=False)] = argument(
         0.75, "Fraction of the patches that are masked."
     )
@@ -55,13 +63,20 @@ class PretrainingModelArguments(NetworkArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.model_name_or_path is not None:
+            return
+        self.architecture, self.image_size = self.architecture or "base-mae", self.image_size or 224
         config = self.config()
         config.num_visible_units(math.prod(config.grid_size))
 
+    def changes(self) -> dict:
+        """What the flags say about the configuration, by keyword; without the image size if that is the model's."""
+        flags = {name: getattr(self, name) for name in self.FLAGS_OF_THEIR_OWN if getattr(self, name) is not None}
+        return self.overrides() | flags
+
     def config(self) -> HiViTConfig:
-        """The configuration of the network. Raises ValueError if its numbers do not fit."""
-        flags = {name: getattr(self, name) for name in self.FLAGS_OF_THEIR_OWN}
-        changes = {"use_relative_position_bias": False, **self.overrides(), **flags}
+        """The configuration of a network from scratch. Raises ValueError if its numbers do not fit."""
+        changes = {"use_relative_position_bias": False, **self.changes()}
         return HiViTConfig.from_architecture(self.architecture, **changes)
 
 
@@ -86,9 +101,11 @@ class PretrainingDataArguments:
     crop_scale: Annotated[list[float], ascending_pair("0.2 1.0", high=1.0)] = argument(
         [0.2, 1.0], "Lower and upper bound of the random crop's area, as fractions of the image."
     )
-    image_mean: Annotated[list[float], all_finite] = argument([0.485, 0.456, 0.406], "Mean of each channel, in [0, 1].")
-    image_std: Annotated[list[float], all_positive] = argument(
-        [0.229, 0.224, 0.225], "Standard deviation of each channel."
+    image_mean: Annotated[list[float], all_finite, OF_THE_MODEL] = argument(
+        [], "Mean of each channel, in [0, 1] (the model's, or ImageNet's)."
+    )
+    image_std: Annotated[list[float], all_positive, OF_THE_MODEL] = argument(
+        [], "Standard deviation of each channel (the model's, or ImageNet's)."
     )
     flip_probability: Annotated[float, fraction] = argument(0.5, "Probability of a horizontal flip.")
     shuffle_window: Annotated[int, positive] = argument(256, "Shuffle buffer size, in images, per worker.")
@@ -276,10 +293,11 @@ def check_arguments(
     training_args: PretrainingArguments,
 ):
     """ValueError for arguments that do not fit together, or not these processes."""
-    channels = model_args.config().num_channels
-    for name in ("image_mean", "image_std"):
-        if len(getattr(data_args, name)) != channels:
-            raise ValueError(f"{name} needs {channels} numbers, got {getattr(data_args, name)}.")
+    if model_args.model_name_or_path is None:
+        channels = model_args.config().num_channels
+        for name in ("image_mean", "image_std"):
+            if len(getattr(data_args, name) or IMAGENET_MEAN) != channels:
+                raise ValueError(f"{name} needs {channels} numbers, got {getattr(data_args, name)}.")
     training_args.num_warmup_steps(data_args.images_per_epoch)
     training_args.accumulation_steps(training_args.per_device_train_batch_size, accelerator.num_processes)
     if accelerator.distributed_type == DistributedType.FSDP:

@@ -18,7 +18,7 @@ from accelerate import Accelerator, DistributedType
 from transformers.utils import logging
 
 from ..training.arguments import identity
-from ..training.command_line import CHANGES_RECIPE, CHANGES_TOPOLOGY, annotations_of
+from ..training.command_line import CHANGES_RECIPE, CHANGES_TOPOLOGY, OF_THE_MODEL, annotations_of
 from ..training.folders import flush_folder, replace_file, replace_folder
 from ..training.resumption import check_same_arguments, refuse_existing_run
 from .arguments import PretrainingArguments
@@ -196,6 +196,8 @@ def find_resumption(checkpoints: Checkpoints, training_args: PretrainingArgument
     topology = [name for name, annotated in marks.items() if CHANGES_TOPOLOGY in annotated]
     recipe = [name for name, annotated in marks.items() if CHANGES_RECIPE in annotated]
     now, was = describe(checkpoints.accelerator, *arguments), manifest["arguments"]
+    left_open = [name for name, annotated in marks.items() if OF_THE_MODEL in annotated and not now["arguments"][name]]
+    now["arguments"] |= {name: was[name] for name in left_open if name in was}
     free = topology + (recipe if training_args.allow_recipe_change else [])
     check_same_arguments(
         path,

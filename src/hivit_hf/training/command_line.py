@@ -134,6 +134,7 @@ class ResumptionChange:
 MAY_CHANGE = ResumptionChange()
 CHANGES_TOPOLOGY = ResumptionChange()  # of pre-training, with --allow_topology_change
 CHANGES_RECIPE = ResumptionChange()  # of pre-training, with --allow_recipe_change
+OF_THE_MODEL = ResumptionChange()  # of pre-training: where it is left open, a resumption has that of its run
 
 
 def annotations_of(arguments: Any) -> dict[str, tuple]:

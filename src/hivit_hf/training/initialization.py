@@ -12,8 +12,15 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..configuration_hivit import ARCHITECTURES, HiViTConfig
-from ..image_processing import IMAGENET_MEAN, IMAGENET_STD, find_processor, pixel_statistics
-from ..modeling_hivit import HiViTAttention, HiViTBackbone, HiViTForImageClassification, resize_table
+from ..image_processing import IMAGENET_MEAN, IMAGENET_STD, find_processor, first_line, pixel_statistics
+from ..modeling_hivit import (
+    HiViTAttention,
+    HiViTBackbone,
+    HiViTDecoder,
+    HiViTPreTrainedModel,
+    resize_table,
+    sin_cos_position_embeddings,
+)
 from .arguments import ImageArguments
 
 
@@ -86,9 +93,10 @@ def initialize_relative_position_biases(model: nn.Module):
 
 
 @torch.no_grad()
-def resize_for(model: HiViTForImageClassification, image_size: int):
+def resize_for(model: HiViTPreTrainedModel, image_size: int):
     """
-    Interpolates position embedding and relative tables in place to the grid of images of `image_size` px.
+    Interpolates position embedding and relative tables in place to the grid of images of `image_size` px; a decoder
+    gets the sines and cosines of that grid.
 
     Raises:
         ValueError: if that is no multiple of the patch size.
@@ -108,6 +116,10 @@ def resize_for(model: HiViTForImageClassification, image_size: int):
             resized = resize_table(module.relative_position_bias_table, module.table_size, size)
             module.relative_position_bias_table = nn.Parameter(resized.contiguous())
             module.table_size = size
+        elif isinstance(module, HiViTDecoder):
+            positions = sin_cos_position_embeddings(grid, config.decoder_hidden_size)
+            module.position_embeddings = nn.Parameter(positions.to(module.position_embeddings))
+            module.grid_size = grid
 
 
 def check_architecture(config: HiViTConfig, architecture: str, name: str, changed: Collection[str] = ()):
@@ -160,10 +172,20 @@ def pyramid_config(config: HiViTConfig, **changes) -> HiViTConfig:
     Args:
         changes: keywords of the configuration, `drop_path_rate` for example.
     """
+    return encoder_config(config, **PYRAMID | changes)
+
+
+def encoder_config(config: HiViTConfig, **changes) -> HiViTConfig:
+    """
+    The configuration of a network without what belonged to a head or said which feature maps are read.
+
+    Args:
+        changes: keywords of the configuration, `drop_path_rate` for example.
+    """
     heads = ("model_type", "architectures", "auto_map", "id2label", "label2id", "problem_type")
-    heads += ("out_indices", "transformers_version", "dtype", "_name_or_path")
+    heads += ("out_indices", "transformers_version", "dtype", "_name_or_path", *PYRAMID)
     values = {name: value for name, value in config.to_diff_dict().items() if name not in heads}
-    return HiViTConfig(**{**values, **PYRAMID, **changes})
+    return HiViTConfig(**values | changes)
 
 
 def initialize_backbone(
@@ -207,16 +229,36 @@ def initialize_backbone(
 def load_fitting(
     kind: type[PreTrainedModel], name: str, config: PreTrainedConfig, fresh: tuple[str, ...] = ()
 ) -> tuple[PreTrainedModel, list[str]]:
+    """As `load_weights`, with what a user should know of the weights that are missing, a sentence each."""
+    model, missing = load_weights(kind, name, config, fresh)
+    return model, tables_note(name, missing)
+
+
+def tables_note(name: str, missing: Collection[str]) -> list[str]:
+    """A sentence about the relative tables among the weights that a folder does not have, if there are any."""
+    tables = [key for key in missing if key.endswith(RELATIVE_POSITION_BIAS)]
+    return [f"Not in {name}, so they start at zero: {len(tables)} relative position tables."] if tables else []
+
+
+def load_weights(
+    kind: type[PreTrainedModel], name: str, config: PreTrainedConfig, fresh: tuple[str, ...] = ()
+) -> tuple[PreTrainedModel, set[str]]:
     """
-    A model in float32 with the weights of a folder, which must fit as `missing_weights` says, and what a user should
-    know, a sentence each. Raises as it does.
+    A model in float32 with the weights of a folder, and the names of those that are missing there.
+
+    Raises:
+        ValueError: if they cannot be read, or do not fit as `missing_weights` says.
     """
-    with silent_transformers():
-        model, loading = kind.from_pretrained(
-            name, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
-        )
-    tables = [key for key in missing_weights(name, loading, fresh) if key.endswith(RELATIVE_POSITION_BIAS)]
-    return model, [f"Not in {name}, so they start at zero: {len(tables)} relative position tables."] if tables else []
+    try:
+        with silent_transformers():
+            model, loading = kind.from_pretrained(
+                name, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
+            )
+    except ValueError:
+        raise
+    except Exception as error:  # readers of damaged files raise whatever they stumble over
+        raise ValueError(f"The weights of {name} cannot be read: {first_line(error)}") from error
+    return model, missing_weights(name, loading, fresh)
 
 
 def missing_weights(name: str, loading: dict, fresh: tuple[str, ...]) -> set[str]:
@@ -236,12 +278,19 @@ def missing_weights(name: str, loading: dict, fresh: tuple[str, ...]) -> set[str
     misfits = mismatched | {key for key in missing if not key.endswith(RELATIVE_POSITION_BIAS)}
     misfits = [key for key in misfits if not key.startswith(fresh)]
     misfits += [
-        key for key in loading["unexpected_keys"] if ".stages." in key and not key.endswith(RELATIVE_POSITION_BIAS)
+        key
+        for key in loading["unexpected_keys"]
+        if (".stages." in key or key.startswith("decoder.")) and not key.endswith(RELATIVE_POSITION_BIAS)
     ]
+    refuse_misfits(name, misfits)
+    return missing
+
+
+def refuse_misfits(name: str, misfits: Collection[str]):
+    """ValueError if there are weights of a folder that do not fit, by their names."""
     if misfits:
         raise ValueError(
             f"The weights of {name} do not fit the network: {sorted(misfits)[0]} and {len(misfits) - 1} more are "
             "missing, left over or of another shape. Leave the sizes in --config_overrides as they are, or choose "
             "another model."
         )
-    return missing
