@@ -36,6 +36,7 @@ bench: $(DEMO) $(BROWSER)  ## Speed and memory against the peers: benchmarks/res
 	$(RUN) benchmarks/inference.py
 	$(RUN) benchmarks/conversion.py
 	$(RUN) benchmarks/loader.py
+	$(RUN) benchmarks/shuffling.py
 	$(RUN) benchmarks/loop.py
 	$(RUN) benchmarks/dense.py
 	$(RUN) benchmarks/dense.py --relative_bias --rounds 1 --sizes 800x1344

@@ -12,14 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Features, Value
 from datasets import Image as DatasetImage
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from torch.testing import assert_close
 
 from hivit_hf.data import streaming as stream
-from hivit_hf.data.decoding import UnreadableImageError, decode, open_image
+from hivit_hf.data.decoding import UnreadableImageError, decode, image_of, open_image
 from hivit_hf.data.seeding import seed_of
 from hivit_hf.data.streaming import (
     START_OF_EPOCH,
@@ -192,11 +192,12 @@ def test_columns_and_folders(images, tmp_path):
         open_source(Source(str(tmp_path / "nowhere")))
 
 
+@FORMATS
 @pytest.mark.parametrize("seed", range(5))
-def test_readers_of_another_number_finish_the_epoch(seed, images):
+def test_readers_of_another_number_finish_the_epoch(seed, layout, images):
     """Twice another number: nothing of an epoch is left out, and as much is read again as is said."""
     draw = random.Random(seed)
-    opened, numbers = open_source(Source(str(images["parquet"]))), draw.sample([1, 2, 3, 4, 5, 8], 3)
+    opened, numbers = open_source(Source(str(images[layout]))), draw.sample([1, 2, 3, 4, 5, 8], 3)
     counts, repeated, begin = Counter(), 0, None
     for turn, num_readers in enumerate(numbers):
         sources = [EndlessSource(opened, 7, window=16) for _ in range(num_readers)]
@@ -210,7 +211,7 @@ def test_readers_of_another_number_finish_the_epoch(seed, images):
                 samples = itertools.takewhile(lambda sample: sample[1] <= 2, samples)
             else:
                 samples = itertools.islice(samples, draw.randrange(120 // num_readers))
-            counts.update((epoch, example["image"]["path"]) for example, epoch in samples)
+            counts.update((epoch, image_of(example, opened.column)[1]) for example, epoch in samples)
         if not last:
             epoch, done, again = sources[0].done_by([source.state for source in sources])
             begin, repeated = {**sources[0].state, **START_OF_EPOCH, "epoch": epoch, "done": done}, repeated + again
@@ -218,6 +219,109 @@ def test_readers_of_another_number_finish_the_epoch(seed, images):
         assert len([key for key in counts if key[0] == epoch]) == IMAGES - 7
     excess = sum(count - 1 for count in counts.values())
     assert excess == repeated > 0
+
+
+# -- sorted data --------------------------------------------------------------------------------------------------
+
+
+def write_sorted(folder, rows_of_class, **arguments):
+    """Ten Parquet files of four classes each, sorted; the path of a row is its class and number."""
+    folder.mkdir()
+    for file in range(10):
+        names = [f"{4 * file + part}_{row}" for part in range(4) for row in range(rows_of_class)]
+        rows = [{"bytes": name.encode() * 20, "path": name} for name in names]
+        pq.write_table(pa.table({"image": rows}), folder / f"{file}.parquet", **arguments)
+    return folder
+
+
+def paths(folder, number, seed=0, reader=0, num_readers=1, state=None, window=256):
+    """The first paths that a reader reads, and its state then."""
+    source = EndlessSource(open_source(Source(str(folder))), seed, window)
+    source.state = source.state if state is None else state
+    samples = itertools.islice(source.read(reader, num_readers), number)
+    return [example["image"]["path"] for example, _ in samples], source.state
+
+
+def classes_per_batch(found, size=256):
+    batches = [found[start : start + size] for start in range(0, len(found) - size + 1, size)]
+    return [len({path.split("_")[0] for path in batch}) for batch in batches]
+
+
+@pytest.mark.parametrize("row_group_size", [None, 100, 250, 400])
+def test_sorted_classes_are_mixed(row_group_size, tmp_path):
+    """With the default window, in all batches of an epoch; two classes were in one when shards were read in turn."""
+    folder = write_sorted(tmp_path / "sorted", 250, row_group_size=row_group_size)
+    found, _ = paths(folder, 10_000)
+    assert len(set(found)) == 10_000
+    counts = classes_per_batch(found)
+    assert sum(counts) / len(counts) >= 33 and min(counts[:20]) >= 30
+    eight = [paths(folder, 512, reader=reader, num_readers=8)[0] for reader in range(8)]
+    mixed = [path for start in range(0, 512, 32) for found in eight for path in found[start : start + 32]]
+    assert min(classes_per_batch(mixed)) >= 30
+
+
+def test_the_order_depends_on_the_seed_alone(tmp_path, images):
+    folder = write_sorted(tmp_path / "sorted", 30)
+    random.seed(1)
+    first, _ = paths(folder, 2500)
+    random.seed(2)
+    again, _ = paths(folder, 2500)
+    other, _ = paths(folder, 2500, seed=1)
+    assert first == again != other and set(first) == set(other)
+    assert first[:1200] != first[1200:2400] and set(first[:1200]) == set(first[1200:2400])
+
+
+def test_a_large_row_group_is_held_in_parts_and_its_order_stays(tmp_path, monkeypatch):
+    folder = write_sorted(tmp_path / "sorted", 30)
+    monkeypatch.setattr(stream, "HELD_BYTES", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(stream, "MAX_PARTS", 1)
+        whole, _ = paths(folder, 2400, window=1)
+    assert len({int(path.split("_")[0]) // 4 for path in whole[:120]}) == 1  # one row group after the other
+    assert paths(folder, 2400, window=1)[0] == whole
+    opened = open_source(Source(str(folder)))
+    share = pq.read_metadata(folder / "0.parquet").row_group(0).total_byte_size / 2
+    reader, whole = (stream.RowGroupReader(opened, 0, None, 5, part) for part in (share, 10**9))
+    held = []
+    read_rows = stream.RowGroupReader._read
+    monkeypatch.setattr(
+        stream.RowGroupReader, "_read", lambda *arguments: held.append(rows := read_rows(*arguments)) or rows
+    )
+    first = next(reader)
+    assert len(held[0]) == 59 and reader.num_bytes < 0.51 * whole.num_bytes
+    assert [first, *reader] == list(whole) and len(held) == 3
+
+
+@pytest.mark.parametrize("held_bytes", [1, 30_000, 2**28])
+def test_sorted_data_resume_at_any_sample(held_bytes, tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "HELD_BYTES", held_bytes)
+    folder = write_sorted(tmp_path / "sorted", 20, row_group_size=30)
+    expected, _ = paths(folder, 1700, window=64)
+    for cut in (1, 63, 64, 65, 300, 799, 800, 801, 1111):
+        _, state = paths(folder, cut, window=64)
+        rest, _ = paths(folder, 1700 - cut, window=64, state=state)
+        assert rest == expected[cut:]
+
+
+def test_a_checkpoint_of_the_earlier_order_is_refused(images):
+    samples = make_stream(images["tar"])
+    state = samples.state_dict()
+    del state["sources"][0]["open"]
+    with pytest.raises(ValueError, match=r"of an earlier version of hivit_hf, which read the samples in another order"):
+        samples.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"of an earlier version of hivit_hf"):
+        samples.begin_after([state])
+
+
+def test_columns_are_read_as_their_features_say(tmp_path):
+    """Bytes or a path alone, under a column that the metadata call an image, and files that differ in their types."""
+    features = Features({"image": DatasetImage(), "label": Value("int64")}).arrow_schema.metadata
+    for number, kind in enumerate([pa.binary(), pa.large_binary()]):
+        table = pa.table({"label": [number], "image": pa.array([jpeg(number)], kind), "more": ["x"]})
+        pq.write_table(table.replace_schema_metadata(features if kind == pa.binary() else None), tmp_path / f"{number}")
+        (tmp_path / f"{number}").rename(tmp_path / f"{number}.parquet")
+    found = [sample["sample_id"].split("#")[1] for sample in itertools.islice(make_stream(tmp_path), 2)]
+    assert len(set(found)) == 2
 
 
 def test_too_few_shards_are_refused(images):

@@ -5,6 +5,9 @@ Streaming datasets with exact resumption: a stream can stop after any sample and
 What a rank reads depends on (seed, epoch, rank, worker, and their numbers) alone, and the crop and mask of a sample on
 (seed, epoch, the sample's bytes) alone. A stream never ends: each source begins its next epoch by itself, so ranks with
 data of unequal size neither wait for each other nor leave anything out.
+
+Data are often sorted by class, so a reader mixes many shards: of up to 48 row groups at once, each in random order, or
+of up to 8 tars, each in its own order; then it shuffles windows of what it has mixed.
 """
 
 import atexit
@@ -15,15 +18,20 @@ import signal
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
+from itertools import accumulate, chain, islice, pairwise, zip_longest
 from pathlib import Path
 
 import fsspec.asyn
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import xxhash
 from datasets import Dataset, DatasetDict, Image, IterableDataset, load_dataset, load_from_disk
+from datasets.table import table_cast
 from huggingface_hub import HfApi
 from torch.utils.data import IterableDataset as TorchIterableDataset
 from torch.utils.data import get_worker_info
@@ -39,6 +47,11 @@ logger = logging.get_logger(__name__)
 FOLDER_SHARDS = 1024  # of a folder of images or a saved dataset, which has no shards of its own
 MAX_EMPTY_EPOCHS = 50
 READ_SHARDS = 32  # that validation images come from
+MIXED_ROW_GROUPS = 48  # that a reader has open at once
+MIXED_STREAMS = 8  # the same for tars, which a resumption has to read from their beginnings
+HELD_BYTES = 256 * 2**20  # of open row groups; no further one is opened beyond it
+ROWS_AT_ONCE, READ_BYTES = 64, 2**20  # of a row group
+MAX_PARTS = 3  # that a large row group is read in, to hold only one of them: each costs a pass over the row group
 
 
 @dataclass(frozen=True)
@@ -70,12 +83,26 @@ class OpenSource:
     """
     A source as a `datasets` stream, its image column, and what changes where the data do: the commit of a Hub dataset,
     or a hash of the names of local files.
+
+    Args:
+        has_tables: whether a shard is a table that can be held as a whole (row groups, saved datasets, folders of
+            images), not a stream (tars).
+        row_groups: file and row group of each shard, for local Parquet files.
+        table: all samples, for saved datasets and folders of images, which need not be held: they stay on the disk.
     """
 
     source: Source
     dataset: IterableDataset
     column: str
     revision: str | None = None
+    has_tables: bool = False
+    row_groups: Sequence[tuple[str, int]] | None = None
+    table: Dataset | None = None
+
+    @property
+    def num_mixed(self) -> int:
+        """Number of shards that a reader has open at once."""
+        return MIXED_ROW_GROUPS if self.has_tables else MIXED_STREAMS
 
 
 def open_source(source: Source) -> OpenSource:
@@ -90,15 +117,24 @@ def open_source(source: Source) -> OpenSource:
     if kind == "hub":
         revision = _commit_of(source)
         dataset = load_dataset(source.name, source.config, split=source.split, revision=revision, streaming=True)
+        table = None
     else:
-        dataset, revision = _stream_files(kind, files, Path(root), source.split)
+        dataset, table, revision = _stream_files(kind, files, Path(root), source.split)
     column = image_column(dataset, source.column, source.name)
     if isinstance(dataset.features[column], Image):
         dataset = dataset.cast_column(column, Image(decode=False))
     if source.label_column is not None:
         check_column(dataset, source.label_column, source.name, "label_column_name")
     keep = [name for name in dataset.features if name in (column, source.label_column, "__key__", "__url__")]
-    return OpenSource(source, dataset.select_columns(keep).reshard(), column, revision)
+    has_tables = table is not None or dataset.info.builder_name == "parquet"
+    if table is not None:
+        table = table.select_columns(keep)
+        is_feature = isinstance(table.features[column], Image)
+        table = table.cast_column(column, Image(decode=False)) if is_feature else table
+    dataset, groups = dataset.select_columns(keep).reshard(), None
+    if kind == "parquet":
+        groups = [(file, group) for file in files for group in range(pq.read_metadata(file).num_row_groups)]
+    return OpenSource(source, dataset, column, revision, has_tables, groups, table)
 
 
 def _commit_of(source: Source) -> str | None:
@@ -119,21 +155,22 @@ def _root(source: Source) -> str:
     return source.name
 
 
-def _stream_files(kind: str, files: list[str], root: Path, split: str) -> tuple[IterableDataset, str]:
-    """Local files as a stream, and their fingerprint."""
+def _stream_files(kind: str, files: list[str], root: Path, split: str) -> tuple[IterableDataset, Dataset | None, str]:
+    """Local files as a stream, the table behind it if there is one, and their fingerprint."""
     if kind == "other":
         raise ValueError(f"{root} holds neither Parquet files nor tars nor images. Check the path.")
     if kind == "saved":
         table = load_from_disk(str(root))
         table = choose_split(table, split, "train_split_name") if isinstance(table, DatasetDict) else table
         files = [item["filename"] for item in table.cache_files]
-        return _sharded(table), _fingerprint(root, files, sizes=True)
+        return _sharded(table), table, _fingerprint(root, files, sizes=True)
     if kind != "imagefolder":
         stream = load_dataset(kind, data_files={"train": files}, split="train", streaming=True)
-        return stream, _fingerprint(root, files, sizes=True)
+        return stream, None, _fingerprint(root, files, sizes=True)
     names = _fingerprint(root, files, sizes=False)
     random.Random(0).shuffle(files)  # they are sorted by class, and a shard would hold one only
-    return _sharded(Dataset.from_dict({"image": [{"bytes": None, "path": path} for path in files]})), names
+    table = Dataset.from_dict({"image": [{"bytes": None, "path": path} for path in files]})
+    return _sharded(table), table, names
 
 
 def _sharded(table: Dataset) -> IterableDataset:
@@ -147,75 +184,257 @@ def _fingerprint(root: Path, files: list[str], sizes: bool) -> str:
 
 
 class ShardReader:
-    """The samples of some shards one after the other, from a place on, and the place after the last sample."""
+    """
+    The samples of one shard in their order.
 
-    def __init__(self, opened: OpenSource, shards: Sequence[int], place: dict):
-        self.name, self.dataset, self.shards = opened.source.name, opened.dataset, shards
-        self.position, self.num_read, self.current = place["position"], place["num_read"], None
-        self.within = place["within"]
+    Args:
+        place: where to begin, from `place()`; the start if not given.
+    """
+
+    weight, num_bytes = 1, 0  # how often it is drawn when shards are mixed; the most memory that it takes
+
+    def __init__(self, opened: OpenSource, shard: int, place: dict | None = None):
+        self.opened, self.shard = opened, shard
+        self.num_read = place["num_read"] if place else 0
+        with self._in_words():
+            self._open(place["within"] if place else None)
+        self.samples = self._examples()
 
     def __iter__(self) -> Iterator[dict]:
-        for position in range(self.position, len(self.shards)):
-            self.position = position
-            self.current = self.dataset.shard(self.dataset.num_shards, self.shards[self.position])
-            if self.within is not None:
-                self.current.load_state_dict(self.within)
-            for example in self._examples():
-                self.num_read += 1
-                yield example
-            self.within, self.num_read = None, 0
+        return self
 
-    def _examples(self) -> Iterator[dict]:
+    def __next__(self) -> dict:
+        with self._in_words():
+            example = next(self.samples)
+        self.num_read += 1
+        return example
+
+    @contextmanager
+    def _in_words(self) -> Iterator[None]:
         try:
-            for batch in self.current.iter(batch_size=1):  # unlike iter(dataset), never splits among workers by itself
-                yield {name: values[0] for name, values in batch.items()}
+            yield
         except (OSError, ValueError, tarfile.TarError) as error:
-            shard = self.shards[self.position]
             raise ValueError(
-                f"{self.name}: shard {shard} of {self.dataset.num_shards}, counted from 0, cannot be read after sample "
-                f"{self.num_read} ({error}). Repair or remove the file."
+                f"{self.opened.source.name}: shard {self.shard} of {self.opened.dataset.num_shards}, counted from 0, "
+                f"cannot be read after sample {self.num_read} ({error}). Repair or remove the file."
             ) from error
 
+    def _open(self, within: dict | None):
+        self.current = self.opened.dataset.shard(self.opened.dataset.num_shards, self.shard)
+        if within is not None:
+            self.current.load_state_dict(within)
+
+    def _examples(self) -> Iterator[dict]:
+        for batch in self.current.iter(batch_size=1):  # unlike iter(dataset), never splits among workers by itself
+            yield {name: values[0] for name, values in batch.items()}
+
     def place(self) -> dict:
-        """Position of the current shard, number of its samples that were read, and its state in `datasets`."""
-        return {"position": self.position, "num_read": self.num_read, "within": self.current.state_dict()}
+        """Number of samples that were read, and the state in `datasets`."""
+        return {"num_read": self.num_read, "within": self.current.state_dict()}
 
 
-START_OF_EPOCH = {"window": 0, "given": 0, "position": 0, "num_read": 0, "within": None}
+class TableReader(ShardReader):
+    """The samples of a shard that is held as a table, in an order that depends on `seed` alone."""
+
+    def __init__(self, opened: OpenSource, shard: int, place: dict | None, seed: int):
+        self.seed = seed
+        super().__init__(opened, shard, place)
+
+    def _open(self, _within: None):
+        super()._open(None)
+        tables = list(self.current.with_format("arrow").iter(batch_size=1000))
+        self.order = _shuffled(range(sum(map(len, tables))), self.seed)
+        self.table = pa.concat_tables(tables) if tables else None
+        self.weight = max(1, len(self.order))
+        self.num_bytes = self.table.nbytes if tables else 0
+
+    def _examples(self) -> Iterator[dict]:
+        for row in self.order[self.num_read :]:
+            yield self._row(row)
+
+    def _row(self, row: int) -> dict:
+        return self.table.slice(row, 1).to_pylist()[0]
+
+    def place(self) -> dict:
+        """Number of samples that were read."""
+        return {"num_read": self.num_read, "within": None}
+
+
+class RowReader(TableReader):
+    """As `TableReader`, of a source whose table is on the disk: each row is read when it is wanted."""
+
+    def _open(self, _within: None):
+        rows, shards = len(self.opened.table), self.opened.dataset.num_shards
+        first, last = (rows * shard // shards for shard in (self.shard, self.shard + 1))
+        self.order = _shuffled(range(first, last), self.seed)
+        self.weight = max(1, len(self.order))
+
+    def _row(self, row: int) -> dict:
+        return self.opened.table[row]
+
+
+class RowGroupReader(TableReader):
+    """
+    As `TableReader`, a row group of a local Parquet file. At most a part of it is held, of about `share` bytes; it is
+    read again for the next part, but not more than `MAX_PARTS` times.
+    """
+
+    def __init__(self, opened: OpenSource, shard: int, place: dict | None, seed: int, share: float):
+        self.share = share
+        super().__init__(opened, shard, place, seed)
+
+    def _open(self, _within: None):
+        self.file, self.group = self.opened.row_groups[self.shard]
+        self.schema = self.opened.dataset.features.arrow_schema
+        group = pq.read_metadata(self.file).row_group(self.group)
+        columns = (group.column(index) for index in range(group.num_columns))
+        size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] in self.schema.names)
+        self.order = _shuffled(range(group.num_rows), self.seed)
+        self.weight = max(1, group.num_rows)
+        self.part = math.ceil(self.weight / max(1, min(MAX_PARTS, math.ceil(size / self.share))))
+        self.num_bytes = size * self.part / self.weight
+
+    def _examples(self) -> Iterator[dict]:
+        while self.num_read < len(self.order):
+            end = (self.num_read // self.part + 1) * self.part
+            rows = self._read(self.order[self.num_read : end])
+            while rows:
+                yield rows.pop()  # and free its memory
+
+    def _read(self, numbers: list[int]) -> list[dict]:
+        """Rows of the group, the last one first."""
+        found, wanted, first = {}, np.sort(numbers), 0
+        with pq.ParquetFile(self.file, pre_buffer=False, buffer_size=READ_BYTES) as file:
+            names = self.schema.names
+            for batch in file.iter_batches(ROWS_AT_ONCE, [self.group], names, use_threads=False):
+                rows = wanted[np.searchsorted(wanted, first) : np.searchsorted(wanted, first + len(batch))]
+                table = pa.Table.from_batches([batch])
+                if not table.schema.equals(self.schema):
+                    table = table_cast(table, self.schema)
+                table = table if len(rows) == len(batch) else table.take(rows - first)
+                found.update(zip(rows.tolist(), table.to_pylist()))
+                first += len(batch)
+        return [found.pop(number) for number in reversed(numbers)]
+
+
+def _shuffled(rows: range, seed: int) -> list[int]:
+    order = list(rows)
+    random.Random(seed).shuffle(order)
+    return order
+
+
+class MixedShards:
+    """
+    The samples of an epoch of a reader, from many shards at once. Which of the open shards the next sample is from is
+    drawn in proportion to their size.
+
+    Args:
+        opened: the source.
+        shards: to be read, in the order in which they are opened.
+        begun: of those that were read in part already, the place in them.
+        seeds: shard -> seed of the order of its samples.
+        place: where to begin, from `place()`.
+    """
+
+    def __init__(
+        self,
+        opened: OpenSource,
+        shards: Sequence[int],
+        begun: dict[int, dict],
+        seeds: Callable[[int], int],
+        place: dict,
+    ):
+        self.opened, self.shards, self.begun, self.seeds = opened, shards, begun, seeds
+        self.open = {position: self._reader(position, within) for position, within in place["open"]}
+        self.next = place["next"]
+
+    def take(self, number: int, chance: random.Random) -> list[dict]:
+        """The next samples, shuffled; fewer at the end."""
+        examples = []
+        self._open_more()
+        while len(examples) < number and self.open:
+            positions, weights = self.chances
+            position = chance.choices(positions, cum_weights=weights)[0]
+            try:
+                examples.append(next(self.open[position]))
+            except StopIteration:
+                del self.open[position]
+                self._open_more()
+        chance.shuffle(examples)
+        return examples
+
+    def _open_more(self):
+        while self.next < len(self.shards) and len(self.open) < self.opened.num_mixed:
+            if self.open and sum(reader.num_bytes for reader in self.open.values()) >= HELD_BYTES:
+                break
+            self.open[self.next] = self._reader(self.next, self.begun.get(self.shards[self.next]))
+            self.next += 1
+        self.chances = list(self.open), list(accumulate(reader.weight for reader in self.open.values()))
+
+    def _reader(self, position: int, place: dict | None) -> ShardReader:
+        shard = self.shards[position]
+        if self.opened.row_groups is not None:
+            share = HELD_BYTES / min(self.opened.num_mixed, len(self.shards))
+            return RowGroupReader(self.opened, shard, place, self.seeds(shard), share)
+        if self.opened.table is not None:
+            return RowReader(self.opened, shard, place, self.seeds(shard))
+        if self.opened.has_tables:
+            return TableReader(self.opened, shard, place, self.seeds(shard))
+        return ShardReader(self.opened, shard, place)
+
+    def place(self) -> dict:
+        """The position of the shard that is opened next, and of those that are open, with the place in them."""
+        return {"next": self.next, "open": [(position, reader.place()) for position, reader in self.open.items()]}
+
+
+def _spread(shards: Sequence[int], number: int, chance: random.Random) -> list[int]:
+    """The shards in such a random order that each `number` of them are from all over: neighbors are often alike."""
+    ascending, order = sorted(shards), []
+    bounds = [len(ascending) * i // number for i in range(number + 1)]
+    groups = [ascending[first:last] for first, last in pairwise(bounds)]
+    for group in groups:
+        chance.shuffle(group)
+    for turn in zip_longest(*groups):
+        turn = [shard for shard in turn if shard is not None]
+        chance.shuffle(turn)
+        order += turn
+    return order
+
+
+START_OF_EPOCH = {"window": 0, "given": 0, "next": 0, "open": ()}
 
 
 class EndlessSource:
     """
-    One source, epoch after epoch: shards in another order each time, samples shuffled within windows.
+    One source, epoch after epoch: shards in another order each time, many of them mixed, and shuffled within windows.
 
     A reader is a data loading worker of a rank; the readers take shards in turn. Its state is where the current window
     began, and the number of the window's samples that were given out: on resumption the window is read again and
-    shuffled alike, so no buffer has to be saved. `done` holds, by epoch, the shards that other readers finished before
-    the number of readers changed.
+    shuffled alike, so no buffer has to be saved. `done` holds, by epoch, the shards that other readers read before the
+    number of readers changed: None for a finished one, otherwise the place in it.
     """
 
     def __init__(self, opened: OpenSource, seed: int, window: int):
         self.opened, self.seed, self.window = opened, seed, window
         self.state = {"epoch": 0, "done": {}, **START_OF_EPOCH}
 
-    def shards_of(self, reader: int, num_readers: int, epoch: int, done: dict[int, list[int]]) -> list[int]:
-        """The shards that a reader reads in an epoch, in order."""
+    def shards_of(self, reader: int, num_readers: int, epoch: int, done: dict[int, dict]) -> list[int]:
+        """The shards that a reader reads in an epoch, in order: those that are open at once are from all over."""
         order = list(range(self.opened.dataset.num_shards))
-        random.Random(seed_of(self.seed, self.opened.source.name, epoch)).shuffle(order)
-        finished = set(done.get(epoch, ()))
-        return [shard for shard in order if shard not in finished][reader::num_readers]
+        chance = random.Random(seed_of(self.seed, self.opened.source.name, epoch))
+        chance.shuffle(order)
+        places = done.get(epoch, {})
+        mine = [shard for shard in order if places.get(shard, START_OF_EPOCH) is not None][reader::num_readers]
+        return _spread(mine, self.opened.num_mixed, chance)
 
     def read(self, reader: int, num_readers: int) -> Iterator[tuple[dict, int]]:
         """Examples and their epoch, without end. Raises ValueError if there are none in epoch after epoch."""
         empty_epochs = 0
         while True:
             epoch, state = self.state["epoch"], self.state
-            shards = self.shards_of(reader, num_readers, epoch, state["done"])
-            samples = ShardReader(self.opened, shards, state)
-            iterator = iter(samples)
-            while examples := list(islice(iterator, self.window)):
+            samples = self._mixed(reader, num_readers, epoch)
+            while examples := samples.take(self.window, self._chance(reader, num_readers, epoch, state["window"])):
                 empty_epochs = -1
-                random.Random(seed_of(self.seed, epoch, reader, num_readers, state["window"])).shuffle(examples)
                 for example in examples[state["given"] :]:
                     state["given"] += 1
                     yield example, epoch
@@ -226,28 +445,39 @@ class EndlessSource:
             later = {number: shards for number, shards in state["done"].items() if number > epoch}
             state.update(START_OF_EPOCH, epoch=epoch + 1, done=later)
 
-    def done_by(self, states: Sequence[dict]) -> tuple[int, dict[int, list[int]], int]:
+    def _mixed(self, reader: int, num_readers: int, epoch: int) -> MixedShards:
+        shards = self.shards_of(reader, num_readers, epoch, self.state["done"])
+        seeds = partial(seed_of, self.seed, self.opened.source.name, epoch, "shard")
+        return MixedShards(self.opened, shards, self.state["done"].get(epoch, {}), seeds, self.state)
+
+    def _chance(self, reader: int, num_readers: int, epoch: int, window: int) -> random.Random:
+        return random.Random(seed_of(self.seed, epoch, reader, num_readers, window))
+
+    def done_by(self, states: Sequence[dict]) -> tuple[int, dict[int, dict], int]:
         """
-        The shards that all readers together have read.
+        What all readers together have read.
 
         Args:
             states: of all readers, in order.
 
         Returns:
-            The first epoch that has something left; for each epoch from there on the shards that are done; and the
-            number of samples of the others that were read already.
+            The first epoch that has something left; for each epoch from there on the shards that were read, with None
+            for a finished one, otherwise the place in it; and the number of samples that were read already but are not
+            before those places.
         """
         first = min(state["epoch"] for state in states)
         before = {epoch: shards for state in states for epoch, shards in state["done"].items()}  # all began with them
         done = {
-            epoch: set(before.get(epoch, ())) for epoch in range(first, max(state["epoch"] for state in states) + 1)
+            epoch: dict(before.get(epoch, {})) for epoch in range(first, max(state["epoch"] for state in states) + 1)
         }
         for reader, state in enumerate(states):
             for epoch in range(first, state["epoch"] + 1):
                 shards = self.shards_of(reader, len(states), epoch, before)
-                done[epoch].update(shards if epoch < state["epoch"] else shards[: state["position"]])
-        repeated = sum(state["num_read"] + state["given"] for state in states)
-        return first, {epoch: sorted(shards) for epoch, shards in done.items()}, repeated
+                finished = epoch < state["epoch"]
+                done[epoch].update(dict.fromkeys(shards if finished else shards[: state["next"]]))
+                if not finished:
+                    done[epoch].update({shards[position]: place for position, place in state["open"]})
+        return first, done, sum(state["given"] for state in states)
 
 
 class SampleStream(TorchIterableDataset):
@@ -331,26 +561,43 @@ class SampleStream(TorchIterableDataset):
         return {"sources": states, "draws": self.draws, "num_bad": self.num_bad}
 
     def load_state_dict(self, state: dict):
+        """Raises ValueError for a state of another version of this package, which read samples in another order."""
+        _check_states([state])
         for source, source_state in zip(self.sources, state["sources"], strict=True):
             source.state = dict(source_state)
         self.draws, self.num_bad = state["draws"], state["num_bad"]
 
     def begin_after(self, states: Sequence[dict]) -> int:
         """
-        Resumes where another number of readers stopped: no shard that they finished is read again in its epoch.
+        Resumes where another number of readers stopped: what they read is not read again in its epoch, except for the
+        windows that they had not finished.
 
         Args:
             states: of all those readers, by rank and worker.
 
         Returns:
-            Number of samples that will be read a second time, as their shards were not finished.
+            Number of samples that will be read a second time, as their windows were not finished.
+
+        Raises:
+            ValueError: for states of another version of this package, which read samples in another order.
         """
+        _check_states(states)
         repeated = 0
         for index, source in enumerate(self.sources):
             epoch, done, again = source.done_by([state["sources"][index] for state in states])
             source.state = {"epoch": epoch, "done": done, **START_OF_EPOCH}
             repeated += again
         return repeated
+
+
+def _check_states(states: Sequence[dict]):
+    for state in states:
+        for source in state["sources"]:
+            if not set(START_OF_EPOCH) <= set(source):
+                raise ValueError(
+                    "The checkpoint is of an earlier version of hivit_hf, which read the samples in another order, so "
+                    "it cannot be resumed from exactly: resume with that version, or start a new run from its weights."
+                )
 
 
 def stream_states(loader_state) -> Iterator[dict]:
@@ -377,7 +624,7 @@ def read_some(opened: OpenSource, transform: Callable[[bytes, int], torch.Tensor
     images, labels, tried = [], [], 0
     for shard in [*spread, *(shard for shard in range(num_shards) if shard not in spread)]:
         wanted = number if shard not in spread else min(number, len(images) + math.ceil(number / len(spread)))
-        for example in ShardReader(opened, [shard], START_OF_EPOCH):
+        for example in ShardReader(opened, shard):
             if len(images) == wanted or tried >= 10 * number > 10 * len(images):
                 break
             tried += 1
@@ -423,7 +670,7 @@ def check_disjoint(stream: SampleStream, gather: Callable[[list], list], num_sam
     for source in stream.sources:
         mine = set()
         shards = source.shards_of(stream.rank, stream.world_size, 0, {})
-        first = ShardReader(source.opened, shards, START_OF_EPOCH)
+        first = chain.from_iterable(ShardReader(source.opened, shard) for shard in shards)
         for example in islice(first, num_samples):
             with suppress(UnreadableImageError):
                 mine.add(xxhash.xxh3_64_hexdigest(image_of(example, source.opened.column)[0]))

@@ -220,7 +220,7 @@ class PretrainingArguments(RecipeArguments):
     )
     allow_topology_change: Annotated[bool, MAY_CHANGE] = argument(
         False,
-        "Resume with another number of ranks or workers, or batch size; unfinished shards are read again.",
+        "Resume with another number of ranks or workers, or batch size; unfinished shuffle windows are read again.",
     )
     allow_recipe_change: Annotated[bool, MAY_CHANGE] = argument(
         False, "Resume with another learning rate, warmup, weight decay, clipping or precision, after a divergence."
