@@ -23,7 +23,17 @@ from hivit_hf.hub.handler import RequestError
 from hivit_hf.hub.model_zoo import CHECKPOINTS, SPACE_CHECKPOINTS
 from hivit_hf.hub.visualization import feature_image
 from support.chromium import browser
-from support.nonsense import REFUSALS, encoded, is_one_sentence, noise, random_bytes, unreadable, unusual_images
+from support.nonsense import (
+    REFUSALS,
+    encoded,
+    exotic_files,
+    is_one_sentence,
+    no_process,
+    noise,
+    random_bytes,
+    unreadable,
+    unusual_images,
+)
 from support.patience import PATIENCE_S
 
 
@@ -156,6 +166,16 @@ def test_mistakes_are_answered_in_words(studio, call, words):
     with pytest.raises(RequestError, match=words) as refusal:
         call(studio)
     assert is_one_sentence(str(refusal.value))
+
+
+def test_other_formats_are_refused_and_start_no_program(studio, tmp_path, monkeypatch):
+    started = no_process(monkeypatch)
+    for name, file in exotic_files().items():
+        (tmp_path / name).write_bytes(file)
+        with pytest.raises(RequestError, match="not an image that can be read") as refusal:
+            studio.features(str(tmp_path / name))
+        assert is_one_sentence(str(refusal.value))
+    assert not started
 
 
 def test_its_card_names_checkpoints_of_the_table():

@@ -1,6 +1,7 @@
 """The Inference Endpoint, called as the endpoint toolkit calls it: one object, one dict per request, JSON back."""
 
 import base64
+import contextlib
 import importlib.util
 import io
 import json
@@ -20,7 +21,10 @@ from support.nonsense import (
     REFUSALS,
     animation,
     encoded,
+    exotic_files,
+    floats_with,
     is_one_sentence,
+    no_process,
     noise,
     random_bytes,
     unreadable,
@@ -210,6 +214,28 @@ def test_levels_without_a_known_white_are_refused(tmp_path):
             read_image(Image.new(mode, (9, 9), level))
         with pytest.raises(UnreadableImageError, match=f"^its values range {words}"):
             upright(Image.new(mode, (9, 9), level), 3)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_floats_that_are_no_numbers_are_refused_wherever_they_stand(value):
+    words = r"are no numbers \(NaN\)" if np.isnan(value) else "its values range from"
+    for file in floats_with(value):
+        with pytest.raises(RequestError, match=f"{words}.*: save it with 8 or 16 bits") as caught:
+            read_image(file)
+        assert is_one_sentence(str(caught.value))
+
+
+@pytest.mark.parametrize("name", exotic_files())
+def test_other_formats_are_refused_and_start_no_program(endpoint, name, monkeypatch):
+    """As bytes, and as the image that the toolkit opened itself."""
+    started, file = no_process(monkeypatch), exotic_files()[name]
+    inputs = [file, base64.b64encode(file).decode()]
+    with contextlib.suppress(Exception):  # not all are whole
+        inputs.append(Image.open(io.BytesIO(file)))
+    for sent in inputs:
+        found = answer(endpoint, {"inputs": sent})
+        assert is_one_sentence(found["error"]) and "send a PNG, JPEG, GIF or WebP file" in found["error"]
+    assert not started
 
 
 def test_the_transparent_level_of_16_bits_is_scaled_too():

@@ -4,8 +4,12 @@ import base64
 import io
 import random
 import re
+import struct
+import subprocess
 
-from PIL import Image
+import numpy as np
+import pytest
+from PIL import EpsImagePlugin, Image
 
 
 def encoded(image: Image.Image, file_format: str = "PNG", **options) -> bytes:
@@ -44,6 +48,45 @@ def unusual_images() -> dict[str, bytes]:
         "WebP": encoded(noise(30, 20), "WEBP"),
         "99 times as wide": encoded(Image.new("RGB", (99, 1))),
     }
+
+
+def exotic_files() -> dict[str, bytes]:
+    """Images of formats that Pillow reads and we do not, and more that look like them."""
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
+    formats = ["BLP", "DDS", "DIB", "EPS", "ICNS", "ICO", "IM", "JPEG2000", "MSP", "PCX", "PPM", "SGI", "TGA", "XBM"]
+    modes = {"BLP": "P", "MSP": "1", "XBM": "1"}
+    return {
+        **{name: encoded(Image.new(modes.get(name, "RGB"), (32, 32)), name) for name in formats},
+        "PostScript": postscript,
+        "EPS with a preview": struct.pack("<IIIIIIIIH", 0xC6D3D0C5, 30, len(postscript), 0, 0, 0, 0, 0, 0)[:30]
+        + postscript,
+        "PDF": encoded(Image.new("RGB", (9, 9)), "PDF"),
+        "FITS": b"SIMPLE  =                    T".ljust(80) + b"END".ljust(2800),
+        "WMF": b"\xd7\xcd\xc6\x9a\0\0" + bytes(80),
+    }
+
+
+def no_process(monkeypatch: pytest.MonkeyPatch) -> list:
+    """The programs that are started from now on; none of them really is."""
+    started = []
+
+    def refuse(_process, arguments, *_others, **_more):
+        started.append(arguments)
+        raise OSError("no program is started here")
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", refuse)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # or it is known already that there is none
+    return started
+
+
+def floats_with(value: float) -> list[bytes]:
+    """Float TIFF files with such a value at the beginning, in the middle, and at the end."""
+    found = []
+    for place in (0, 40, 80):
+        pixels = np.full(81, 0.5, np.float32)
+        pixels[place] = value
+        found.append(encoded(Image.fromarray(pixels.reshape(9, 9)), "TIFF"))
+    return found
 
 
 def unreadable() -> dict[str, object]:

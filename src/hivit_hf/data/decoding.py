@@ -1,7 +1,6 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
 """From the bytes of an image file to pixels: opening, EXIF orientation, decoding."""
 
-import io
 import warnings
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
-from ..image_reading import LevelsError, to_eight_bits
+from ..image_reading import LevelsError, open_file, to_eight_bits
 
 
 MAX_PIXELS = 178_956_970  # PIL's own limit
@@ -28,14 +27,15 @@ def open_image(data: bytes, max_pixels: int) -> Image.Image:
     The first frame of an image, its header read and nothing decoded yet.
 
     Raises:
-        UnreadableImageError: if there are no bytes, they are no image, or it has more than `max_pixels`.
+        UnreadableImageError: if there are no bytes, they are no image of the formats that are read
+            (`image_reading.FORMATS`), or it has more than `max_pixels`.
     """
     if not data:
         raise UnreadableImageError("no bytes")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about size, which is checked here
-            image = Image.open(io.BytesIO(data))
+            image = open_file(data)
     except Image.DecompressionBombError as error:
         raise UnreadableImageError(f"decompression bomb: more than {max_pixels} pixels") from error
     except Exception as error:  # the many decoders raise many things

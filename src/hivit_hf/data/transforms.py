@@ -1,6 +1,7 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
 """Image transforms: random crops, augmentation, normalization, mixup and CutMix."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,7 @@ from .seeding import seed_of, seeded
 
 
 _BICUBIC = v2.InterpolationMode.BICUBIC
+MAX_SIDE_RATIO = 16  # of images that are resized as a whole before their center is cropped
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,10 @@ class RandomCrop:
 
 @dataclass(frozen=True)
 class CenterCrop:
-    """The crop of evaluations: the shorter side resized to `resize` px, then the center."""
+    """
+    The crop of evaluations: the shorter side resized to `resize` px, then the center. Of an image that is longer than
+    16 times its width only the middle is resized, so that it takes no more memory than others.
+    """
 
     image_size: int
     resize: int
@@ -89,8 +94,24 @@ class CenterCrop:
     def __call__(self, data: bytes, seed: int = 0) -> torch.Tensor:
         """(num_channels, image_size, image_size), uint8. Raises as `RandomCrop` does; the seed is ignored."""
         pixels = decode(open_image(data, self.max_pixels), self.num_channels)
+        left, top, right, bottom = middle(pixels.shape[2], pixels.shape[1], self.image_size / self.resize)
+        pixels = pixels[:, top:bottom, left:right]
         pixels = v2.functional.resize(pixels, [self.resize], interpolation=_BICUBIC, antialias=True)
-        return v2.functional.center_crop(pixels, [self.image_size, self.image_size])
+        cropped = v2.functional.center_crop(pixels, [self.image_size, self.image_size])
+        return cropped.clone(memory_format=torch.contiguous_format)  # a view would keep the whole image
+
+
+def middle(width: int, height: int, crop_ratio: float) -> tuple[int, int, int, int]:
+    """
+    The box (left, top, right, bottom) of an image that is all a center crop can show: the image itself, unless one side
+    is more than 16 times the other.
+
+    Args:
+        crop_ratio: the crop's side, as a fraction of the shorter side.
+    """
+    longest = max(MAX_SIDE_RATIO, math.ceil(2 * crop_ratio)) * min(width, height)
+    left, top = (max(0, side - longest) // 2 for side in (width, height))
+    return left, top, width - left, height - top
 
 
 def _reduced(box: dict[str, int], factor: int, size: tuple[int, int]) -> dict[str, int]:
@@ -113,12 +134,22 @@ def denormalize(pixels: torch.Tensor, mean: tuple[float, ...], std: tuple[float,
 
 
 class EvaluationTransform:
-    """The transform of evaluations, from a PIL image to (channels, H, W): the image processor saved with the model."""
+    """
+    The transform of evaluations, from a PIL image to (channels, H, W): the image processor saved with the model. Where
+    it crops the center, only the middle of images that are longer than 16 times their width is resized.
+    """
 
     def __init__(self, processor: BitImageProcessor):
         self.processor = processor
+        shortest, crop = (dict(getattr(processor, name, None) or {}) for name in ("size", "crop_size"))
+        self.crop_ratio = None
+        if getattr(processor, "do_center_crop", False) and "shortest_edge" in shortest and "height" in crop:
+            self.crop_ratio = max(crop["height"], crop["width"]) / shortest["shortest_edge"]
 
-    def __call__(self, image) -> torch.Tensor:
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        if self.crop_ratio is not None:
+            box = middle(*image.size, self.crop_ratio)
+            image = image if box == (0, 0, *image.size) else image.crop(box)
         return self.processor(image, return_tensors="pt")["pixel_values"][0]
 
 

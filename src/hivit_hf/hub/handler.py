@@ -13,7 +13,6 @@ are never fetched. This file travels to the Hub with `image_reading.py`: it impo
 
 import base64
 import binascii
-import io
 import json
 import re
 from pathlib import Path
@@ -25,9 +24,9 @@ from transformers import AutoModel, AutoModelForImageClassification, PreTrainedC
 
 
 try:
-    from ..image_reading import LevelsError, read_processor, to_eight_bits
+    from ..image_reading import FormatError, LevelsError, check_format, open_file, read_processor, to_eight_bits
 except ImportError:  # on the Hub, where the files lie side by side
-    from image_reading import LevelsError, read_processor, to_eight_bits
+    from image_reading import FormatError, LevelsError, check_format, open_file, read_processor, to_eight_bits
 
 
 MAX_MEGAPIXELS = 64
@@ -56,13 +55,17 @@ def read_image(source: Image.Image | bytes | str) -> Image.Image:
         if not len(source):
             raise RequestError("The image is empty: send the bytes of a PNG, JPEG, GIF or WebP file.")
         try:
-            source = Image.open(io.BytesIO(source))
+            source = open_file(source)
         except Exception as error:  # decoders raise whatever they stumble over
             if isinstance(error, Image.DecompressionBombError):
                 raise RequestError(_too_large("more than 170")) from error
             raise RequestError("This is not an image that can be read: send a PNG, JPEG, GIF or WebP file.") from error
     if not isinstance(source, Image.Image):
         raise RequestError(f"An image must be an image, bytes or base64 text, got a {type(source).__name__}.")
+    try:
+        check_format(source)  # the toolkit opens the body of a request itself
+    except FormatError as error:
+        raise RequestError(f"This image is not read, as {error}: send a PNG, JPEG, GIF or WebP file.") from error
     _check_size(source.width, source.height)
     try:
         source.seek(0)
