@@ -1,6 +1,9 @@
 """What all tests share: no network, small networks, weights in which every tensor matters."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,29 +19,31 @@ from hivit_hf import HiViTConfig
 from support.networks import TINY
 
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
 @pytest.fixture(autouse=True)
 def deterministic():
     torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")
-def demo_pretrained(tmp_path_factory):
-    """The folder with the weights that `make demo` pre-trains, for the tests that fine-tune them."""
-    from digits import experiment
+def digits_pretrained(tmp_path_factory):
+    """The folder with weights pre-trained as in `make demo`, for 16 epochs: for tests that compare them with others."""
     from digits.data import digits_dataset, write_parquet
-    from support.accelerate_state import forget_accelerator
 
     shared = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         shared = shared.parent
-    folder = shared / "demo_pretrained"
-    with FileLock(shared / "demo_pretrained.lock"):
-        if not folder.exists():
+    run = shared / "digits_pretrained"
+    with FileLock(shared / "digits_pretrained.lock"):
+        if not (run / "model").exists():
             data = write_parquet(digits_dataset(), shared / "digits")
-            forget_accelerator()
-            experiment.pretrain(data, shared / "demo_run")
-            (shared / "demo_run" / "model").rename(folder)
-    return folder
+            # a process of its own: the weights depend on nothing that other tests have left behind
+            command = [sys.executable, EXAMPLES / "pretrain_mim.py", "--config", EXAMPLES / "recipes/mae_digits.yaml"]
+            command += ["--dataset_name", data, "--output_dir", run, "--num_train_epochs", "16"]
+            subprocess.run([*command, "--dataloader_num_workers", "0", "--disable_tqdm"], check=True)
+    return run / "model"
 
 
 @pytest.fixture

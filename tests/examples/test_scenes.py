@@ -130,11 +130,11 @@ def test_a_split_that_does_not_exist():
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
-def test_scenes_are_segmented_and_detected_with_the_weights_of_the_demonstration(task, demo_pretrained, tmp_path):
+def test_scenes_are_segmented_and_detected_with_pretrained_weights(task, digits_pretrained, tmp_path):
     """With random weights in place of the backbone's, the same heads find next to nothing."""
     task.make_scenes(tmp_path / "scenes")
-    found = task.train(demo_pretrained, tmp_path / "scenes", tmp_path / "run")
-    random = untrained(HiViTConfig.from_pretrained(demo_pretrained), tmp_path / "random")
+    found = task.train(digits_pretrained, tmp_path / "scenes", tmp_path / "run")
+    random = untrained(HiViTConfig.from_pretrained(digits_pretrained), tmp_path / "random")
     lost = task.evaluate_with(random, tmp_path / "run", tmp_path / "scenes", tmp_path / "exchanged")
     for name, (wanted, most) in THRESHOLDS[task.name].items():
         assert found[name] > wanted and lost[name] < most, (name, found, lost)

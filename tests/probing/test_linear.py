@@ -8,28 +8,15 @@ import torch
 
 import finetune_classification
 import linear_probe
-from digits.data import digits_dataset, write_parquet
-from digits.experiment import pretrain
 from digits.labels import PROPERTIES
 from hivit_hf.classification.metrics import top_k_accuracy
 from hivit_hf.probing import features
 from hivit_hf.probing.linear import probe_lars, probe_lbfgs
 from hivit_hf.training.neighbors import nearest_neighbors
-from support.accelerate_state import forget_accelerator
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 DIGITS = ["--config", str(EXAMPLES / "recipes" / "finetune_digits.yaml")]
-MULTI, THRESHOLD = "multi_label_classification", 0.915
-
-
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("pretrained")
-    data = write_parquet(digits_dataset(), folder / "data")
-    forget_accelerator()
-    pretrain(data, folder / "run", ["--num_train_epochs", "16", "--dataloader_num_workers", "0"])
-    return folder / "run" / "model"
 
 
 def probe(encoder: Path, dataset: Path, output: Path, *flags: str) -> dict:
@@ -39,34 +26,27 @@ def probe(encoder: Path, dataset: Path, output: Path, *flags: str) -> dict:
 
 
 @pytest.mark.slow
-def test_pretrained_features_beat_random_ones(pretrained, random_encoder, data, tmp_path):
-    """Thresholds between the two: measured are 0.81 and 0.67 for neighbors, 0.86 and 0.70 for the linear probe."""
+def test_pretrained_features_beat_random_ones(digits_pretrained, random_encoder, data, tmp_path):
+    """Measured are 0.81 and 0.67 for neighbors, 0.86 and 0.70 for the linear probe."""
     flags = ("--features", "stage3", "fused", "--methods", "knn", "lars")
-    for encoder, is_better in ((pretrained, True), (random_encoder, False)):
-        accuracy = probe(encoder, data / "digits", tmp_path / str(is_better), *flags)
-        assert (accuracy["stage3"]["knn"] > 0.74) == is_better
-        assert (accuracy["fused"]["lars"] > 0.78) == is_better
+    pretrained = probe(digits_pretrained, data / "digits", tmp_path / "pretrained", *flags)
+    random = probe(random_encoder, data / "digits", tmp_path / "random", *flags)
+    assert pretrained["stage3"]["knn"] > random["stage3"]["knn"] + 0.07, (pretrained, random)
+    assert pretrained["fused"]["lars"] > random["fused"]["lars"] + 0.08, (pretrained, random)
 
 
 @pytest.mark.slow
-def test_several_labels_are_trained_from_a_pretraining(pretrained, random_encoder, data, tmp_path):
+def test_several_labels_are_trained_from_a_pretraining(digits_pretrained, random_encoder, data, tmp_path):
     """Whether digits are even, above four, prime, or have a hole, after two epochs: measured are 0.95 and 0.87."""
     areas = {}
-    for name, encoder in (("pretrained", pretrained), ("random", random_encoder)):
-        arguments = [
-            *DIGITS,
-            "--problem_type",
-            MULTI,
-            "--num_train_epochs",
-            "2",
-            "--dataset_name",
-            str(data / "several"),
-        ]
+    for name, encoder in (("pretrained", digits_pretrained), ("random", random_encoder)):
+        arguments = [*DIGITS, "--problem_type", "multi_label_classification", "--num_train_epochs", "2"]
+        arguments += ["--dataset_name", str(data / "several")]
         arguments += ["--model_name_or_path", str(encoder), "--output_dir", str(tmp_path / name)]
         assert finetune_classification.main(arguments) == 0
         areas[name] = json.loads((tmp_path / name / "eval_results.json").read_text())
     assert set(areas["random"]) >= {f"eval_auc_{label}" for label in PROPERTIES}
-    assert areas["pretrained"]["eval_mean_auc"] > THRESHOLD > areas["random"]["eval_mean_auc"]
+    assert areas["pretrained"]["eval_mean_auc"] > areas["random"]["eval_mean_auc"] + 0.04, areas
 
 
 def test_features_are_computed_once(random_encoder, data, tmp_path, capsys, monkeypatch):
