@@ -19,6 +19,9 @@ AUTO_MODELS = {
     "AutoModelForImageClassification": "HiViTForImageClassification",
     "AutoBackbone": "HiViTBackbone",
 }
+# the same for folders that are loaded with trust_remote_code=True
+AUTO_MAP = {"AutoConfig": "configuration_hivit.HiViTConfig"}
+AUTO_MAP |= {auto: f"modeling_hivit.{model_class}" for auto, model_class in AUTO_MODELS.items()}
 
 
 def _register_config(auto):
@@ -38,6 +41,8 @@ def _register_models(_module):
 
     for auto_class, model_class in AUTO_MODELS.items():
         getattr(auto, auto_class).register(HiViTConfig, getattr(hivit, model_class), exist_ok=True)
+        getattr(hivit, model_class).register_for_auto_class(auto_class)  # saved with its code
+    hivit.HiViTPreTrainedModel.auto_map = AUTO_MAP
 
 
 def _register_image_processor(auto):

@@ -26,6 +26,7 @@ Units are in raster order, and so are the tokens inside a unit, as (row, column)
 """
 
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -620,10 +621,22 @@ class HiViTPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _input_embed_layer = "projection"
     _can_record_outputs = {"hidden_states": HiViTMLPLayer, "attentions": HiViTAttention}
+    auto_map = None  # of all classes; the package sets it, folders have it in config.json
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if cls.__module__ != __name__:  # those of FSDP and of users are not in this file, which is saved with models
+            cls._auto_class = None
 
     def __init__(self, config: HiViTConfig, *args, **kwargs):
         config.check()
         super().__init__(config, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs):
+        """As in transformers; what `import hivit_hf` defines is saved with its code, for `trust_remote_code=True`."""
+        if self._auto_class is not None and self.auto_map is not None:
+            self.config.auto_map = dict(self.auto_map)  # transformers would add the entry of this class alone
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     units_to_map = staticmethod(units_to_map)
 

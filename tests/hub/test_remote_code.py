@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from transformers import Trainer, TrainingArguments
 
 import hivit_hf
 from hivit_hf import HiViTForImageClassification, HiViTForMaskedImageModeling, HiViTModel
-from hivit_hf.hub.repository import AUTO_MAP, CODE_FILES, export
+from hivit_hf.auto_registration import AUTO_MAP, AUTO_MODELS
+from hivit_hf.hub.repository import CODE_FILES, export
+from hivit_hf.image_processing import evaluation_processor
 from support.patience import PATIENCE_S
 
 
@@ -160,6 +163,62 @@ print(json.dumps(endpoint({"inputs": open(sys.argv[3], "rb").read(), "parameters
     answer = run_without(code, [root / "classifier", root / "image.png"], ("hivit_hf", "torchvision"), tmp_path)
     assert len(answer) == 1
     assert answer[0]["label"] in ("tench", "goldfish")
+
+
+LOADS = """
+import torch
+from transformers import (AutoBackbone, AutoConfig, AutoModel, AutoModelForImageClassification, AutoModelForPreTraining,
+    logging, pipeline)
+
+logging.set_verbosity_error()
+folder, image = sys.argv[2:]
+remote = {"trust_remote_code": True}
+model = AutoModelForImageClassification.from_pretrained(folder, **remote)
+with torch.no_grad():
+    logits = model(torch.linspace(-2, 2, 2 * 3 * 64 * 64).view(2, 3, 64, 64)).logits.tolist()
+config = AutoConfig.from_pretrained(folder, **remote)
+others = [auto.from_pretrained(folder, **remote) for auto in (AutoModel, AutoModelForPreTraining)]
+others.append(AutoBackbone.from_config(config, **remote))
+answers = pipeline("image-classification", model=folder, **remote)(image)
+print(json.dumps([logits, [type(other).__name__ for other in others], [answer["label"] for answer in answers]]))
+"""
+
+
+@pytest.mark.slow
+def test_what_a_trainer_saves_needs_nothing_of_the_package(tiny_network, tmp_path):
+    """The folder that `Trainer.push_to_hub` uploads."""
+    model = tiny_network(HiViTForImageClassification, id2label={0: "tench", 1: "goldfish"})
+    data = [{"pixel_values": torch.randn(3, 64, 64), "labels": n % 2} for n in range(4)]
+    arguments = TrainingArguments(tmp_path / "saved", max_steps=1, report_to="none", use_cpu=True, save_strategy="no")
+    trainer = Trainer(model, arguments, train_dataset=data, processing_class=evaluation_processor(64))
+    trainer.train()
+    trainer.save_model(_internal_call=True)
+    Image.effect_noise((90, 70), 80).convert("RGB").save(tmp_path / "image.png")
+    arguments = [tmp_path / "saved", tmp_path / "image.png"]
+    logits, others, labels = run_without(LOADS, arguments, ("hivit_hf",), tmp_path)
+    with torch.no_grad():
+        expected = model.eval()(torch.linspace(-2, 2, 2 * 3 * 64 * 64).view(2, 3, 64, 64)).logits
+    torch.testing.assert_close(torch.tensor(logits), expected, atol=1e-5, rtol=1e-5)
+    assert others == ["HiViTModel", "HiViTForMaskedImageModeling", "HiViTBackbone"]
+    assert sorted(labels) == ["goldfish", "tench"]
+
+
+class OfAUser(HiViTModel):
+    """A class that the file of the network does not define."""
+
+
+@pytest.mark.parametrize("kind", sorted(set(AUTO_MODELS.values())))
+def test_every_model_is_saved_with_its_code(kind, tiny_network, tmp_path):
+    tiny_network(getattr(hivit_hf, kind)).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == AUTO_MAP
+    for name in ("configuration_hivit.py", "modeling_hivit.py"):
+        assert (tmp_path / name).read_text() == (Path(hivit_hf.__file__).parent / name).read_text()
+
+
+def test_a_class_of_a_user_is_saved_without_code(tiny_network, tmp_path):
+    tiny_network(OfAUser).save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
 
 
 def test_the_traveling_files_import_nothing_else_of_the_package():

@@ -22,6 +22,7 @@ import export_onnx
 import hivit_hf
 import push_to_hub
 from hivit_hf import HiViTBackbone, HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling, HiViTModel
+from hivit_hf.auto_registration import AUTO_MAP
 from hivit_hf.classification.evaluation import load_for_evaluation
 from hivit_hf.hub import repository
 from hivit_hf.hub.cards import check_card, render_card
@@ -83,8 +84,8 @@ def test_the_folder_is_complete(folder, classifier):
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == ["HiViTForImageClassification"]
     assert config["id2label"] == {"0": "tench", "1": "goldfish", "2": "shark"}
-    assert config["auto_map"] == repository.AUTO_MAP
-    assert len(repository.AUTO_MAP) == 6
+    assert config["auto_map"] == AUTO_MAP
+    assert len(AUTO_MAP) == 6
     for name, tensor in load_file(folder / "model.safetensors").items():
         assert torch.equal(tensor, classifier.state_dict()[name])
     assert json.loads((folder / "conversion_report.json").read_text()) == REPORT

@@ -147,8 +147,10 @@ def test_weights_that_do_not_fit(changes, message, folder_of):
         initialize(folder_of()[0], **changes)
 
 
-def test_a_decoder_without_its_last_layer_does_not_fit(folder_of, tmp_path):
+def test_a_decoder_with_another_number_of_layers_does_not_fit(folder_of, tmp_path):
     folder, weights = folder_of(decoder_num_hidden_layers=2)
+    with pytest.raises(ValueError, match=r"do not fit the network: decoder.layers.1.* left over"):
+        initialize(folder, config_overrides={"decoder_num_hidden_layers": 1})
     config = json.loads((tmp_path / "begin" / "config.json").read_text())
     cut = {key: tensor for key, tensor in weights.items() if "decoder.layers.1." not in key}
     HiViTForMaskedImageModeling(HiViTConfig(**NETWORK)).save_pretrained(folder, state_dict=cut)

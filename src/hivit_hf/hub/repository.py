@@ -33,8 +33,6 @@ from .visualization import enlarged, masked_image, pixels_to_image, side_by_side
 
 
 PACKAGE = Path(__file__).parents[1]
-AUTO_MAP = {"AutoConfig": "configuration_hivit.HiViTConfig"}
-AUTO_MAP |= {auto: f"modeling_hivit.{model_class}" for auto, model_class in AUTO_MODELS.items()}
 CODE_FILES = ("configuration_hivit.py", "modeling_hivit.py", "image_reading.py", "hub/handler.py")
 REQUIREMENTS = ("torch>=2.11", "transformers>=5.17", "safetensors>=0.5", "huggingface-hub>=1.0", "pillow>=11")
 SAMPLE_SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -285,11 +283,12 @@ def _read_samples(samples: Sequence[Path]) -> dict[str, tuple[Path, Image.Image]
 
 
 def _save_model(model: HiViTPreTrainedModel, folder: Path):
-    """Weights and configuration, with the `auto_map` of all classes: transformers would write that of one class."""
+    """Weights and configuration; that of the model stays without what is only for the folder."""
+    own = vars(model.config).get("auto_map")
     model.save_pretrained(folder)
-    path = folder / "config.json"
-    config = json.loads(path.read_text()) | {"auto_map": AUTO_MAP}
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    vars(model.config).pop("auto_map", None)
+    if own is not None:
+        model.config.auto_map = own
 
 
 def _write_code(folder: Path):

@@ -64,7 +64,9 @@ def _load(model_args: PretrainingModelArguments) -> Initialization:
     model, missing = load_weights(HiViTForMaskedImageModeling, name, config, (DECODER,))
     decoder = {DECODER + key for key in model.decoder.state_dict()}
     if not decoder <= missing:
-        refuse_misfits(name, decoder & missing)
+        # the encoder in it ignores weights of a decoder that are left over, so they are not reported
+        left_over = range(config.decoder_num_hidden_layers, found.decoder_num_hidden_layers)
+        refuse_misfits(name, {*(decoder & missing), *(f"decoder.layers.{layer}" for layer in left_over)})
     notes = [f"The weights are those of {name}.", *tables_note(name, missing)]
     if decoder <= missing:
         notes.append(f"Not in {name}, so it is newly initialized: the decoder.")

@@ -278,9 +278,7 @@ def missing_weights(name: str, loading: dict, fresh: tuple[str, ...]) -> set[str
     misfits = mismatched | {key for key in missing if not key.endswith(RELATIVE_POSITION_BIAS)}
     misfits = [key for key in misfits if not key.startswith(fresh)]
     misfits += [
-        key
-        for key in loading["unexpected_keys"]
-        if (".stages." in key or key.startswith("decoder.")) and not key.endswith(RELATIVE_POSITION_BIAS)
+        key for key in loading["unexpected_keys"] if ".stages." in key and not key.endswith(RELATIVE_POSITION_BIAS)
     ]
     refuse_misfits(name, misfits)
     return missing
