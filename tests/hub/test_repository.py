@@ -481,7 +481,9 @@ def test_the_command_itself(tmp_path):
     command = [sys.executable, str(ROOT / "examples" / "push_to_hub.py"), "nowhere", "out"]
     finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (finished.returncode, finished.stdout) == (2, "")
-    assert finished.stderr == "error: nowhere is no folder of a model: it has no config.json with architectures.\n"
+    *warnings, last = finished.stderr.splitlines()  # of libraries, such as torchao where it is installed
+    assert last == "error: nowhere is no folder of a model: it has no config.json with architectures."
+    assert not any("Traceback" in line for line in warnings)
 
 
 # -- cards ----------------------------------------------------------------------------------------------------------
