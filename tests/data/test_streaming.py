@@ -268,6 +268,7 @@ def test_the_order_depends_on_the_seed_alone(tmp_path, images):
     again, _ = paths(folder, 2500)
     other, _ = paths(folder, 2500, seed=1)
     assert first == again != other and set(first) == set(other)
+    assert paths(folder.rename(tmp_path / "elsewhere"), 2500)[0] == first  # not on where the data are
     assert first[:1200] != first[1200:2400] and set(first[:1200]) == set(first[1200:2400])
 
 

@@ -145,7 +145,9 @@ def test_other_workers_and_batches_resume_at_shard_boundaries(make_run, tmp_path
         stop_after_steps=13,
     )
     assert run.train()
-    repeated = int(re.search(r"but (\d+) images are, whose shards were not finished", capsys.readouterr().out)[1])
+    repeated = int(
+        re.search(r"but (\d+) images are, whose shuffle windows were not finished", capsys.readouterr().out)[1]
+    )
     samples = [record["samples"] for _, (record,) in sorted(kill_test.records(tmp_path / "run")[0].items())]
     assert len({name for step in samples for name in step}) == 153  # 112 before the change, and the others after it
     assert 0 < repeated < 64  # a window, and what came before it of its first shard

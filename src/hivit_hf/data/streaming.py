@@ -411,17 +411,19 @@ class EndlessSource:
     A reader is a data loading worker of a rank; the readers take shards in turn. Its state is where the current window
     began, and the number of the window's samples that were given out: on resumption the window is read again and
     shuffled alike, so no buffer has to be saved. `done` holds, by epoch, the shards that other readers read before the
-    number of readers changed: None for a finished one, otherwise the place in it.
+    number of readers changed: None for a finished one, otherwise the place in it. `number` is that of the source among
+    those that are mixed.
     """
 
-    def __init__(self, opened: OpenSource, seed: int, window: int):
-        self.opened, self.seed, self.window = opened, seed, window
+    def __init__(self, opened: OpenSource, seed: int, window: int, number: int = 0):
+        self.opened, self.window = opened, window
+        self.seed = seed_of(seed, number)  # not the name: the same data in another folder are read alike
         self.state = {"epoch": 0, "done": {}, **START_OF_EPOCH}
 
     def shards_of(self, reader: int, num_readers: int, epoch: int, done: dict[int, dict]) -> list[int]:
         """The shards that a reader reads in an epoch, in order: those that are open at once are from all over."""
         order = list(range(self.opened.dataset.num_shards))
-        chance = random.Random(seed_of(self.seed, self.opened.source.name, epoch))
+        chance = random.Random(seed_of(self.seed, epoch))
         chance.shuffle(order)
         places = done.get(epoch, {})
         mine = [shard for shard in order if places.get(shard, START_OF_EPOCH) is not None][reader::num_readers]
@@ -447,7 +449,7 @@ class EndlessSource:
 
     def _mixed(self, reader: int, num_readers: int, epoch: int) -> MixedShards:
         shards = self.shards_of(reader, num_readers, epoch, self.state["done"])
-        seeds = partial(seed_of, self.seed, self.opened.source.name, epoch, "shard")
+        seeds = partial(seed_of, self.seed, epoch, "shard")
         return MixedShards(self.opened, shards, self.state["done"].get(epoch, {}), seeds, self.state)
 
     def _chance(self, reader: int, num_readers: int, epoch: int, window: int) -> random.Random:
@@ -507,7 +509,7 @@ class SampleStream(TorchIterableDataset):
         window: int = 256,
         max_bad_fraction: float = 0.01,
     ):
-        self.sources = [EndlessSource(opened, seed, window) for opened in sources]
+        self.sources = [EndlessSource(opened, seed, window, number) for number, opened in enumerate(sources)]
         self.weights = [opened.source.weight for opened in sources]
         self.transform, self.num_units, self.seed = transform, num_units, seed
         self.rank, self.world_size = rank, world_size

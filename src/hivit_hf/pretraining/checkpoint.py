@@ -215,7 +215,7 @@ def find_resumption(checkpoints: Checkpoints, training_args: PretrainingArgument
         there, here = (", ".join(f"{name}={values[name]}" for name in changed) for values in (before, after))
         raise ValueError(
             f"{path} was made with {there}, now it is {here}: each reader has its own place in the data. Resume with "
-            "the same, or give --allow_topology_change, which reads the unfinished shards again."
+            "the same, or give --allow_topology_change, which reads unfinished shuffle windows again."
         )
     changed_recipe = any(was[name] != now["arguments"][name] for name in recipe)
     return Resumption(path, manifest, bool(changed), changed_recipe)

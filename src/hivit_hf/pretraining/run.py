@@ -150,8 +150,8 @@ class PretrainingRun:
         set_seed(seed_of(self.args.seed, self.step, self.accelerator.process_index) % 2**32)
         repeated = self.stream.begin_after([state for saved in states for state in stream_states(saved)])
         self.log.say(
-            f"resumes from {path.name} with other ranks, workers or batches: whole shards are not read again in their "
-            f"epoch, but {repeated} images are, whose shards were not finished"
+            f"resumes from {path.name} with other ranks, workers or batches: what was read is not read again in its "
+            f"epoch, but {repeated} images are, whose shuffle windows were not finished"
         )
         self.save()  # the place in the data is a new one now
 
