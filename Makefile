@@ -8,7 +8,7 @@ BROWSER := examples/browser/node_modules/installed
 DEMO := demo_output/index.html
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-all test-oldest conformance check bench cards kill-test clean
+.PHONY: demo test test-all test-oldest conformance check bench cards kill-test attack-test clean
 
 demo: $(VENV)/installed   ## HiViT pre-trains, fine-tunes and predicts on real digits: demo_output/index.html
 	$(RUN) examples/demo_digits.py
@@ -54,6 +54,9 @@ cards: $(VENV)/installed  ## The model cards, and the tables of checkpoints, fro
 
 kill-test: $(VENV)/installed  ## 20 SIGKILLs in each of 8 pre-trainings, held against uninterrupted ones, bit for bit (an hour)
 	$(RUN) tests/kill_test.py
+
+attack-test: $(VENV)/installed  ## Hostile and broken command lines, recipes, data, models, checkpoints, images, requests, with counts
+	$(RUN) tests/attack_test.py
 
 $(DEMO): | $(VENV)/installed
 	$(RUN) examples/demo_digits.py

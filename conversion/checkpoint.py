@@ -15,7 +15,7 @@ import math
 import pickle
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +24,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 
-MAX_PICKLE_BYTES = 64 * 2**20  # names and shapes; a checkpoint of HiViT-L with optimizer has less than 1 MB
+# A checkpoint of HiViT-L with optimizer has a pickle of less than 1 MB, 400,000 steps and 3,000 tensors. What is far
+# beyond is refused, as a file of a few MB could otherwise fill the memory and take hours.
+MAX_PICKLE_BYTES = 64 * 2**20
+MAX_STEPS = 2_000_000  # operations of the pickle, and items that they copy
+MAX_TENSORS = 20_000
+MAX_DIMENSIONS = 16
+MAX_NAME_LENGTH = 1000
+MAX_RECORDS = 100_000
+MAX_WRAPPERS = 4
 
 
 class ConversionError(ValueError):
@@ -90,7 +98,9 @@ def _rebuild_tensor(storage, offset, size, stride, *_) -> torch.Tensor:
     """A view of a storage, which must lie within it and must not be larger."""
     if not isinstance(storage, _Storage):
         raise pickle.UnpicklingError("a tensor without a storage")
-    if len(size) != len(stride) or any(type(n) is not int or n < 0 for n in (offset, *size, *stride)):
+    if not len(size) == len(stride) <= MAX_DIMENSIONS:
+        raise pickle.UnpicklingError("a tensor of impossible shape")
+    if any(type(n) is not int or not 0 <= n < 2**63 for n in (offset, *size, *stride)):
         raise pickle.UnpicklingError("a tensor of impossible shape")
     last = offset + sum((length - 1) * step for length, step in zip(size, stride))
     if math.prod(size) and (last >= storage.length or math.prod(size) > storage.length):
@@ -99,9 +109,11 @@ def _rebuild_tensor(storage, offset, size, stride, *_) -> torch.Tensor:
 
 
 def _checked_key(key):
-    """A key that is hashed at once; nested ones can take for ever."""
+    """A key that is hashed at once: nested ones can take for ever, and all multiples of 2^61 - 1 have one hash."""
     if not isinstance(key, (str, int, float, bytes, type(None))):
         raise pickle.UnpicklingError(f"a {type(key).__name__} as a key")
+    if isinstance(key, int) and not -(2**60) < key < 2**60:
+        raise pickle.UnpicklingError("a key of more than 60 bits")
     return key
 
 
@@ -126,6 +138,8 @@ _ADMITTED = {
     "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
 }
 
+_COPIED = (list, tuple, dict, str, bytes)
+
 # How ordinary objects are pickled; that they are not made is no sign of anything.
 _ORDINARY_CALLS = {
     "_codecs.encode",
@@ -140,6 +154,23 @@ _ORDINARY_CALLS = {
     "pathlib.PosixPath",
     "pathlib.PurePosixPath",
 }
+
+
+class _Dispatch(dict):
+    """The methods of an unpickler by opcode, which ends after so many steps."""
+
+    def __init__(self, methods: Mapping[int, Callable]):
+        super().__init__(methods)
+        self.steps = 0
+
+    def spend(self, steps: int):
+        self.steps += steps
+        if self.steps > MAX_STEPS:
+            raise pickle.UnpicklingError(f"its pickle takes more than {MAX_STEPS} steps, far more than any checkpoint")
+
+    def __getitem__(self, opcode: int) -> Callable:
+        self.spend(1)
+        return super().__getitem__(opcode)
 
 
 class _StandIn:
@@ -163,8 +194,11 @@ class _TensorUnpickler(pickle._Unpickler):
     def __init__(self, file, load_storage, notes: Checkpoint):
         super().__init__(file)
         self.persistent_load, self.notes = load_storage, notes
+        self.dispatch = _Dispatch(type(self).dispatch)
 
     def find_class(self, module: str, name: str):
+        if len(module) + len(name) > MAX_NAME_LENGTH:
+            raise pickle.UnpicklingError(f"a class whose name has {len(module) + len(name)} letters")
         qualified = f"{module}.{name}".replace("__builtin__.", "builtins.")
         if qualified in _ADMITTED:
             return _ADMITTED[qualified]
@@ -172,6 +206,7 @@ class _TensorUnpickler(pickle._Unpickler):
             return _DTYPES[name]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
+        self.dispatch.spend(len(qualified))
         self.notes.classes_left_out.append(qualified)
         return _StandIn(qualified)
 
@@ -184,6 +219,7 @@ class _TensorUnpickler(pickle._Unpickler):
             return function
         if not any(function is admitted for admitted in _ADMITTED.values()):
             raise pickle.UnpicklingError(f"a {type(function).__name__} is called")
+        self.dispatch.spend(sum(len(argument) for argument in arguments if isinstance(argument, _COPIED)))
         return function(*arguments)
 
     def load_reduce(self):
@@ -269,6 +305,8 @@ def _check_records(path: Path, archive: zipfile.ZipFile) -> str:
         raise ConversionError(f"{path} is a TorchScript program, not a checkpoint. Give the state dict it was made of.")
     if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
         raise ConversionError(f"{path} was compressed. Unpack it, and pack it again without compression (zip -0).")
+    if len(names) > MAX_RECORDS or sum(info.file_size for info in infos) > path.stat().st_size:
+        raise ConversionError(f"{path} holds {len(names)} records, more or larger ones than fit in it. Get it again.")
     if f"{folder}byteorder" in names and archive.read(f"{folder}byteorder") != b"little":
         raise ConversionError(f"{path} was written on a big-endian machine. Save it again on another.")
     if archive.getinfo(pickles[0]).file_size > MAX_PICKLE_BYTES:
@@ -287,7 +325,9 @@ def _read_archive(path: Path, notes: Checkpoint) -> object:
             def load_storage(saved_id):
                 kind, dtype, key, _, length = saved_id
                 if kind != "storage" or not isinstance(dtype, torch.dtype):
-                    raise pickle.UnpicklingError(f"a storage of unknown type {dtype!r}")
+                    raise pickle.UnpicklingError(f"a storage of unknown type, {type(dtype).__name__}")
+                if type(key) is not str or type(length) is not int:
+                    raise pickle.UnpicklingError("a storage without a name or a length")
                 info = archive.getinfo(f"{folder}data/{key}")
                 if info.file_size != length * dtype.itemsize:
                     raise pickle.UnpicklingError(f"record {key} has {info.file_size} bytes for {length} numbers")
@@ -335,6 +375,8 @@ def _why_no_state_dict(entry: object) -> str | None:
         return "it is no dictionary"
     if not entry:
         return "it is empty"
+    if len(entry) > MAX_TENSORS:
+        return f"it has {len(entry)} entries, where no HiViT has more than {MAX_TENSORS} tensors"
     for name, tensor in entry.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             kind = tensor.name if isinstance(tensor, _StandIn) else type(tensor).__name__
@@ -375,9 +417,10 @@ def read_checkpoint(path: str | Path, model_ema: bool = False) -> Checkpoint:
     elif problems:
         reasons = "; ".join(f"{entry}: {problem}" for entry, problem in problems.items())
         raise ConversionError(f"{path} holds no state dict that can be used ({reasons}).")
-    elif model_ema or _why_no_state_dict(content) is not None:
+    elif model_ema or (reason := _why_no_state_dict(content)) is not None:
         held = ", ".join(sorted(map(shown, content))[:12]) or "nothing"
-        raise ConversionError(f"{path} holds no state dict under {' or '.join(wanted)}; it holds: {held}.")
+        as_a_whole = "" if model_ema else f"; as a whole, {reason}"
+        raise ConversionError(f"{path} holds no state dict under {' or '.join(wanted)}; it holds: {held}{as_a_whole}.")
     checkpoint.tensors = _without_wrappers(content)
     return checkpoint
 
@@ -385,7 +428,7 @@ def read_checkpoint(path: str | Path, model_ema: bool = False) -> Checkpoint:
 def _without_wrappers(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Names without what DistributedDataParallel, torch.compile and averaged models put before them."""
     tensors = {name: tensor for name, tensor in tensors.items() if name != "n_averaged"}
-    for prefix in ("module.", "_orig_mod."):
+    for prefix in ("module.", "_orig_mod.") * MAX_WRAPPERS:
         if tensors and all(name.startswith(prefix) for name in tensors):
-            return _without_wrappers({name.removeprefix(prefix): tensor for name, tensor in tensors.items()})
-    return dict(tensors)
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return {name: tensor for name, tensor in tensors.items() if name != "n_averaged"}

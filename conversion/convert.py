@@ -135,6 +135,9 @@ def main(argv: list[str] | None = None) -> int:
     transformers.logging.disable_progress_bar()
     try:
         report = run(arguments)
+    except KeyboardInterrupt:
+        print("error: stopped by Ctrl-C; nothing was left.", file=sys.stderr)
+        return 130
     except (ConversionError, FolderError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -86,6 +86,9 @@ def main(argv: list[str] | None = None) -> int:
     logging.disable_progress_bar()
     try:
         run(arguments)
+    except KeyboardInterrupt:
+        print("error: stopped by Ctrl-C.", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import gradio as gr
-from studio import STAGES, Source, Studio
+from studio import STAGES, Source, Studio, file_within
 
 from hivit_hf.hub.handler import RequestError
 from hivit_hf.hub.model_zoo import CHECKPOINTS, SPACE_CHECKPOINTS
@@ -114,8 +114,12 @@ def build(studio: Studio, samples: list[str]) -> gr.Blocks:
 
     nothing, as_it_was = [None, [], None, None, *([None] * len(STAGES))], [gr.skip()] * 3
 
+    def uploaded(path):
+        return file_within(path, folder)
+
     @in_words(otherwise=nothing)
     def look(path, ratio):
+        path = uploaded(path)
         if path is None:  # it was removed
             return nothing
         mask = studio.draw_mask(ratio)
@@ -124,12 +128,12 @@ def build(studio: Studio, samples: list[str]) -> gr.Blocks:
     @in_words(otherwise=as_it_was)
     def mask_again(path, ratio):
         mask = studio.draw_mask(ratio)
-        return mask, *studio.reconstruct(path, mask)
+        return mask, *studio.reconstruct(uploaded(path), mask)
 
     @in_words(otherwise=as_it_was)
-    def click(path, mask, shown, event: gr.SelectData):
-        mask = studio.toggle(mask, event.index[0] / shown.shape[1], event.index[1] / shown.shape[0])
-        return mask, *studio.reconstruct(path, mask)
+    def click(path, mask, event: gr.SelectData):
+        mask = studio.toggle_at(mask, event.index)
+        return mask, *studio.reconstruct(uploaded(path), mask)
 
     with gr.Blocks(title="HiViT") as page:
         gr.Markdown(INTRODUCTION)
@@ -142,6 +146,7 @@ def build(studio: Studio, samples: list[str]) -> gr.Blocks:
                 image = gr.Image(sources=sources, label="Image", height=300, elem_id="image")
                 # the file as it came: Gradio itself would stumble over what is no image
                 image.preprocess = lambda payload: None if payload is None else payload.path or ""
+                folder = image.GRADIO_CACHE  # of uploads; Gradio copies the samples to it
                 words = gr.Markdown(elem_id="words")
                 if samples:
                     gr.Examples([[sample] for sample in samples], image, label="Samples", examples_per_page=12)
@@ -168,8 +173,15 @@ def build(studio: Studio, samples: list[str]) -> gr.Blocks:
         )
         ratio.release(mask_again, [image, ratio], [mask, masked, filled, words], api_name="mask", queue=False)
         again.click(mask_again, [image, ratio], [mask, masked, filled, words], api_name=False, queue=False)
-        masked.select(click, [image, mask, masked], [mask, masked, filled, words], api_name=False, queue=False)
+        masked.select(click, [image, mask], [mask, masked, filled, words], api_name=False, queue=False)
     return page
+
+
+def reach_itself_without_proxy():
+    """Gradio asks its own page whether it is there, which a proxy of the environment cannot reach."""
+    known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    hosts = ",".join([*filter(None, [known]), "localhost", "127.0.0.1", "::1"])
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = hosts
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -181,6 +193,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     samples = sorted(str(path) for path in arguments.samples.glob("*.*")) if arguments.samples.is_dir() else []
     page = build(studio, samples)
+    reach_itself_without_proxy()
     try:
         page.launch(server_port=arguments.port, css=CSS, theme=THEME, footer_links=[], show_error=True)
     except OSError as error:

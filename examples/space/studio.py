@@ -86,12 +86,24 @@ class Studio:
 
     def toggle(self, mask: list[bool], column: float, row: float) -> list[bool]:
         """The mask with one unit toggled; `column` and `row` in [0, 1), as fractions of width and height."""
+        for place in (column, row):
+            if isinstance(place, bool) or not isinstance(place, (int, float)) or not abs(place) <= 2**31:
+                raise RequestError(f"A click is at two numbers, column and row, got {str(place)[:40]!r}.")
         mask, (rows, columns) = list(self._checked(mask)), self.grid
         unit = min(max(int(row * rows), 0), rows - 1) * columns + min(max(int(column * columns), 0), columns - 1)
         mask[unit] = not mask[unit]
         if all(mask):
             raise RequestError("One patch must stay visible: unmask another before you mask this one.")
         return mask
+
+    def toggle_at(self, mask: list[bool], pixel: list[float]) -> list[bool]:
+        """As `toggle`, for a click at `pixel`, (x, y), of the images that `reconstruct` gives."""
+        if not isinstance(pixel, (list, tuple)) or len(pixel) != 2:
+            raise RequestError(f"A click is at two numbers, column and row, got {str(pixel)[:40]!r}.")
+        sides = [length * self.autoencoder.config.patch_size for length in reversed(self.grid)]
+        sides = [side * max(1, SHOWN_PX // sides[0]) for side in sides]
+        small = [isinstance(n, (int, float)) and abs(n) <= 2**31 for n in pixel]  # toggle refuses others
+        return self.toggle(mask, *(n / side if ok else n for n, side, ok in zip(pixel, sides, small)))
 
     @torch.inference_mode()
     def reconstruct(self, path: str | None, mask: list[bool]) -> tuple[Image.Image, Image.Image]:
@@ -127,3 +139,23 @@ def _read(path: str | None) -> Image.Image:
     except (OSError, TypeError, ValueError) as error:
         raise RequestError("The image did not arrive: send it again.") from error
     return read_image(content)
+
+
+def file_within(path: str | None, folder: str | Path) -> str | None:
+    """
+    The path of a file in the folder of uploads, where samples are too. No path comes back as it is.
+
+    A request can name any path, and Gradio checks those alone that its own page sends.
+
+    Raises:
+        RequestError: for a file elsewhere, through links too, and for what is no plain file.
+    """
+    if not path:
+        return path
+    try:
+        found = Path(path).resolve()
+        if found.is_relative_to(Path(folder).resolve()) and found.is_file():
+            return str(found)
+    except (OSError, TypeError, ValueError, RuntimeError):  # no path at all, or a link to itself
+        pass
+    raise RequestError("The image is neither an upload nor a sample: upload it.")

@@ -40,6 +40,16 @@ ARCHITECTURES = {
     },
 }
 
+# What is larger is a mistake, at which a model would hang or fill the memory.
+MAX_IMAGE_SIZE, MAX_WIDTH, MAX_LAYERS, MAX_LABELS = 32_768, 65_536, 1000, 1_000_000
+_MOST = {
+    **dict.fromkeys(["patch_size", "window_size", "encoder_stride"], MAX_IMAGE_SIZE),
+    **dict.fromkeys(["num_channels", "hidden_size", "num_attention_heads"], MAX_WIDTH),
+    **dict.fromkeys(["decoder_hidden_size", "decoder_num_attention_heads"], MAX_WIDTH),
+    **dict.fromkeys(["early_mlp_ratio", "mlp_ratio", "decoder_mlp_ratio"], 1000),
+    **dict.fromkeys(["early_blocks_per_depth", "decoder_num_hidden_layers"], MAX_LAYERS),
+}
+
 PROBLEM_TYPES = ["single_label_classification", "multi_label_classification", "regression"]
 
 # Keywords that transformers itself passes to a configuration and that are neither fields nor attributes of its base.
@@ -223,6 +233,9 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
         for name in self.attribute_map.keys() & kwargs.keys():
             setattr(self, name, kwargs.pop(name))
         self._refuse_unknown_keywords(kwargs)
+        num_labels = kwargs.get("num_labels")
+        if isinstance(num_labels, int) and num_labels > MAX_LABELS:
+            raise ValueError(f"num_labels must be at most {MAX_LABELS}, got {num_labels}.")
         self.depths = list(self.depths)
         self.global_attention_layers = list(self.global_attention_layers)
         if not isinstance(self.image_size, int):
@@ -302,8 +315,16 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
         positive += ["early_mlp_ratio", "mlp_ratio", "decoder_mlp_ratio", "layer_norm_eps", "initializer_range"]
         positive += ["encoder_stride"]
         for name in positive:
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}.")
+        for name, most in _MOST.items():
+            if (getattr(self, name) or 0) > most:
+                raise ValueError(f"{name} must be at most {most}, got {getattr(self, name)}.")
+        if max(self.stage_layers) > MAX_LAYERS:
+            raise ValueError(
+                f"depths {self.depths} make stages of {self.stage_layers} layers, where {MAX_LAYERS} are the most: "
+                "lower them."
+            )
         for name in ["hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate", "mask_ratio"]:
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}. Give a fraction such as 0.1.")
@@ -338,6 +359,8 @@ class HiViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"image_size must be a positive multiple of patch_size {self.patch_size}, or two (height, width), "
                 f"got {self.image_size}; the nearest are {[nearest_multiples(s, self.patch_size) for s in sizes]}."
             )
+        if max(sizes) > MAX_IMAGE_SIZE:
+            raise ValueError(f"image_size must be at most {MAX_IMAGE_SIZE}, got {self.image_size}.")
         for prefix in ["", "decoder_"]:
             channels, heads = getattr(self, f"{prefix}hidden_size"), getattr(self, f"{prefix}num_attention_heads")
             if channels % 4:

@@ -298,7 +298,7 @@ def test_numbers_and_layouts_that_have_no_meaning(run, small, tmp_path, capsys):
         assert stopped.value.code == 2 and "must be at least 1, got 0" in capsys.readouterr().err
     assert "there is no decoder to convert" in run.refused(path, tmp_path / "out", "--decoder_num_heads", 4)
     assert "are those of --source self-supervised" in run.refused(path, tmp_path / "out", "--source", "dense")
-    assert "cannot be converted" in run.refused(path, tmp_path / "out", "--image_size", 16 * 10**5)
+    assert "image_size must be at most 32768" in run.refused(path, tmp_path / "out", "--image_size", 16 * 10**5)
 
 
 def test_safetensors_and_data_parallel_prefixes(run, small, tmp_path):

@@ -7,7 +7,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import httpx
@@ -18,41 +17,24 @@ from PIL import Image
 from transformers import BitImageProcessor
 
 import hivit_hf
-from hivit_hf import HiViTBackbone, HiViTForImageClassification, HiViTForMaskedImageModeling
+from hivit_hf import HiViTBackbone, HiViTForImageClassification
 from hivit_hf.hub.handler import RequestError
 from hivit_hf.hub.model_zoo import CHECKPOINTS, SPACE_CHECKPOINTS
 from hivit_hf.hub.visualization import feature_image
+from support.attacks import FAILED, requests
 from support.chromium import browser
-from support.nonsense import (
-    REFUSALS,
-    encoded,
-    exotic_files,
-    is_one_sentence,
-    no_process,
-    noise,
-    random_bytes,
-    unreadable,
-    unusual_images,
-)
+from support.nonsense import exotic_files, is_one_sentence, no_process, unusual_images
 from support.patience import PATIENCE_S
+from support.space import SPACE, Client, running_space, write_models
 
 
-SPACE = Path(__file__).parents[2] / "examples" / "space"
 sys.path.append(str(SPACE))
-from studio import Source, Studio  # noqa: E402
+from studio import Source, Studio, file_within
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory, tiny_network):
-    root = tmp_path_factory.mktemp("space")
-    names = dict(enumerate(["tench", "goldfish", "great white shark"]))
-    tiny_network(HiViTForImageClassification, id2label=names).save_pretrained(root / "classifier")
-    tiny_network(HiViTForMaskedImageModeling).save_pretrained(root / "autoencoder")
-    for name in ("classifier", "autoencoder"):
-        size = {"height": 64, "width": 64}
-        BitImageProcessor(size=size, do_center_crop=False).save_pretrained(root / name)
-    (root / "image.png").write_bytes(encoded(noise(64, 64)))
-    return root
+def models(tmp_path_factory, redraw):
+    return write_models(tmp_path_factory.mktemp("space"), redraw)
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +130,7 @@ def test_masks(studio):
     last = [True] * 15 + [False]
     with pytest.raises(RequestError, match="One patch must stay visible"):
         studio.toggle(last, 0.99, 0.99)
+    assert studio.toggle_at(mask, [447, 0])[3] and studio.toggle_at(mask, (134.5, 360))[13]
 
 
 @pytest.mark.parametrize(
@@ -157,6 +140,14 @@ def test_masks(studio):
         (lambda studio: studio.classify("/nowhere.png"), "did not arrive"),
         (lambda studio: studio.draw_mask("half"), "from 0 to 1"),
         (lambda studio: studio.draw_mask(float("nan")), "from 0 to 1"),
+        (lambda studio: studio.toggle([False] * 16, "left", 0.5), "at two numbers, column and row, got 'left'"),
+        (lambda studio: studio.toggle([False] * 16, 0.5, None), "at two numbers"),
+        (lambda studio: studio.toggle([False] * 16, float("nan"), 0.5), "at two numbers"),
+        (lambda studio: studio.toggle([False] * 16, 10**400, 0.5), "at two numbers"),
+        (lambda studio: studio.toggle_at([False] * 16, "left"), "at two numbers"),
+        (lambda studio: studio.toggle_at([False] * 16, ["a", "b"]), "at two numbers"),
+        (lambda studio: studio.toggle_at([False] * 16, [10**400, 1]), "at two numbers"),
+        (lambda studio: studio.toggle_at([False] * 16, {"x": 1}), "at two numbers"),
         (lambda studio: studio.reconstruct(None, [True] * 16), "must stay visible"),
         (lambda studio: studio.reconstruct(None, [False] * 3), "16 booleans"),
         (lambda studio: studio.reconstruct(None, "mask"), "16 booleans"),
@@ -176,6 +167,25 @@ def test_other_formats_are_refused_and_start_no_program(studio, tmp_path, monkey
             studio.features(str(tmp_path / name))
         assert is_one_sentence(str(refusal.value))
     assert not started
+
+
+def test_only_plain_files_within_the_folder_are_read(tmp_path):
+    folder = tmp_path / "uploads"
+    folder.mkdir()
+    for path in (folder / "image.png", tmp_path / "private.png"):
+        path.write_bytes(b"image")
+    (folder / "link.png").symlink_to(tmp_path / "private.png")
+    (folder / "loop.png").symlink_to(folder / "loop.png")
+    (tmp_path / "other").symlink_to(folder)
+    os.mkfifo(folder / "pipe.png")
+    assert file_within(str(folder / "image.png"), folder) == str(folder / "image.png")
+    assert file_within(str(folder / "image.png"), tmp_path / "other") == str(folder / "image.png")
+    assert file_within(None, folder) is None and file_within("", folder) == ""
+    others = ["../private.png", "link.png", "loop.png", "pipe.png", ".", "none.png", "\0", "a" * 5000]
+    for path in [*(f"{folder}/{name}" for name in others), str(tmp_path / "private.png"), "/dev/zero", "/etc", "x", 7]:
+        with pytest.raises(RequestError, match="neither an upload nor a sample") as refusal:
+            file_within(path, folder)
+        assert is_one_sentence(str(refusal.value))
 
 
 def test_its_card_names_checkpoints_of_the_table():
@@ -269,30 +279,8 @@ def test_revisions_of_nothing_are_refused(models, capsys):
 
 @pytest.fixture(scope="module")
 def address(models):
-    """The Space, started as its users start it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, str(SPACE / "app.py"), "--port", str(port)]
-    command += ["--classifier", str(models / "classifier"), "--autoencoder", str(models / "autoencoder")]
-    environment = os.environ | {"GRADIO_TEMP_DIR": str(models / "uploads"), "GRADIO_ANALYTICS_ENABLED": "False"}
-    with open(models / "log.txt", "w") as log:
-        process = subprocess.Popen(command, cwd=models, env=environment, stdout=log, stderr=log)
-    try:
-        end = time.monotonic() + PATIENCE_S
-        while True:
-            assert process.poll() is None, (models / "log.txt").read_text()
-            assert time.monotonic() < end, (models / "log.txt").read_text()
-            try:
-                httpx.get(f"http://127.0.0.1:{port}/")
-                break
-            except httpx.TransportError:
-                time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}"
-        assert process.poll() is None, (models / "log.txt").read_text()[-2000:]
-    finally:
-        process.terminate()
-        process.wait(timeout=PATIENCE_S)
+    with running_space(models) as found:
+        yield found
 
 
 @pytest.mark.slow
@@ -341,41 +329,25 @@ def _unit(shown: Image.Image, unit: int) -> bytes:
 
 
 @pytest.mark.slow
-def test_a_thousand_requests_of_nonsense(address, models):
-    """Over the network, as the page and scripts send them: words each time, and it classifies as before."""
-    with httpx.Client(base_url=f"{address}/gradio_api", timeout=PATIENCE_S) as client:
-
-        def upload(content):
-            return {"path": client.post("/upload", files={"files": ("image.png", content)}).json()[0],
-                    "meta": {"_type": "gradio.FileData"}}  # fmt: skip
-
-        good = upload((models / "image.png").read_bytes())
-        before = client.post("/run/look", json={"data": [good, 0.5]}).json()["data"][0]
-        named = {name: value for name, value in unreadable().items() if isinstance(value, bytes)}
-        requests = [({"data": [upload(value), 0.5]}, REFUSALS[name]) for name, value in named.items()]
-        # bytes behind a real head may be one thing or another
-        requests += [({"data": [upload(random_bytes(number)), 0.5]}, "image") for number in range(40)]
-        requests += [
-            ({"data": [good, ratio]}, "a number from 0 to 1, got") for ratio in ("half", -1, 2, None, [], good)
-        ]
-        requests += [({"data": [{}, 0.5]}, "There is no image yet")]
-        told = [(body, words, client.post("/run/look", json=body).json()) for body, words in requests]
-        for body, words, answer in told:
-            assert words in answer["data"][-1] and is_one_sentence(answer["data"][-1]), (body, answer)
-        # what Gradio itself answers, as no page of ours sends it
-        foreign = [{"path": "/etc/hostname", "meta": {"_type": "gradio.FileData"}}, {"path": "/etc/hostname"}]
-        malformed = [{"data": [image, 0.5]} for image in [*foreign, "x", 7, []]]
-        malformed += [{"data": []}, {"data": "x"}, {}, [], "x", None]
-        bodies = malformed + [body for body, _ in requests]
-        for number in range(1000 - len(requests)):
-            answer = client.post("/run/look", json=bodies[number % len(bodies)])
-            words = answer.json()
-            told = words["data"][-1] if answer.status_code == 200 else words.get("error") or words.get("detail")
-            assert told, (bodies[number % len(bodies)], answer.text)
-            assert "Traceback" not in answer.text and socket.gethostname() not in answer.text
+def test_samples_and_uploads_are_read(address, models):
+    with Client(address) as client:
+        upload = client.upload((models / "image.png").read_bytes())["path"]
+        sample = next((models / "uploads").rglob("sample.png"))
+        for path in (upload, str(sample)):
+            for mark in ({"meta": {"_type": "gradio.FileData"}}, {"meta": {"_type": "x"}}, {}):
+                assert "tench" in client.call("look", {"path": path, **mark}, 0.5)
+                assert client.run("look", {"path": path, **mark}, 0.5)["data"][-1] == ""
         for name, content in unusual_images().items():
-            assert client.post("/run/look", json={"data": [upload(content), 0.5]}).json()["data"][-1] == "", name
-        assert client.post("/run/look", json={"data": [good, 0.5]}).json()["data"][0] == before
+            assert client.run("look", client.upload(content), 0.5)["data"][-1] == "", name
+
+
+@pytest.mark.slow
+def test_requests_of_nonsense_and_for_files_of_the_server(address, models):
+    """Over the network, as the page and scripts send them: words each time, and it classifies as before."""
+    with Client(address) as client:
+        found = [outcome for _ in range(3) for outcome in requests.attacks(client, models)]
+    assert [(name, said) for name, outcome, said in found if outcome == FAILED] == []
+    assert len(found) > 1000
 
 
 def test_without_models_it_says_what_to_do(tmp_path):

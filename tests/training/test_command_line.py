@@ -3,15 +3,19 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated
 
 import pytest
+from safetensors import SafetensorError
 
+from hivit_hf.configuration_hivit import HiViTConfig
 from hivit_hf.training.command_line import (
     all_finite,
     all_positive,
     argument,
     ascending_pair,
+    at_most,
     check_fields,
     decay_rate,
     fraction,
@@ -37,6 +41,7 @@ class Arguments:
     name: str | None = argument(None, "A name.")
     steps: Annotated[int, positive] = argument(3, "A number of steps.")
     rate: Annotated[float | None, nonnegative] = argument(None, "A rate.")
+    workers: Annotated[int, nonnegative, at_most(64)] = argument(0, "A number of workers.")
     kind: Annotated[str, one_of("a", "b")] = argument("a", "A kind.")
     overrides: Annotated[str, json_object] = argument("{}", "Changes.")
     scales: list[float] = argument([0.5, 1.0], "Scales.")  # noqa: RUF009
@@ -83,8 +88,10 @@ def recipe(request, tmp_path) -> Path:
 
 def test_flags():
     assert parse() == Arguments()
-    given = parse("--steps", 7, "--scales", 1, 2, "--names", "a", "b", "--fast", "--no_careful", "--rate=1e-3")
-    assert given == Arguments(None, 7, 1e-3, "a", "{}", [1.0, 2.0], ["a", "b"], True, False)
+    given = parse(
+        "--workers", 2, "--steps", 7, "--scales", 1, 2, "--names", "a", "b", "--fast", "--no_careful", "--rate=1e-3"
+    )
+    assert given == Arguments(None, 7, 1e-3, 2, "a", "{}", [1.0, 2.0], ["a", "b"], True, False)
     assert parse("--careful", "false", "--fast", "true", "--name", "x").name == "x"
 
 
@@ -104,6 +111,8 @@ def test_lists_of_recipe_files(tmp_path):
     assert (parse("--config", path).scales, parse("--config", path).names) == ([], ["a", "b", "3"])
     path.write_text("scales: [-1.0, 2]\n")
     assert parse("--config", path).scales == [-1.0, 2.0]
+    path.write_text("scales: [-1.5e-7, 2.0e-7]\n")
+    assert parse("--config", path).scales == [-1.5e-7, 2e-7]
     assert Arguments().scales is not Arguments().scales
 
 
@@ -122,6 +131,12 @@ def test_lists_of_recipe_files(tmp_path):
         (("--rate", "nan"), "rate must not be negative, got nan."),
         (("--kind", "c"), "kind must be one of a, b, got 'c'."),
         (("--overrides", "{"), "overrides must be a JSON object such as '{\"name\": 8}', got {."),
+        (
+            ("--overrides", "[" * 5000),
+            f"overrides must be a JSON object such as '{{\"name\": 8}}', got {'[' * 200}... (5000 characters).",
+        ),
+        (("--workers", 10**9), "workers must be at most 64, got 1000000000."),
+        (("--name", "a\0b"), "'a\\x00b' holds a NUL character: leave it out."),
         (("--overrides", "[1]"), "overrides must be a JSON object such as '{\"name\": 8}', got [1]."),
     ],
 )
@@ -142,6 +157,12 @@ def test_flags_that_do_not_fit(flags, message, capsys):
         ("steps: true", "argument --steps: invalid int value: 'true'"),
         ("steps: [1, 2]", "'2' belongs to no flag, or its flag takes one value only."),
         ("steps: -1", "steps must be a positive number, got -1."),
+        ("names: [-a, b]", "The recipe {path} has '-a' in the list names: no item can begin with '-', as flags do."),
+        ("names: [[a], b]", "The recipe {path} has a list or mapping within the list names: give plain values."),
+        ("steps: " + "[" * 5000, "The recipe {path} is nested too deeply: give keys and values."),
+        ("names: &a [a, *a]", "The recipe {path} cannot be read: it has more than 10000 values"),
+        ("steps: 1\n" * 200_000, "The recipe {path} cannot be read: it has more than 1000000 characters"),
+        ('name: "a\\0b"', "'--name=a\\x00b' holds a NUL character: leave it out."),
         ("overrides: 7", "overrides must be a JSON object"),
         (None, "The recipe {path} cannot be read: [Errno 2] No such file"),
     ],
@@ -183,7 +204,8 @@ def test_help(capsys):
         (ascending_pair("0.1 1", high=1), [[0.1, 1], [0.5, 0.5]], [[0, 1], [1], [0.5, 0.1], [0.1, 2], [1, 1, 1]]),
         (all_positive, [[1, 2], []], [[1, 0], [float("nan")], [float("inf")]]),
         (all_finite, [[-1, 0], []], [[float("nan")], [1, float("inf")]]),
-        (json_object, ["{}", '{"a": [1]}'], ["", "{", "[]", "7", "null"]),
+        (json_object, ["{}", '{"a": [1]}'], ["", "{", "[]", "7", "null", "[" * 5000, '{"a": ' * 5000]),
+        (at_most(3), [3, -1, 2.5], [4, 10**400, float("inf")]),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -193,6 +215,46 @@ def test_checks(check, good, bad):
     for value in bad:
         with pytest.raises(ValueError, match="must"):
             check(value)
+
+
+def test_ctrl_c_is_a_sentence(capsys):
+    def run(arguments):
+        raise KeyboardInterrupt
+
+    assert run_script(run, Arguments()) == 130
+    assert capsys.readouterr().err == "error: stopped by Ctrl-C.\n"
+    assert run_script(run, SimpleNamespace(save_steps=5)) == 130
+    words = "error: stopped by Ctrl-C; --resume_from_checkpoint latest resumes from the last checkpoint.\n"
+    assert capsys.readouterr().err == words
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        OSError(27, "File too large"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:783] . PytorchStreamWriter failed writing file data/0"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_full_disk_is_named(error, capsys):
+    def run(*arguments):
+        raise error
+
+    assert run_script(run, Arguments(), SimpleNamespace(output_dir="runs/mine")) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: runs/mine cannot be written (") and said.count("\n") == 1
+    assert said.endswith("): free space there, or choose another --output_dir.\n")
+    assert run_script(run, SimpleNamespace(output_file="x/f.parquet")) == 2
+    assert "x/f.parquet cannot be written" in capsys.readouterr().err
+    assert run_script(run, Arguments()) == 2
+
+
+def test_values_of_wrong_types_are_a_sentence(capsys):
+    assert run_script(lambda: HiViTConfig(hidden_size="wide")) == 2
+    said = capsys.readouterr().err
+    assert "hidden_size" in said and "Validation" not in said and said.count("\n") == 1
 
 
 def test_one_sentence():

@@ -14,6 +14,7 @@ from ..training.command_line import (
     nonnegative,
     one_of,
     positive,
+    side_px,
     within,
 )
 
@@ -25,7 +26,7 @@ class ClassificationModelArguments(ModelArguments):
     problem_type: Annotated[str, one_of(*PROBLEM_TYPES)] = argument(
         "single_label_classification", f"Kind of targets: {', '.join(PROBLEM_TYPES)}."
     )
-    image_size: Annotated[int | None, positive] = argument(None, "Side of the images in px (the model's).")
+    image_size: Annotated[int | None, positive, side_px] = argument(None, "Side of the images in px (the model's).")
     head_init_std: Annotated[float | None, positive] = argument(
         None, "Standard deviation of a new classifier's weights (the configuration's initializer_range)."
     )

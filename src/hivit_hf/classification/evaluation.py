@@ -15,7 +15,7 @@ from ..data.datasets import ImageDataset
 from ..data.labels import SINGLE, find_labels
 from ..data.transforms import ClassificationCollator, EvaluationTransform
 from ..image_processing import load_processor
-from ..training.initialization import read_config, silent_transformers
+from ..training.initialization import read_config, reading_weights, silent_transformers
 from .metrics import top_k_accuracy
 
 
@@ -31,8 +31,9 @@ def load_for_evaluation(name: str) -> tuple[PreTrainedModel, BaseImageProcessor]
         raise ValueError(f"{name} is for {config.problem_type}, but evaluations are of one label per image.")
     if not any("ImageClassification" in kind for kind in config.architectures or []):
         raise ValueError(f"{name} is no classifier: fine-tune it first (examples/finetune_classification.py).")
-    with silent_transformers():
+    with reading_weights(name):
         model = AutoModelForImageClassification.from_pretrained(name, dtype=torch.float32).eval()
+    with silent_transformers():
         processor = load_processor(name, config)
     return model.to(torch.accelerator.current_accelerator(check_available=True) or "cpu"), processor
 

@@ -19,8 +19,8 @@ from ..training.initialization import (
     missing_weights,
     normalization,
     read_config,
+    reading_weights,
     resize_for,
-    silent_transformers,
 )
 from .arguments import ClassificationModelArguments, ClassificationTrainingArguments
 
@@ -77,7 +77,7 @@ def _load(model_args: ClassificationModelArguments, labels: LabelEncoding, overr
     if pretrained:  # the published classifiers have it, the published pre-training has not
         overrides.setdefault("use_relative_position_bias", True)
     same_labels = not pretrained and [config.id2label[i] for i in range(config.num_labels)] == list(labels.names)
-    with silent_transformers():
+    with reading_weights(name):
         model, loading = HiViTForImageClassification.from_pretrained(
             name, **overrides, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
         )

@@ -2,13 +2,14 @@
 """Datasets: what a name or folder is, opening, splits, image columns, and items for `Trainer`."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict, Image, IterableDataset, Value, load_dataset, load_from_disk
-from datasets.exceptions import DatasetNotFoundError
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from tqdm.auto import tqdm
 
 from .decoding import (
@@ -37,6 +38,13 @@ def find_dataset(name: str) -> tuple[str, list[str]]:
     Raises:
         ValueError: for a file, and for a path where nothing is.
     """
+    try:
+        return _find_dataset(name)
+    except OSError as error:
+        raise ValueError(f"{name[:200]} cannot be searched for images: {error.strerror}. Check the path.") from error
+
+
+def _find_dataset(name: str) -> tuple[str, list[str]]:
     folder = Path(name)
     if folder.is_file():
         raise ValueError(f"{name} is a file: give the folder that it is in.")
@@ -76,7 +84,7 @@ def open_splits(
         if find_dataset(os.path.abspath(folder))[0] != "imagefolder":
             raise ValueError(f"{folder} is no folder of images: give other datasets by --dataset_name.")
     kind = "imagefolder" if folders else find_dataset(dataset_name)[0]
-    try:
+    with opening(name):
         if folders:
             data_files = {split: os.path.join(folder, "**") for split, folder in folders.items()}
             loaded = load_dataset(kind, data_files=data_files)
@@ -86,14 +94,24 @@ def open_splits(
             loaded = load_dataset(kind, data_dir=name)
         else:
             loaded = load_dataset(name, dataset_config_name, revision=dataset_revision)
+    return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
+
+
+@contextmanager
+def opening(name: str) -> Iterator[None]:
+    """Inside, whatever the many readers raise about the dataset `name` becomes a ValueError of one sentence."""
+    try:
+        yield
     except DatasetNotFoundError as error:
         raise ValueError(f"There is no dataset {name}, here or on the Hub: check the name.") from error
-    except Exception as error:  # the many readers raise many things
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if isinstance(error, IndexError) or "corresponds to no data" in reason:
+    except Exception as error:
+        cause = error
+        while isinstance(cause, DatasetGenerationError) and cause.__cause__ is not None:  # which says nothing itself
+            cause = cause.__cause__
+        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+        if isinstance(cause, IndexError) or "corresponds to no data" in reason:
             raise ValueError(f"The dataset {name} has a split without samples: choose another one.") from error
         raise ValueError(f"The dataset {name} cannot be read: {reason}") from error
-    return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
 
 
 def choose_split(splits: Mapping[str, Dataset], name: str, flag: str) -> Dataset:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from datasets import ClassLabel, Dataset, LargeList, List, Value
 
+from ..configuration_hivit import MAX_LABELS
 from .datasets import check_column
 
 
@@ -130,6 +131,11 @@ def find_labels(
     if problem_type == SINGLE and is_list:
         raise ValueError(f"{column!r} of {split} holds lists: give --problem_type multi_label_classification.")
     item = feature.feature if is_list else feature
+    if not isinstance(item, (ClassLabel, Value)):
+        raise ValueError(
+            f"{column!r} of {split} holds {type(item).__name__} values, no labels: choose another column with "
+            f"--{_FLAG}."
+        )
     if problem_type == REGRESSION:
         if not isinstance(item, Value) or item.dtype == "string":
             raise ValueError(f"Regression needs numbers, but {column!r} of {split} holds {item}.")
@@ -163,6 +169,11 @@ def _class_names(dataset: Dataset, column: str, item, is_list: bool, names: Sequ
         return tuple(sorted(values))
     if not all(isinstance(value, int) for value in values):
         raise ValueError(f"Labels must be names or whole numbers, but {column!r} holds {item}: try regression.")
+    if max(values) >= MAX_LABELS:
+        raise ValueError(
+            f"{column!r} has the label {max(values)}, but class numbers run from 0 to {MAX_LABELS - 1} at most: number "
+            "the classes from 0 on, or make the labels names."
+        )
     return tuple(str(number) for number in range(max(values) + 1))
 
 

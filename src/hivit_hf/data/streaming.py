@@ -15,7 +15,6 @@ import math
 import multiprocessing
 import random
 import signal
-import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -38,7 +37,7 @@ from torch.utils.data import get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers.utils import logging
 
-from .datasets import check_column, choose_split, find_dataset, image_column
+from .datasets import check_column, choose_split, find_dataset, image_column, opening
 from .decoding import UnreadableImageError, image_of
 from .seeding import seed_of
 
@@ -116,7 +115,8 @@ def open_source(source: Source) -> OpenSource:
     kind, files = find_dataset(root)
     if kind == "hub":
         revision = _commit_of(source)
-        dataset = load_dataset(source.name, source.config, split=source.split, revision=revision, streaming=True)
+        with opening(source.name):
+            dataset = load_dataset(source.name, source.config, split=source.split, revision=revision, streaming=True)
         table = None
     else:
         dataset, table, revision = _stream_files(kind, files, Path(root), source.split)
@@ -165,7 +165,8 @@ def _stream_files(kind: str, files: list[str], root: Path, split: str) -> tuple[
         files = [item["filename"] for item in table.cache_files]
         return _sharded(table), table, _fingerprint(root, files, sizes=True)
     if kind != "imagefolder":
-        stream = load_dataset(kind, data_files={"train": files}, split="train", streaming=True)
+        with opening(str(root)):
+            stream = load_dataset(kind, data_files={"train": files}, split="train", streaming=True)
         return stream, None, _fingerprint(root, files, sizes=True)
     names = _fingerprint(root, files, sizes=False)
     random.Random(0).shuffle(files)  # they are sorted by class, and a shard would hold one only
@@ -213,10 +214,13 @@ class ShardReader:
     def _in_words(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError, tarfile.TarError) as error:
+        except StopIteration:
+            raise
+        except Exception as error:  # the readers of files beside the images raise many things
             raise ValueError(
                 f"{self.opened.source.name}: shard {self.shard} of {self.opened.dataset.num_shards}, counted from 0, "
-                f"cannot be read after sample {self.num_read} ({error}). Repair or remove the file."
+                f"cannot be read after sample {self.num_read} ({' '.join(str(error).split())[:200]}). Repair or remove "
+                "the file."
             ) from error
 
     def _open(self, within: dict | None):

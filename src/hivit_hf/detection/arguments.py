@@ -7,16 +7,18 @@ from typing import Annotated, ClassVar
 
 from transformers.trainer_utils import SchedulerType
 
-from ..training.arguments import ImageArguments
+from ..training.arguments import MAX_BATCH_SIZE, ImageArguments
 from ..training.command_line import (
     MAY_CHANGE,
     argument,
     ascending_pair,
+    at_most,
     fraction,
     json_object,
     nonnegative,
     one_of,
     positive,
+    side_px,
     within,
 )
 from ..training.dense import DenseModelArguments, DenseTrainingArguments
@@ -72,12 +74,12 @@ class DetectionDataArguments(ImageArguments):
     bad_annotations: Annotated[str, one_of("refuse", "leave_out")] = argument(
         "refuse", "What to do with annotations that cannot be right: refuse or leave_out."
     )
-    crop_size: Annotated[int, positive] = argument(1024, "Side of the square training images in px.")
+    crop_size: Annotated[int, positive, side_px] = argument(1024, "Side of the square training images in px.")
     jitter_scale: Annotated[list[float], ascending_pair("0.1 2.0")] = argument(
         [0.1, 2.0], "Lower and upper bound of the random scale; at 1 an image fits the square."
     )
-    eval_min_size: Annotated[int, positive] = argument(800, "Shorter side of the images in evaluation, in px.")
-    eval_max_size: Annotated[int, positive] = argument(1333, "Upper bound of their longer side, in px.")
+    eval_min_size: Annotated[int, positive, side_px] = argument(800, "Shorter side of the images in evaluation, in px.")
+    eval_max_size: Annotated[int, positive, side_px] = argument(1333, "Upper bound of their longer side, in px.")
 
     def __post_init__(self):
         super().__post_init__()
@@ -99,7 +101,7 @@ class DetectionTrainingArguments(DenseTrainingArguments):
     num_train_epochs: Annotated[float, positive] = argument(36, "Number of training epochs.")
     per_device_train_batch_size: Annotated[int, positive] = argument(2, "Training batch size per device.")
     per_device_eval_batch_size: Annotated[int, positive, MAY_CHANGE] = argument(1, "Evaluation batch size per device.")
-    effective_batch_size: Annotated[int | None, positive] = argument(
+    effective_batch_size: Annotated[int | None, positive, at_most(MAX_BATCH_SIZE)] = argument(
         16, "Number of images per optimizer step over all devices; --gradient_accumulation_steps follows from it."
     )
     learning_rate: Annotated[float | None, positive] = argument(None, "Peak learning rate, that of the heads (1e-4).")

@@ -12,7 +12,13 @@ from transformers import AutoConfig, DeformableDetrConfig, DeformableDetrForObje
 
 from ..modeling_hivit import HiViTBackbone
 from ..training.dense import check_crop_size, check_trained, model_type_of
-from ..training.initialization import Initialization, check_architecture, initialize_backbone, normalization
+from ..training.initialization import (
+    Initialization,
+    check_architecture,
+    initialize_backbone,
+    normalization,
+    reading_weights,
+)
 from .arguments import DetectionDataArguments, DetectionModelArguments
 from .modeling import DetrBatches, HiViTRCNN, HiViTRCNNConfig, RCNNBatches, detr_processor
 
@@ -151,7 +157,9 @@ def _load_detector(
                 raise ValueError(f"The detector {name} has {key} {own}, not {value}: leave it out of {source}.")
     config.update(sizes)
     model_class = HiViTRCNN if isinstance(config, HiViTRCNNConfig) else DeformableDetrForObjectDetection
-    return Initialization(model_class.from_pretrained(name, config=config, dtype=torch.float32), mean, std, [])
+    with reading_weights(name):
+        model = model_class.from_pretrained(name, config=config, dtype=torch.float32)
+    return Initialization(model, mean, std, [])
 
 
 def backbone_of(model: HiViTRCNN | DeformableDetrForObjectDetection) -> HiViTBackbone:

@@ -13,7 +13,7 @@ from accelerate.utils import LoggerType
 from ..configuration_hivit import ARCHITECTURES, HiViTConfig
 from ..data.streaming import Source
 from ..image_processing import IMAGENET_MEAN
-from ..training.arguments import NetworkArguments, RecipeArguments
+from ..training.arguments import MAX_BATCH_SIZE, NetworkArguments, RecipeArguments
 from ..training.command_line import (
     CHANGES_RECIPE,
     CHANGES_TOPOLOGY,
@@ -23,6 +23,7 @@ from ..training.command_line import (
     all_positive,
     argument,
     ascending_pair,
+    at_most,
     check_fields,
     decay_rate,
     fraction,
@@ -30,6 +31,7 @@ from ..training.command_line import (
     one_of,
     positive,
     proper_fraction,
+    side_px,
     within,
 )
 
@@ -51,7 +53,7 @@ class PretrainingModelArguments(NetworkArguments):
         None,
         f"Architecture of the network: {', '.join(ARCHITECTURES)} (base-mae). A model of another one is refused.",
     )
-    image_size: Annotated[int | None, positive, OF_THE_MODEL] = argument(
+    image_size: Annotated[int | None, positive, side_px, OF_THE_MODEL] = argument(
         None, "Side of the training images in px (the model's, or 224)."
     )
     mask_ratio: Annotated[float, within(0, 1, high_included=False)] = argument(
@@ -179,7 +181,7 @@ class PretrainingArguments(RecipeArguments):
     per_device_train_batch_size: Annotated[int, positive, CHANGES_TOPOLOGY] = argument(
         64, "Training batch size per device and forward pass."
     )
-    effective_batch_size: Annotated[int, positive] = argument(
+    effective_batch_size: Annotated[int, positive, at_most(MAX_BATCH_SIZE)] = argument(
         4096, "Number of images per optimizer step over all devices; gradients are accumulated to reach it."
     )
     base_learning_rate: Annotated[float, positive, CHANGES_RECIPE] = argument(

@@ -7,8 +7,8 @@ from typing import Annotated
 from datasets import Dataset
 
 from ..data.datasets import ImageDataset, check_images, image_column
-from ..training.arguments import DatasetLocation
-from ..training.command_line import argument, nonnegative, positive, required_argument
+from ..training.arguments import MAX_WORKERS, DatasetLocation
+from ..training.command_line import argument, at_most, nonnegative, positive, required_argument, side_px
 
 
 @dataclass(kw_only=True)
@@ -31,5 +31,9 @@ class EncodedImages(EvaluatedImages):
     """As `EvaluatedImages`, with the encoder whose features are computed."""
 
     model_name_or_path: str = required_argument("Folder or Hub name of the HiViT.")
-    image_size: Annotated[int | None, positive] = argument(None, "Side of the input images in px (the model's).")
-    dataloader_num_workers: Annotated[int, nonnegative] = argument(4, "Number of data loading workers.")
+    image_size: Annotated[int | None, positive, side_px] = argument(
+        None, "Side of the input images in px (the model's)."
+    )
+    dataloader_num_workers: Annotated[int, nonnegative, at_most(MAX_WORKERS)] = argument(
+        4, "Number of data loading workers."
+    )

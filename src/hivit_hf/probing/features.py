@@ -19,7 +19,7 @@ from ..data.seeding import seeded
 from ..data.transforms import ClassificationCollator, EvaluationTransform
 from ..image_processing import evaluation_processor, find_processor
 from ..modeling_hivit import HiViTModel
-from ..training.initialization import normalization, read_config, silent_transformers
+from ..training.initialization import normalization, read_config, reading_weights, silent_transformers
 
 
 STAGES = ("stem", "stage1", "stage2", "stage3")
@@ -60,7 +60,7 @@ def load_encoder(name: str, image_size: int | None = None, random_weights: bool 
         with seeded(0):
             model = HiViTModel(config, add_pooling_layer=False)
     else:
-        with silent_transformers():
+        with reading_weights(name):
             model = HiViTModel.from_pretrained(name, add_pooling_layer=False, dtype=torch.float32)
     processor = _processor(name, config, image_size)
     digest = hashlib.sha256(json.dumps(processor.to_dict(), default=str, sort_keys=True).encode())

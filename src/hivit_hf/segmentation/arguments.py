@@ -6,8 +6,18 @@ from typing import Annotated, ClassVar
 
 from transformers.trainer_utils import SchedulerType
 
-from ..training.arguments import DataArguments
-from ..training.command_line import MAY_CHANGE, all_positive, argument, ascending_pair, fraction, nonnegative, positive
+from ..training.arguments import MAX_BATCH_SIZE, DataArguments
+from ..training.command_line import (
+    MAY_CHANGE,
+    all_positive,
+    argument,
+    ascending_pair,
+    at_most,
+    fraction,
+    nonnegative,
+    positive,
+    side_px,
+)
 from ..training.dense import DenseModelArguments, DenseTrainingArguments
 from .metrics import IGNORE_INDEX
 
@@ -47,7 +57,7 @@ class SegmentationDataArguments(DataArguments):
     do_reduce_labels: bool = argument(
         False, "Read 0 in segmentation maps as not labeled, and count classes from 1, as in ADE20K."
     )
-    crop_size: Annotated[int, positive] = argument(
+    crop_size: Annotated[int, positive, side_px] = argument(
         640, "Side of the square training crops in px, a multiple of the patch size."
     )
     scale_range: Annotated[list[float], ascending_pair("0.5 2.0")] = argument(
@@ -58,10 +68,10 @@ class SegmentationDataArguments(DataArguments):
     )
     photometric: bool = argument(True, "Distort brightness, contrast, saturation and hue.")
 
-    eval_size: Annotated[int | None, positive] = argument(
+    eval_size: Annotated[int | None, positive, side_px] = argument(
         None, "Shorter side of the images in evaluation, in px (--crop_size)."
     )
-    eval_stride: Annotated[int | None, positive] = argument(
+    eval_stride: Annotated[int | None, positive, side_px] = argument(
         None, "Stride in px of sliding windows of --crop_size in evaluation, instead of whole images."
     )
     eval_scales: Annotated[list[float], all_positive] = argument([1.0], "Scales of each image to average over.")
@@ -94,7 +104,7 @@ class SegmentationTrainingArguments(DenseTrainingArguments):
 
     per_device_train_batch_size: Annotated[int, positive] = argument(4, "Training batch size per device, 2 or more.")
     per_device_eval_batch_size: Annotated[int, positive, MAY_CHANGE] = argument(1, "Refused.")
-    effective_batch_size: Annotated[int | None, positive] = argument(
+    effective_batch_size: Annotated[int | None, positive, at_most(MAX_BATCH_SIZE)] = argument(
         32, "Number of images per optimizer step over all devices; --gradient_accumulation_steps follows from it."
     )
     max_steps: int | None = argument(None, "Number of optimizer steps (80000, unless --num_train_epochs is given).")

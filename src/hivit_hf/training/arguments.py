@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from transformers import TrainingArguments
 
-from ..configuration_hivit import ARCHITECTURES
+from ..configuration_hivit import ARCHITECTURES, HiViTConfig
 from .command_line import (
     CHANGES_RECIPE,
     CHANGES_TOPOLOGY,
@@ -18,16 +18,22 @@ from .command_line import (
     all_positive,
     annotations_of,
     argument,
+    at_most,
     check_fields,
     decay_rate,
     fraction,
     json_object,
     nonnegative,
     one_of,
+    one_sentence,
     positive,
     proper_fraction,
     within,
 )
+
+
+MAX_WORKERS = 256  # per process; each takes memory and seconds to start
+MAX_BATCH_SIZE = 2**20
 
 
 @dataclass
@@ -48,6 +54,8 @@ class NetworkArguments:
 
     def __post_init__(self):
         check_fields(self)
+        for name, value in self.overrides().items():
+            _check_type(name, value)
         twice = sorted(set(self.overrides()) & set(self.FLAGS_OF_THEIR_OWN))
         if twice:
             raise ValueError(f"--config_overrides sets {', '.join(twice)}, which have flags of their own: use those.")
@@ -55,6 +63,16 @@ class NetworkArguments:
     def overrides(self) -> dict:
         """`config_overrides` as a dictionary."""
         return json.loads(self.config_overrides)
+
+
+def _check_type(name: str, value: Any):
+    """ValueError if no HiViT has such a value; what depends on the others is checked with them."""
+    try:
+        HiViTConfig(**{name: value})
+    except ValueError:
+        pass
+    except Exception as error:  # transformers' and ours, of a type that they did not expect
+        raise ValueError(f"--config_overrides sets {name} to what it cannot be: {one_sentence(error)}") from error
 
 
 @dataclass
@@ -206,7 +224,7 @@ class RecipeArguments:
     stop_after_steps: Annotated[int | None, positive, MAY_CHANGE] = argument(
         None, "Save and stop after this optimizer step; the schedule remains that of the whole training."
     )
-    effective_batch_size: Annotated[int | None, positive] = argument(
+    effective_batch_size: Annotated[int | None, positive, at_most(MAX_BATCH_SIZE)] = argument(
         None, "Number of images per optimizer step over all devices; --gradient_accumulation_steps follows from it."
     )
     learning_rate: Annotated[float | None, positive, CHANGES_RECIPE] = argument(
@@ -220,7 +238,7 @@ class RecipeArguments:
         0.0, "Maximum norm of the gradient; 0 for no clipping."
     )
     gradient_checkpointing: bool = argument(False, "Recompute activations in the backward pass, to save memory.")
-    dataloader_num_workers: Annotated[int, nonnegative, CHANGES_TOPOLOGY] = argument(
+    dataloader_num_workers: Annotated[int, nonnegative, at_most(MAX_WORKERS), CHANGES_TOPOLOGY] = argument(
         4, "Number of data loading workers per process."
     )
 

@@ -12,22 +12,29 @@ out: its validators are metadata.
 
 import argparse
 import difflib
+import errno
 import json
 import math
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import field, fields
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import datasets
 import yaml
 from accelerate import PartialState
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
+from ..configuration_hivit import MAX_IMAGE_SIZE
 
+
+MAX_RECIPE_LENGTH = 1_000_000
 ABOUT = ("title", "source", "cost", "expected_result")  # keys of a recipe file that are no flags
 
 
@@ -48,14 +55,24 @@ def argument(default: Any, help_text: str) -> Any:
 
 def positive(value: float):
     """Larger than zero and finite."""
-    if not (value > 0 and math.isfinite(value)):
+    if not 0 < value < math.inf:  # also of integers that no float can hold
         raise ValueError(f"must be a positive number, got {value}")
 
 
 def nonnegative(value: float):
     """Zero or larger, and finite."""
-    if not (value >= 0 and math.isfinite(value)):
+    if not 0 <= value < math.inf:
         raise ValueError(f"must not be negative, got {value}")
+
+
+def at_most(most: float) -> Callable[[float], None]:
+    """Up to a bound, beyond which a program would hang."""
+
+    def check(value: float):
+        if value > most:
+            raise ValueError(f"must be at most {most}, got {value}")
+
+    return check
 
 
 def within(low: float, high: float, low_included: bool = True, high_included: bool = True) -> Callable[[float], None]:
@@ -69,6 +86,7 @@ def within(low: float, high: float, low_included: bool = True, high_included: bo
     return check
 
 
+side_px = at_most(MAX_IMAGE_SIZE)
 fraction = within(0, 1)
 proper_fraction = within(0, 1, low_included=False, high_included=False)
 decay_rate = within(0, 1, high_included=False)
@@ -121,10 +139,15 @@ def json_object(text: str):
     """A JSON object."""
     try:
         found = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
-        raise ValueError(f"must be a JSON object such as '{{\"name\": 8}}', got {text}")
+        raise ValueError(f"must be a JSON object such as '{{\"name\": 8}}', got {shortened(text, 200)}")
+
+
+def shortened(text: str, most: int = 900) -> str:
+    """A text that may come from a file or a command line, at a length that can be read."""
+    return text if len(text) <= most else f"{text[:most]}... ({len(text)} characters)"
 
 
 class ResumptionChange:
@@ -196,7 +219,7 @@ class ArgumentParser(HfArgumentParser):
                 action.help = argparse.SUPPRESS
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\nAll flags: {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: error: {shortened(message)}\nAll flags: {self.prog} --help\n")
 
     def nearest(self, name: str) -> str:
         """A hint for a flag that does not exist."""
@@ -216,17 +239,31 @@ class ArgumentParser(HfArgumentParser):
             if name in ABOUT or value is None:
                 continue
             if name not in names or name in ("help", "config"):
-                raise ValueError(f"The recipe {path} has the key {name}, which is no flag.{self.nearest(name)}")
-            if isinstance(value, (list, tuple)) and not value:
+                raise ValueError(f"The recipe {path} has the key {name}, which is no flag.{self.nearest(str(name))}")
+            if isinstance(value, list) and not value:
                 self.set_defaults(**{name: []})
-            elif isinstance(value, (list, tuple)):
-                flags += [f"--{name}", *map(_as_text, value)]
+            elif isinstance(value, list):
+                flags += [f"--{name}", *(self._item_of(path, name, item) for item in value)]
             else:
                 flags.append(f"--{name}={_as_text(value)}")
         return flags
 
+    def _item_of(self, path: str | Path, name: str, item: Any) -> str:
+        """An item of a list as text, which argparse must not take for a flag."""
+        if isinstance(item, (list, dict)):
+            raise ValueError(f"The recipe {path} has a list or mapping within the list {name}: give plain values.")
+        text = _as_text(item)
+        if text.startswith("-") and not isinstance(item, (int, float)):
+            raise ValueError(
+                f"The recipe {path} has {text!r} in the list {name}: no item can begin with '-', as flags do. Write it "
+                "otherwise."
+            )
+        return text
+
 
 def _as_text(value: Any) -> str:
+    if isinstance(value, float) and -math.inf < value < 0:
+        return format(Decimal(repr(value)), "f")  # argparse takes -1e-05 for a flag
     return json.dumps(value) if isinstance(value, (dict, bool)) else str(value)
 
 
@@ -238,12 +275,30 @@ def read_recipe(path: str | Path) -> dict:
         ValueError: if it cannot be read or holds no keys.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"The recipe {path} cannot be read: {' '.join(str(error).split())}") from error
+        with open(path, encoding="utf-8") as file:
+            text = file.read(MAX_RECIPE_LENGTH + 1)
+        if len(text) > MAX_RECIPE_LENGTH:
+            raise ValueError(f"it has more than {MAX_RECIPE_LENGTH} characters")
+        values = yaml.safe_load(text)
+        _check_nesting(values)
+    except RecursionError as error:
+        raise ValueError(f"The recipe {path} is nested too deeply: give keys and values.") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"The recipe {path} cannot be read: {shortened(' '.join(str(error).split()), 200)}") from error
     if not isinstance(values, dict):
         raise ValueError(f"The recipe {path} must hold keys and values, got a {type(values).__name__}.")
     return values
+
+
+def _check_nesting(values: Any, most: int = 10_000):
+    """ValueError for aliases of YAML that stand for very much, and for values within themselves."""
+    waiting, seen = [values], 0
+    while waiting:
+        value = waiting.pop()
+        seen += 1
+        if seen > most:
+            raise ValueError(f"it has more than {most} values")
+        waiting += list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
 
 
 def parse_arguments(classes: Sequence[type], description: str | None, argv: Sequence[str] | None = None) -> tuple:
@@ -266,7 +321,10 @@ def parse_arguments(classes: Sequence[type], description: str | None, argv: Sequ
     config.add_argument("--config")
     known, flags = config.parse_known_args(argv)
     try:
-        recipe = [] if known.config is None else parser.flags_of(known.config)
+        recipe = [] if known.config is None or "\0" in known.config else parser.flags_of(known.config)
+        for text in [*argv, *recipe]:
+            if "\0" in text:
+                raise ValueError(f"{shortened(ascii(text), 200)} holds a NUL character: leave it out.")
         *instances, _, unknown = parser.parse_args_into_dataclasses(
             [*recipe, *flags], return_remaining_strings=True, look_for_args_file=False
         )
@@ -274,7 +332,9 @@ def parse_arguments(classes: Sequence[type], description: str | None, argv: Sequ
             raise ValueError(f"{unknown[0]!r} belongs to no flag, or its flag takes one value only. See --help.")
         if unknown:
             raise ValueError(f"There is no flag {unknown[0]}.{parser.nearest(unknown[0].lstrip('-').split('=')[0])}")
-    except (ValueError, TypeError) as error:
+    except RecursionError:
+        parser.error("a value is nested too deeply: give a plain one.")
+    except (ValueError, TypeError, OverflowError, StrictDataclassError) as error:
         parser.error(one_sentence(error))
     return tuple(instances)
 
@@ -282,12 +342,22 @@ def parse_arguments(classes: Sequence[type], description: str | None, argv: Sequ
 # -- running --------------------------------------------------------------------------------------------------------
 
 
-def one_sentence(error: Exception) -> str:
+def one_sentence(error: BaseException) -> str:
     """What happened, without the stack that the error of a data loading worker brings along as text."""
+    if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
+        error = error.__cause__  # which names the field
     name, module = type(error).__name__, type(error).__module__
     lines = (str(error).strip() or name).splitlines()
     text = lines[-1] if "Traceback (most recent call last)" in str(error) else " ".join(map(str.strip, lines))
-    return text.removeprefix(f"{module}.{name}: ").removeprefix(f"{name}: ")
+    return shortened(text.removeprefix(f"{module}.{name}: ").removeprefix(f"{name}: "))
+
+
+# what a user can mend, from the package or the libraries below it
+MENDABLE = (ValueError, RuntimeError, FloatingPointError, OverflowError, OSError, ImportError, MemoryError)
+MENDABLE += (SafetensorError, StrictDataclassError)
+FULL = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)))
+FULL += ("PytorchStreamWriter failed", "file write failed")  # of torch.save, which keeps the reason to itself
+INTERRUPTED = 130  # as shells say it
 
 
 def run_script(run: Callable[..., object], *arguments: Any) -> int:
@@ -299,7 +369,7 @@ def run_script(run: Callable[..., object], *arguments: Any) -> int:
         arguments: its arguments.
 
     Returns:
-        The exit code: 0, or 2 after a sentence about what does not fit.
+        The exit code: 0, 2 after a sentence about what does not fit, or 130 after Ctrl-C.
     """
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
@@ -307,11 +377,33 @@ def run_script(run: Callable[..., object], *arguments: Any) -> int:
     logging.set_verbosity_error()
     try:
         run(*arguments)
-    except (ValueError, RuntimeError, FloatingPointError, OSError, ImportError) as error:
-        state = PartialState()
-        where = f" in process {state.process_index}" if state.num_processes > 1 else ""
-        print(f"error{where}: {one_sentence(error)}", file=sys.stderr, flush=True)
-        if state.num_processes > 1:
-            os._exit(2)  # the others may wait for this process in a collective; the launcher stops them
-        return 2
+    except KeyboardInterrupt:
+        resumes = any(getattr(part, "save_steps", None) for part in arguments)
+        how = "; --resume_from_checkpoint latest resumes from the last checkpoint" if resumes else ""
+        return _leave(f"stopped by Ctrl-C{how}.", INTERRUPTED)
+    except MENDABLE as error:
+        return _leave(_where_full(error, arguments) or one_sentence(error), 2)
     return 0
+
+
+def _leave(sentence: str, code: int) -> int:
+    state = PartialState()
+    where = f" in process {state.process_index}" if state.num_processes > 1 else ""
+    print(f"error{where}: {sentence}", file=sys.stderr, flush=True)
+    if state.num_processes > 1:
+        os._exit(code)  # the others may wait for this process in a collective; the launcher stops them
+    return code
+
+
+def _where_full(error: Exception, arguments: Sequence[Any]) -> str | None:
+    """A sentence with the output folder, if a file could not be written whole: the error often names no path."""
+    if not any(words in str(error) for words in FULL):
+        return None
+    flags = ("output_dir", "output_file")
+    given = [(flag, getattr(part, flag)) for part in arguments for flag in flags if getattr(part, flag, None)]
+    if not given:
+        return None
+    flag, folder = given[0]
+    return (
+        f"{folder} cannot be written ({one_sentence(error).rstrip('.')}): free space there, or choose another --{flag}."
+    )

@@ -48,7 +48,7 @@ def model_type_of(name: str | None) -> str | None:
     """The kind of the model in a folder or repository; None if there is none, which `read_config` says."""
     try:
         return AutoConfig.from_pretrained(name).model_type
-    except (OSError, ValueError, KeyError):
+    except Exception:  # of a config.json that is damaged
         return None
 
 

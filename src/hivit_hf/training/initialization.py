@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
@@ -22,6 +23,7 @@ from ..modeling_hivit import (
     sin_cos_position_embeddings,
 )
 from .arguments import ImageArguments
+from .command_line import one_sentence
 
 
 _SIZES = ("hidden_size", "depths", "early_blocks_per_depth", "num_attention_heads")
@@ -58,9 +60,13 @@ def read_config(name: str) -> HiViTConfig:
     try:
         kind = PreTrainedConfig.get_config_dict(name)[0].get("model_type", HiViTConfig.model_type)
         if kind == HiViTConfig.model_type:
-            return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"There is no model at {name}: {str(error).splitlines()[0]}") from error
+            config = AutoConfig.from_pretrained(name)
+            if not all(isinstance(architecture, str) for architecture in config.architectures or []):
+                raise ValueError(f"architectures must be names, got {config.architectures}.")
+            return config
+    except Exception as error:  # of a config.json that is damaged, or not of these types
+        reason = one_sentence(error) if isinstance(error, StrictDataclassError) else first_line(error)
+        raise ValueError(f"There is no model at {name}: {reason}") from error
     raise ValueError(f"{name} is a {kind}, not a HiViT: choose another model.")
 
 
@@ -152,6 +158,21 @@ def silent_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+@contextmanager
+def reading_weights(name: str) -> Iterator[None]:
+    """As `silent_transformers`; what the readers of damaged weights raise becomes a ValueError."""
+    with silent_transformers():
+        try:
+            yield
+        except (ValueError, ImportError, StrictDataclassError):  # of the configuration, or of what is not installed
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"The weights of {name} cannot be read: {first_line(error)} Get them again, or save "
+                "them as safetensors."
+            ) from error
 
 
 RELATIVE_POSITION_BIAS = "relative_position_bias_table"
@@ -249,15 +270,10 @@ def load_weights(
     Raises:
         ValueError: if they cannot be read, or do not fit as `missing_weights` says.
     """
-    try:
-        with silent_transformers():
-            model, loading = kind.from_pretrained(
-                name, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
-            )
-    except ValueError:
-        raise
-    except Exception as error:  # readers of damaged files raise whatever they stumble over
-        raise ValueError(f"The weights of {name} cannot be read: {first_line(error)}") from error
+    with reading_weights(name):
+        model, loading = kind.from_pretrained(
+            name, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
+        )
     return model, missing_weights(name, loading, fresh)
 
 
