@@ -14,11 +14,13 @@ import json
 import sys
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import logging
 
 from hivit_hf.hub.onnx import OPSET, TOLERANCE, check_exportable, export_onnx, int8_cost, labeled_images, tasks_of
 from hivit_hf.hub.repository import load_folder
 from hivit_hf.image_processing import load_processor
+from hivit_hf.training.command_line import is_disk_full
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -89,8 +91,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("error: stopped by Ctrl-C.", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, SafetensorError) as error:
+        full = f"{arguments.out_dir} cannot be written ({error}): free space there, or choose another folder."
+        print(f"error: {full if is_disk_full(error) else error}", file=sys.stderr)
         return 2
     return 0
 

@@ -34,6 +34,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         scenes_dataset(number, **size).save_to_disk(arguments.output / "dataset")
         write_coco(arguments.output / "coco", number, **size)
+    except KeyboardInterrupt:
+        print("error: stopped by Ctrl-C.", file=sys.stderr)
+        return 130
     except ValueError as error:
         parser.error(str(error))
     except OSError as error:

@@ -6,7 +6,18 @@ import time
 
 import pytest
 
-from support.attacks import FAILED, HARMLESS, REFUSED, Attack, attempt, command_lines, files, image_files, pickles
+from support.attacks import (
+    FAILED,
+    HELD,
+    REFUSED,
+    Attack,
+    attempt,
+    command_lines,
+    damage,
+    files,
+    image_files,
+    pickles,
+)
 from support.attacks.ground import Ground
 from support.limits import call_limited
 
@@ -29,7 +40,7 @@ def test_scripts_refuse_in_words(attacks, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attacks", [pickles.attacks, image_files.attacks])
+@pytest.mark.parametrize("attacks", [pickles.attacks, damage.attacks, image_files.attacks])
 def test_readers_refuse_in_words(attacks, tmp_path):
     assert failures(attacks(tmp_path / "ground")) == []
 
@@ -57,7 +68,7 @@ def test_what_counts_as_refused(script, tmp_path, monkeypatch):
     (tmp_path / "ran").touch()
     assert script(refuses, never=tmp_path / "ran") == (FAILED, "it ran code")
     assert script(lambda arguments: 0)[0] == FAILED
-    assert script(lambda arguments: 0, may_pass=True)[0] == HARMLESS
+    assert script(lambda arguments: 0, may_pass=True)[0] == HELD
     assert script(lambda arguments: 2)[0] == FAILED
     assert script(lambda arguments: {}["missing"])[0] == FAILED
     assert script(lambda arguments: len(bytes(3 * 2**30)))[0] == FAILED
@@ -72,6 +83,7 @@ def test_what_counts_as_refused(script, tmp_path, monkeypatch):
         ("finetune_classification", {}),
         ("extract_features", {}),
         ("linear_probe", {}),
+        ("evaluate_classification", {}),
     ],
 )
 def test_a_full_disk_is_named(script, changes, tmp_path, monkeypatch):
@@ -87,15 +99,45 @@ def test_a_full_disk_is_named(script, changes, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["pretrain_mim", "finetune_classification"])
-def test_ctrl_c_is_a_sentence(script, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("script", "name", "changes"),
+    [
+        ("pretrain_mim", "", {}),
+        ("pretrain_mim", "log.jsonl", {"dataloader_num_workers": 2}),
+        ("finetune_classification", "", {}),
+        ("finetune_classification", "checkpoint-4", {"dataloader_num_workers": 2, "save_steps": 4}),
+    ],
+)
+def test_ctrl_c_is_a_sentence(script, name, changes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ground = Ground(tmp_path / "ground")
-    line = ground.line(script, num_train_epochs=5000)
+    line = ground.line(script, num_train_epochs=5000, **changes)
     main = importlib.import_module(script).main
-    ending = call_limited(main, line, interrupt_after=str(ground.scratch / "out1"))
+    ending = call_limited(main, line, interrupt_after=str(ground.scratch / "out1" / name))
     assert ending.code == 130 and "Traceback" not in ending.said, ending.said
     assert ending.said.splitlines()[-1].startswith("error: stopped by Ctrl-C")
+
+
+@pytest.mark.parametrize("script", ["convert", "export_onnx", "push_to_hub"])
+def test_ctrl_c_of_other_scripts(script, monkeypatch, capsys):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    module = importlib.import_module(script)
+    monkeypatch.setattr(module, "run", interrupted)
+    assert module.main(["a", "b"]) == 130
+    assert capsys.readouterr().err.startswith("error: stopped by Ctrl-C")
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_named_by_the_converter_and_exports(tmp_path):
+    ground, out = Ground(tmp_path / "ground"), tmp_path / "out"
+    damage.write_sound(tmp_path / "x.pth")
+    lines = {"convert": [tmp_path / "x.pth", out], "export_onnx": [ground.classifier, out]}
+    for script, line in (lines | {"push_to_hub": [ground.classifier, out, "--no_onnx"]}).items():
+        ending = call_limited(importlib.import_module(script).main, list(map(str, line)), file_bytes=5000)
+        assert ending.code == 2 and "Traceback" not in ending.said, ending.said
+        assert f"error: {out} c" in ending.said and "be written" in ending.said, ending.said
 
 
 def test_limits(tmp_path):

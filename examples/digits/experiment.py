@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import traceback
@@ -22,6 +23,7 @@ import evaluate_classification
 import finetune_classification
 import pretrain_mim
 from hivit_hf import HiViTConfig
+from hivit_hf.training.command_line import INTERRUPTED
 
 from .data import CLASS_NAMES, few_labels, write_parquet
 
@@ -87,6 +89,7 @@ def run_quietly(main, flags: Sequence[str], log: Path | None = None):
 
     Raises:
         RuntimeError: if it fails, with its last line.
+        KeyboardInterrupt: if it was stopped by Ctrl-C.
     """
     if log is None:
         code = main(list(flags))
@@ -95,9 +98,13 @@ def run_quietly(main, flags: Sequence[str], log: Path | None = None):
         with open(log, "w", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
             try:
                 code = main(list(flags))
+            except KeyboardInterrupt:
+                raise
             except BaseException:
                 traceback.print_exc()
                 code = 1
+    if code == INTERRUPTED:
+        raise KeyboardInterrupt
     if code:
         last = "" if log is None else log.read_text(encoding="utf-8").strip().splitlines()[-1]
         raise RuntimeError(f"{main.__module__} {' '.join(flags)} failed: {last}")
@@ -145,11 +152,16 @@ def worker_processes() -> Iterator[ProcessPoolExecutor]:
     """One process per core for runs that do not depend on each other; each computes with one thread."""
     context = multiprocessing.get_context("spawn")
     size = min(os.cpu_count() or 1, 4)
-    with ProcessPoolExecutor(size, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(size, context, initializer=_begin_worker) as pool:
         try:
             yield pool
         finally:
             pool.shutdown(cancel_futures=True)  # after an error, the runs that wait are not begun
+
+
+def _begin_worker():
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback of its own
 
 
 def compare(

@@ -102,7 +102,7 @@ class Studio:
             raise RequestError(f"A click is at two numbers, column and row, got {str(pixel)[:40]!r}.")
         sides = [length * self.autoencoder.config.patch_size for length in reversed(self.grid)]
         sides = [side * max(1, SHOWN_PX // sides[0]) for side in sides]
-        small = [isinstance(n, (int, float)) and abs(n) <= 2**31 for n in pixel]  # toggle refuses others
+        small = [type(n) in (int, float) and abs(n) <= 2**31 for n in pixel]  # toggle refuses others
         return self.toggle(mask, *(n / side if ok else n for n, side, ok in zip(pixel, sides, small)))
 
     @torch.inference_mode()

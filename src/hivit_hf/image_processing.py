@@ -50,6 +50,9 @@ def evaluation_processor(
 
 
 def first_line(error: Exception) -> str:
+    """What an error of a library says, as a sentence of one line."""
+    if "weights_only" in str(error):  # torch's words recommend to run what a hostile pickle holds
+        return "it is damaged, or holds pickled objects other than tensors, which are never loaded."
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines[:2]) if lines and lines[0].endswith(":") else (lines or [type(error).__name__])[0]
     return text if text.endswith(".") else f"{text}."

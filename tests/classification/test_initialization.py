@@ -108,6 +108,7 @@ def test_another_image_size_interpolates_what_depends_on_it(tmp_path):
         ),
         ({"config_overrides": {"depths": [1, 1, 1]}}, r"do not fit the network: hivit.stages.2.layers.1.* left over"),
         ({"config_overrides": {"patch_size": 16}}, r"do not fit the network: hivit.embeddings.projection"),
+        ({"config_overrides": {"foo": 1}}, r"--config_overrides sets foo, which no HiViT has"),
     ],
 )
 def test_weights_that_do_not_fit(changes, message, tmp_path):

@@ -1,18 +1,21 @@
 """Labeled datasets of every kind, and what is refused in one sentence, before training where it can be."""
 
 import os
+import pickle
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
+from datasets.exceptions import DatasetGenerationError
 from PIL import Image as PILImage
 
 import finetune_classification
 from hivit_hf import HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling
 from hivit_hf.data import datasets as labeled
-from hivit_hf.data.datasets import ImageDataset, image_column, open_splits, train_and_eval
+from hivit_hf.data.datasets import ImageDataset, image_column, open_splits, opening, train_and_eval
 from hivit_hf.data.decoding import UnreadableImageError
 from hivit_hf.data.labels import find_labels
 from hivit_hf.data.seeding import seeded
@@ -154,8 +157,18 @@ def test_initializations_that_cannot_be(good, tmp_path, capsys):
         (lambda: table([[0], [1]] * 10, List(CLASSES)), lambda: table([[0]], List(CLASSES)), "holds lists: give --pro"),
         (lambda: table([0, 1] * 10).remove_columns("label"), lambda: table([0]), "no column that is surely the label"),
         (lambda: table([0.5, 1.0] * 10, Value("float32")), lambda: table([0]), "try regression"),
+        (
+            lambda: table([0, 10**15] * 10, Value("int64")),
+            lambda: table([0], Value("int64")),
+            "'label' has the label 1000000000000000, but class numbers run from 0 to 999999 at most",
+        ),
+        (
+            lambda: table([{"a": 1}] * 20, {"a": Value("int64")}),
+            lambda: table([{"a": 1}], {"a": Value("int64")}),
+            "'label' of train holds dict values, no labels: choose another column",
+        ),
     ],
-    ids=range(9),
+    ids=range(11),
 )
 def test_labels_that_cannot_be(train, test, message, tmp_path, capsys):
     data = saved(tmp_path / "data", train=train(), test=test())
@@ -279,6 +292,31 @@ def test_a_dataset_of_the_hub_is_asked_for_by_configuration_and_revision(tmp_pat
     said = finetune(capsys, tmp_path, "some/data", "--dataset_config_name", "small", "--dataset_revision", "abc")
     assert asked == [("some/data", "small", "abc")]
     assert said == "error: The dataset some/data cannot be read: no network"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(28, "No space left on device"), "cannot be prepared, as the disk of .* is full: free space there"),
+        (
+            pickle.UnpicklingError("Weights only load failed. Re-run with `weights_only` False"),
+            "damaged, or holds p",
+        ),
+        (tarfile.ReadError("bad checksum"), "cannot be read: bad checksum"),
+        (ValueError("Must pass at least one table"), "has a split without samples"),
+    ],
+)
+def test_what_readers_of_datasets_raise_is_a_sentence(error, message):
+    with pytest.raises(ValueError, match=f"The dataset x .*{message}") as refusal, opening("x"):
+        raise DatasetGenerationError("An error occurred while generating the dataset") from error
+    assert "weights_only" not in str(refusal.value) and "generating" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "/" + "x" * 5000])
+def test_names_that_no_file_can_have(name):
+    with pytest.raises(ValueError, match="cannot be searched for images: File name too long") as refusal:
+        open_splits(name)
+    assert len(str(refusal.value)) < 300
 
 
 def test_labels_become_targets():

@@ -550,7 +550,7 @@ def test_sub_folders_are_splits(tmp_path):
         assert found.unique().tolist() == [tone]
 
 
-@pytest.mark.parametrize("label", ["cat", None, -1, 0.5])
+@pytest.mark.parametrize("label", ["cat", None, -1, 0.5, 10**15])
 def test_labels_that_are_no_classes_are_refused(label, tmp_path):
     pq.write_table(pa.table({"image": [{"bytes": jpeg(0)}], "label": [label]}), tmp_path / "0.parquet")
     opened = open_source(Source(str(tmp_path), column="image", label_column="label"))

@@ -14,6 +14,7 @@ import torch
 from datasets import load_from_disk
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+from digits.experiment import run_quietly
 from hivit_hf import HiViTForMaskedImageModeling
 
 
@@ -147,3 +148,8 @@ def test_impossible_number_of_seeds_is_refused_at_once(tmp_path):
     assert run.returncode == 2
     assert "--seeds must be at least 1, got 0" in run.stderr
     assert not (tmp_path / "never").exists()
+
+
+def test_ctrl_c_within_a_step_ends_the_demonstration():
+    with pytest.raises(KeyboardInterrupt):
+        run_quietly(lambda flags: 130, [])

@@ -1,5 +1,6 @@
 """Feature extraction: stage features, the cache, the folder's processor, embeddings as Parquet."""
 
+import pytest
 import torch
 from datasets import DatasetDict, load_dataset
 from PIL import Image
@@ -100,3 +101,15 @@ def test_images_that_cannot_be_read_are_one_sentence(random_encoder, tmp_path, c
         for main, output in ((linear_probe.main, "--output_dir"), (extract_features.main, "--output_file")):
             said = refusal(main, capsys, *flags, output, tmp_path / "out")
             assert said.startswith(f"error: Image 3 of train ({path}) cannot be read")
+
+
+def test_a_damaged_cache_is_named(random_encoder, data, tmp_path):
+    images = DatasetDict.load_from_disk(data / "few")["test"].select(range(4))
+    encoder = load_encoder(str(random_encoder))
+    found, _ = features.cached_features(encoder, images, "image", tmp_path)
+    again, cached = features.cached_features(encoder, images, "image", tmp_path)
+    assert cached and all(torch.equal(again[name], found[name]) for name in found)
+    (path,) = tmp_path.glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=rf"The features in {path} cannot be read .*: delete the file"):
+        features.cached_features(encoder, images, "image", tmp_path)

@@ -3,7 +3,6 @@
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 from transformers import set_seed
 
@@ -16,10 +15,9 @@ from ..training.initialization import (
     check_architecture,
     default_statistics,
     initialize_relative_position_biases,
-    missing_weights,
+    load_weights,
     normalization,
     read_config,
-    reading_weights,
     resize_for,
 )
 from .arguments import ClassificationModelArguments, ClassificationTrainingArguments
@@ -77,11 +75,11 @@ def _load(model_args: ClassificationModelArguments, labels: LabelEncoding, overr
     if pretrained:  # the published classifiers have it, the published pre-training has not
         overrides.setdefault("use_relative_position_bias", True)
     same_labels = not pretrained and [config.id2label[i] for i in range(config.num_labels)] == list(labels.names)
-    with reading_weights(name):
-        model, loading = HiViTForImageClassification.from_pretrained(
-            name, **overrides, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
-        )
-    missing = missing_weights(name, loading, fresh=("classifier.", "hivit.layernorm."))
+    changed, unknown = HiViTConfig.from_pretrained(name, return_unused_kwargs=True, **overrides)
+    if unknown:
+        raise ValueError(f"--config_overrides sets {', '.join(unknown)}, which no HiViT has: leave it out.")
+    fresh = ("classifier.", "hivit.layernorm.")
+    model, missing = load_weights(HiViTForImageClassification, name, changed, fresh)
     if not pretrained and not same_labels:
         missing |= {"classifier.weight", "classifier.bias"}
         notes.append(

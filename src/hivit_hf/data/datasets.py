@@ -1,6 +1,7 @@
 # Copyright 2026 The HiViT for Transformers authors. Licensed under the Apache License, Version 2.0.
 """Datasets: what a name or folder is, opening, splits, image columns, and items for `Trainer`."""
 
+import errno
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -8,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, Image, IterableDataset, Value, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Image, IterableDataset, Value, config, load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from tqdm.auto import tqdm
 
+from ..image_processing import first_line
 from .decoding import (
     IMAGE_SUFFIXES,
     MAX_PIXELS,
@@ -24,6 +26,7 @@ from .decoding import (
 from .seeding import seed_of, seeded
 
 
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 KINDS = {"parquet": {".parquet"}, "webdataset": {".tar"}, "imagefolder": IMAGE_SUFFIXES}  # the first one found counts
 
 
@@ -97,6 +100,9 @@ def open_splits(
     return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
 
 
+_EMPTY = ("corresponds to no data", "Must pass at least one table")  # as `datasets` says it
+
+
 @contextmanager
 def opening(name: str) -> Iterator[None]:
     """Inside, whatever the many readers raise about the dataset `name` becomes a ValueError of one sentence."""
@@ -108,8 +114,13 @@ def opening(name: str) -> Iterator[None]:
         cause = error
         while isinstance(cause, DatasetGenerationError) and cause.__cause__ is not None:  # which says nothing itself
             cause = cause.__cause__
-        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-        if isinstance(cause, IndexError) or "corresponds to no data" in reason:
+        if isinstance(cause, OSError) and cause.errno in FULL_DISK:
+            raise ValueError(
+                f"The dataset {name} cannot be prepared, as the disk of {config.HF_DATASETS_CACHE} is full: free space "
+                "there, or set HF_DATASETS_CACHE to another folder."
+            ) from error
+        reason = first_line(cause).removesuffix(".")
+        if isinstance(cause, IndexError) or any(words in reason for words in _EMPTY):
             raise ValueError(f"The dataset {name} has a split without samples: choose another one.") from error
         raise ValueError(f"The dataset {name} cannot be read: {reason}") from error
 

@@ -37,6 +37,8 @@ from torch.utils.data import get_worker_info
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers.utils import logging
 
+from ..configuration_hivit import MAX_LABELS
+from ..image_processing import first_line
 from .datasets import check_column, choose_split, find_dataset, image_column, opening
 from .decoding import UnreadableImageError, image_of
 from .seeding import seed_of
@@ -219,8 +221,8 @@ class ShardReader:
         except Exception as error:  # the readers of files beside the images raise many things
             raise ValueError(
                 f"{self.opened.source.name}: shard {self.shard} of {self.opened.dataset.num_shards}, counted from 0, "
-                f"cannot be read after sample {self.num_read} ({' '.join(str(error).split())[:200]}). Repair or remove "
-                "the file."
+                f"cannot be read after sample {self.num_read} ({first_line(error)[:200].rstrip('.')}). Repair or "
+                "remove the file."
             ) from error
 
     def _open(self, within: dict | None):
@@ -643,9 +645,12 @@ def read_some(opened: OpenSource, transform: Callable[[bytes, int], torch.Tensor
             break
     if len(images) * 10 <= tried:
         raise ValueError(f"Of {opened.source.name}, {len(images)} of {tried} images can be read: is it the column?")
-    wrong = [label for label in labels if label_column and not (type(label) is int and label >= 0)]
+    wrong = [label for label in labels if label_column and not (type(label) is int and 0 <= label < MAX_LABELS)]
     if wrong:
-        raise ValueError(f"{label_column} of {opened.source.name} must hold class numbers from 0 on, got {wrong[0]!r}.")
+        raise ValueError(
+            f"{label_column} of {opened.source.name} must hold class numbers from 0 on, got {repr(wrong[0])[:40]} "
+            f"(the highest is {MAX_LABELS - 1}): choose another --label_column_name."
+        )
     return torch.stack(images), None if label_column is None else torch.tensor(labels)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -132,7 +133,10 @@ def cached_features(
     key = hashlib.sha256(f"{encoder.identity} {dataset._fingerprint} {column}".encode()).hexdigest()[:16]
     path = cache / f"{name}-{key}.safetensors"
     if path.exists():
-        return load_file(path), True
+        try:
+            return load_file(path), True
+        except SafetensorError as error:
+            raise ValueError(f"The features in {path} cannot be read ({error}): delete the file.") from error
     features = extract(encoder, dataset, column, batch_size, num_workers, name)
     cache.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in features.items()}, path.with_suffix(".part"))

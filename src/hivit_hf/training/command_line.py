@@ -12,7 +12,6 @@ out: its validators are metadata.
 
 import argparse
 import difflib
-import errno
 import json
 import math
 import os
@@ -32,6 +31,7 @@ from transformers import HfArgumentParser
 from transformers.utils import logging
 
 from ..configuration_hivit import MAX_IMAGE_SIZE
+from ..data.datasets import FULL_DISK
 
 
 MAX_RECIPE_LENGTH = 1_000_000
@@ -355,7 +355,7 @@ def one_sentence(error: BaseException) -> str:
 # what a user can mend, from the package or the libraries below it
 MENDABLE = (ValueError, RuntimeError, FloatingPointError, OverflowError, OSError, ImportError, MemoryError)
 MENDABLE += (SafetensorError, StrictDataclassError)
-FULL = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)))
+FULL = tuple(map(os.strerror, FULL_DISK))
 FULL += ("PytorchStreamWriter failed", "file write failed")  # of torch.save, which keeps the reason to itself
 INTERRUPTED = 130  # as shells say it
 
@@ -395,9 +395,14 @@ def _leave(sentence: str, code: int) -> int:
     return code
 
 
+def is_disk_full(error: Exception) -> bool:
+    """Whether a file could not be written whole."""
+    return any(words in str(error) for words in FULL)
+
+
 def _where_full(error: Exception, arguments: Sequence[Any]) -> str | None:
-    """A sentence with the output folder, if a file could not be written whole: the error often names no path."""
-    if not any(words in str(error) for words in FULL):
+    """A sentence with the output folder, if the disk is full: the error often names no path."""
+    if not is_disk_full(error):
         return None
     flags = ("output_dir", "output_file")
     given = [(flag, getattr(part, flag)) for part in arguments for flag in flags if getattr(part, flag, None)]

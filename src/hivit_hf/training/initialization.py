@@ -66,6 +66,8 @@ def read_config(name: str) -> HiViTConfig:
             return config
     except Exception as error:  # of a config.json that is damaged, or not of these types
         reason = one_sentence(error) if isinstance(error, StrictDataclassError) else first_line(error)
+        if not isinstance(error, (OSError, ValueError, StrictDataclassError)):  # it holds no keys, or strange values
+            reason = f"its config.json is damaged ({reason.rstrip('.')}). Get it again."
         raise ValueError(f"There is no model at {name}: {reason}") from error
     raise ValueError(f"{name} is a {kind}, not a HiViT: choose another model.")
 

@@ -27,10 +27,11 @@ def nearest_neighbors(
         temperature: of the weights; the lower, the less do distant neighbors weigh.
     """
     train, other = (torch.nn.functional.normalize(features.float(), dim=1) for features in (train, other))
+    classes, labels = labels.unique(return_inverse=True)  # those that occur: class numbers may be large
     predicted = []
     for part in other.split(1024):
         similarity, index = (part @ train.t()).topk(min(neighbors, len(train)), dim=1)
-        votes = torch.zeros(len(part), int(labels.max()) + 1, device=train.device)
+        votes = torch.zeros(len(part), len(classes), device=train.device)
         votes.scatter_add_(1, labels.to(train.device)[index], (similarity / temperature).exp())
         predicted.append(votes.argmax(dim=1).cpu())
-    return torch.cat(predicted)
+    return classes.cpu()[torch.cat(predicted)]

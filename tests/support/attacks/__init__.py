@@ -15,7 +15,7 @@ from support.limits import Ending, call_limited
 
 
 SECONDS, MAX_BYTES = 60, 2 * 2**30
-REFUSED, HARMLESS, FAILED = "refused in words", "harmless", "failed"
+REFUSED, HELD, FAILED = "refused in words", "held", "failed"
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Attack:
 
 
 def attempt(attack: Attack) -> tuple[str, str]:
-    """`REFUSED`, `HARMLESS` or `FAILED`, and what there is to say about it."""
+    """`REFUSED`, `HELD` (rightly accepted) or `FAILED`, and what there is to say about it."""
     main = importlib.import_module(attack.script).main
     ending = call_limited(main, [str(argument) for argument in attack.arguments], SECONDS, MAX_BYTES)
     return judge(attack, ending)
@@ -56,7 +56,7 @@ def judge(attack: Attack, ending: Ending) -> tuple[str, str]:
     if ending.code is None:
         return FAILED, f"it took more than {SECONDS} s"
     if ending.code == 0 and attack.may_pass:
-        return HARMLESS, ""
+        return HELD, ""
     if ending.code != 2 or "Traceback" in ending.said or not said:
         return FAILED, f"exit code {ending.code}: {' / '.join(lines[-3:])[-400:] or 'nothing was said'}"
     if not re.search(attack.words, said):

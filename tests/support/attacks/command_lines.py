@@ -8,6 +8,7 @@ from support.attacks.ground import RECIPES, Ground
 
 PRETRAIN, FINETUNE, EVALUATE = "pretrain_mim", "finetune_classification", "evaluate_classification"
 EXTRACT, PROBE = "extract_features", "linear_probe"
+SEGMENT, DETECT = "finetune_segmentation", "finetune_detection"
 NOWHERE = "holds a NUL character|There is no (model|folder)"
 BRACKETS = "[" * 5000
 DEEP = '{"a": ' + BRACKETS + "]" * 5000 + "}"
@@ -16,13 +17,13 @@ DEEP = '{"a": ' + BRACKETS + "]" * 5000 + "}"
 FLAGS = [
     *(
         (script, "dataloader_num_workers", value, "dataloader_num_workers must (be at most 256|not be negative), got")
-        for script in (PRETRAIN, FINETUNE, EXTRACT, PROBE)
+        for script in (PRETRAIN, FINETUNE, EXTRACT, PROBE, SEGMENT, DETECT)
         for value in ("100000", str(10**18), "-1")
     ),
     *((script, "dataloader_num_workers", "nan", "invalid int value: 'nan'") for script in (PRETRAIN, EXTRACT)),
     *(
         (script, "effective_batch_size", str(10**18), "effective_batch_size must be at most 1048576")
-        for script in (PRETRAIN, FINETUNE)
+        for script in (PRETRAIN, FINETUNE, SEGMENT, DETECT)
     ),
     *((script, "effective_batch_size", "1e18", "invalid int value: '1e18'") for script in (PRETRAIN, FINETUNE)),
     (FINETUNE, "gradient_accumulation_steps", str(10**15), "effective_batch_size"),
@@ -34,8 +35,16 @@ FLAGS = [
         for value in (str(10**12), str(10**400), "0", "-32")
     ),
     *(
+        (script, "crop_size", value, "crop_size must be (at most 32768|a positive number), got")
+        for script in (SEGMENT, DETECT)
+        for value in (str(10**12), str(10**400), "0", "-32")
+    ),
+    (SEGMENT, "eval_size", str(10**12), "eval_size must be at most 32768"),
+    (SEGMENT, "eval_stride", str(10**12), "eval_stride must be at most 32768"),
+    (DETECT, "eval_max_size", str(10**12), "eval_max_size must be at most 32768"),
+    *(
         (script, "config_overrides", value, "config_overrides must be a JSON object")
-        for script in (PRETRAIN, FINETUNE)
+        for script in (PRETRAIN, FINETUNE, SEGMENT, DETECT)
         for value in (BRACKETS, DEEP, "{" * 5000, "[1]", "7", "null", '"x"', "{", "nan", "")
     ),
     *(

@@ -112,6 +112,9 @@ def dataset_attacks(ground: Ground) -> Iterator[Attack]:
         for script in LABEL_SCRIPTS:
             line = ground.line(script, dataset_name=folder)
             yield Attack(f"{script}: labels {labels[:2]}", script, line, words)
+        flags = {"eval_dataset_name": folder, "label_column_name": "label"}
+        words = "label of .* must hold class numbers from 0 on, got"
+        yield Attack(f"pretrain_mim: labels {labels[:2]}", "pretrain_mim", ground.line("pretrain_mim", **flags), words)
     for name, content in {"garbage": b"PAR1garbagePAR1", "empty": b"", "zeros": bytes(5000)}.items():
         folder = ground.scratch / f"parquet {name}"
         folder.mkdir()

@@ -78,5 +78,7 @@ class Ground:
             | {"model_name_or_path": self.classifier, "dataloader_num_workers": 0, "output_file": out / "f.parquet"},
             "linear_probe": images
             | {"model_name_or_path": self.classifier, "dataloader_num_workers": 0, "output_dir": out},
+            "finetune_segmentation": images | {"config": RECIPES / "segmentation_scenes.yaml", **trained},
+            "finetune_detection": {"config": RECIPES / "detection_smoke_cpu.yaml", "train_annotations": out, **trained},
         }[script]
         return tuple(f"--{name}={value}" for name, value in {**flags, **changes}.items() if value is not None)

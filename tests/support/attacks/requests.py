@@ -4,7 +4,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-from support.attacks import FAILED, HARMLESS, REFUSED
+from support.attacks import FAILED, HELD, REFUSED
 from support.nonsense import REFUSALS, is_one_sentence, random_bytes, unreadable
 from support.space import NAMES, Client
 
@@ -83,7 +83,7 @@ def attacks(client: Client, models: Path) -> Iterator[tuple[str, str, str]]:
             yield told(name, client.run("look", client.upload(content), 0.5), REFUSALS[name])
     for number in range(40):
         answer = client.run("look", client.upload(random_bytes(number)), 0.5)
-        yield told(f"random bytes {number}", answer, "image") if answer["data"][-1] else (f"{number}", HARMLESS, "")
+        yield told(f"random bytes {number}", answer, "image") if answer["data"][-1] else (f"{number}", HELD, "")
     yield told("no image", client.run("look", {}, 0.5), "There is no image yet")
     for ratio in ("half", -1, 2, None, [], good):
         yield told(f"ratio {ratio!r}", client.run("look", good, ratio), "a number from 0 to 1, got")
@@ -94,4 +94,4 @@ def attacks(client: Client, models: Path) -> Iterator[tuple[str, str, str]]:
         leaks = "Traceback" in answer.text or socket.gethostname() in answer.text
         yield f"body {body!r}", REFUSED if said and not leaks else FAILED, answer.text[:300]
     after = client.run("look", good, 0.5)["data"][0]
-    yield "an image as before", HARMLESS if after == before else FAILED, str(after)[:300]
+    yield "an image as before", HELD if after == before else FAILED, str(after)[:300]
