@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from hivit_hf.data.datasets import open_splits
 from support.attacks import (
     FAILED,
     HELD,
@@ -91,6 +92,7 @@ def test_a_full_disk_is_named(script, changes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ground = Ground(tmp_path / "ground")
     line = ground.line(script, **changes)
+    open_splits(str(ground.images))  # in the cache of `datasets`, which is elsewhere
     main = importlib.import_module(script).main
     ending = call_limited(main, line, file_bytes=5000)
     assert ending.code == 2 and "Traceback" not in ending.said, ending.said

@@ -497,6 +497,23 @@ def test_a_column_without_images_is_noticed_soon(tmp_path):
         read_some(opened, CenterCrop(32, 32), 8)
 
 
+def test_a_file_beside_an_image_that_cannot_be_read_is_a_sentence(tmp_path):
+    """Of a kind that `datasets` decodes, in the middle: a stream meets it only while it is read."""
+    good = io.BytesIO()
+    torch.save(1, good)
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for number in range(20):
+            beside = b"damaged" if number == 10 else good.getvalue()
+            for suffix, content in (("jpg", jpeg(number)), ("pth", beside)):
+                entry = tarfile.TarInfo(f"{number}.{suffix}")
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    shard = stream.ShardReader(open_source(Source(str(tmp_path))), 0)
+    with pytest.raises(ValueError, match=r"cannot be read after sample 10 \(it is damaged, or holds pickled obj"):
+        list(shard)
+    assert shard.num_read == 10
+
+
 def test_a_shard_that_cannot_be_read_is_named(images, tmp_path):
     for number in range(2):
         data = (images["tar"] / f"{number}.tar").read_bytes()

@@ -60,6 +60,7 @@ def tars(ran: Path) -> dict[str, bytes | dict[str, bytes]]:
         "no entries": {},
         "text in place of a tar": b"<html>404</html>",
         "a PyTorch file beside the images, damaged": images(pth=b"damaged"),
+        "a PyTorch file beside the images, the last one damaged": images(pth=saved(1)) | {"019.pth": b"damaged"},
         "a PyTorch file beside the images, cut off": images(pth=saved({"x": torch.zeros(5)})[:200]),
         "a hostile PyTorch file beside the images": images(pth=saved(Hostile(ran))),
         "a hostile pickle beside the images": images(pth=hostile),

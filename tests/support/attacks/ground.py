@@ -67,6 +67,7 @@ class Ground:
     def line(self, script: str, **changes) -> tuple:
         """A command line that would run within seconds, with flags changed; None leaves one out."""
         out, images = self.new_folder(), {"dataset_name": self.images}
+        annotations = {"train_annotations": out, "eval_annotations": out}
         trained = {"dataloader_num_workers": 0, "report_to": "none", "output_dir": out}
         flags = {
             "pretrain_mim": images
@@ -78,7 +79,8 @@ class Ground:
             | {"model_name_or_path": self.classifier, "dataloader_num_workers": 0, "output_file": out / "f.parquet"},
             "linear_probe": images
             | {"model_name_or_path": self.classifier, "dataloader_num_workers": 0, "output_dir": out},
-            "finetune_segmentation": images | {"config": RECIPES / "segmentation_scenes.yaml", **trained},
-            "finetune_detection": {"config": RECIPES / "detection_smoke_cpu.yaml", "train_annotations": out, **trained},
+            "finetune_segmentation": images
+            | {"config": RECIPES / "segmentation_scenes.yaml", "model_name_or_path": self.classifier, **trained},
+            "finetune_detection": {"config": RECIPES / "detection_smoke_cpu.yaml", **annotations, **trained},
         }[script]
         return tuple(f"--{name}={value}" for name, value in {**flags, **changes}.items() if value is not None)
