@@ -16,6 +16,7 @@ from hivit_hf.data.datasets import choose_split, image_column, open_splits
 from hivit_hf.probing.arguments import EncodedImages
 from hivit_hf.probing.features import FEATURES, extract, load_encoder
 from hivit_hf.training.command_line import argument, parse_arguments, required_argument, run_script, some_of
+from hivit_hf.training.output_folders import refuse_existing_file
 
 
 @dataclass(kw_only=True)
@@ -29,15 +30,15 @@ class ExtractionArguments(EncodedImages):
 
 def write_embeddings(args: ExtractionArguments):
     """Computes the features of a split and writes them, with the other columns, to a Parquet file."""
+    output = Path(args.output_file)
+    refuse_existing_file(output, "--output_file")
+
     # data
     images = choose_split(open_splits(**args.location()), args.split_name, "split_name")
     others = images.remove_columns(image_column(images, args.image_column_name, args.split_name))
     for name in sorted(set(args.features) & set(others.column_names)):
         raise ValueError(f"The dataset has a column {name!r} already: rename it, or leave out --features {name}.")
-    if Path(args.output_file).is_dir():
-        raise ValueError(f"{args.output_file} is a folder: give the name of a file to --output_file.")
     column = args.checked_column(images, args.split_name)
-    Path(args.output_file).parent.mkdir(parents=True, exist_ok=True)
 
     # model
     encoder = load_encoder(args.model_name_or_path, args.image_size)
@@ -50,7 +51,14 @@ def write_embeddings(args: ExtractionArguments):
         features=Features({name: List(Value("float32")) for name in args.features}),
     )
     table = concatenate_datasets([others, embeddings], axis=1) if others.column_names else embeddings
-    table.to_parquet(args.output_file)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        table.to_parquet(partial)
+        refuse_existing_file(output, "--output_file")  # it may have appeared meanwhile
+        partial.rename(output)
+    finally:
+        partial.unlink(missing_ok=True)
     widths = ", ".join(f"{name} ({found[name].shape[1]})" for name in args.features)
     print(f"{len(table)} rows with {widths}: {args.output_file}")
 

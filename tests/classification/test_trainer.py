@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,15 +15,19 @@ import finetune_classification
 from hivit_hf import HiViTForImageClassification
 from hivit_hf.classification import trainer as classification_trainer
 from hivit_hf.modeling_hivit import layer_id
+from hivit_hf.training.manifest import NEVER_READ, check_checkpoint
 from support.classification import (
     history_of,
     log_of,
     outcome,
     saved_weights,
     smoke_arguments,
+    smoke_flags,
     smoke_run,
     smoke_trainer,
 )
+from support.damage import damages, flip_a_bit, plants, reseal
+from support.refusals import refusal
 
 
 # -- learning rates -------------------------------------------------------------------------------------------------
@@ -151,6 +156,89 @@ def test_each_epoch_has_its_own_augmentation(digits, tmp_path):
     trainer.train_dataset.transform = lambda image: (epochs.append(trainer.train_dataset.epoch), original(image))[1]
     trainer.train()
     assert epochs == [0] * 48 + [1] * 48 + [2] * 48
+
+
+# -- damaged and hostile checkpoints ---------------------------------------------------------------------------------
+
+
+DAMAGE = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "no", "ema_decay": 0.9}
+
+
+def test_every_damage_of_a_checkpoint_is_a_sentence(digits, tmp_path, capsys):
+    smoke_run(digits, tmp_path, stop_after_steps=2, **DAMAGE)
+    checkpoint = tmp_path / "checkpoint-2"
+    flags = smoke_flags(digits, tmp_path, resume_from_checkpoint=checkpoint, **DAMAGE)
+    count = 0
+    for name in damages(checkpoint):
+        said = refusal(finetune_classification.main, capsys, *flags)
+        assert name in said and str(checkpoint) in said
+        count += 1
+    assert count > 40
+
+
+def test_no_file_of_a_checkpoint_runs_code(digits, tmp_path, capsys):
+    smoke_run(digits, tmp_path, stop_after_steps=2, **DAMAGE)
+    checkpoint, trace, names = tmp_path / "checkpoint-2", tmp_path / "trace", set()
+    flags = smoke_flags(digits, tmp_path, resume_from_checkpoint=checkpoint, **DAMAGE)
+    for name in plants(checkpoint, trace):
+        if name in NEVER_READ:
+            assert finetune_classification.main(flags) == 0
+            (tmp_path / "all_results.json").unlink()
+        else:
+            assert name in refusal(finetune_classification.main, capsys, *flags)
+        assert not trace.exists(), name
+        names.add(name)
+    assert names >= {"average.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"}
+
+
+def test_content_of_another_kind_is_a_sentence(digits, tmp_path, capsys):
+    """Files that can be read, and do not fit."""
+    smoke_run(digits, tmp_path, stop_after_steps=2, **DAMAGE)
+    checkpoint = tmp_path / "checkpoint-2"
+    flags = smoke_flags(digits, tmp_path, resume_from_checkpoint=checkpoint, **DAMAGE)
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        content = (checkpoint / name).read_bytes()
+        for other in ({}, [], {"state": 7}):
+            torch.save(other, checkpoint / name)
+            reseal(checkpoint)
+            refusal(finetune_classification.main, capsys, *flags)
+        (checkpoint / name).write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_left_for_the_one_before_it(digits, tmp_path, capsys):
+    whole = outcome(smoke_run(digits, tmp_path / "whole", **DAMAGE), tmp_path / "whole")
+    smoke_run(digits, tmp_path / "parts", stop_after_steps=5, **DAMAGE)
+    (tmp_path / "parts" / "latest").touch()
+    flip_a_bit(tmp_path / "parts" / "checkpoint-5" / "optimizer.pt")
+    capsys.readouterr()
+    resumed = smoke_run(digits, tmp_path / "parts", resume_from_checkpoint="latest", **DAMAGE)
+    said = capsys.readouterr().out
+    assert "checkpoint-5 is damaged: optimizer.pt is not what was saved (its checksum differs)." in said
+    assert "Resuming from checkpoint-4, the newest whole one." in said
+    assert outcome(resumed, tmp_path / "parts") == whole
+
+
+def test_a_damaged_best_checkpoint_is_not_loaded(digits, tmp_path, monkeypatch):
+    changes = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = smoke_trainer(digits, tmp_path, early_stopping_patience=2, save_total_limit=6, **changes)
+    load = trainer._load_best_model
+
+    def damaged():
+        flip_a_bit(Path(trainer.state.best_model_checkpoint) / "model.safetensors")
+        load()
+
+    monkeypatch.setattr(trainer, "_load_best_model", damaged)
+    with pytest.raises(ValueError, match=r"checkpoint-\d is damaged: model.safetensors is not what was saved"):
+        trainer.train()
+
+
+def test_checkpoints_beyond_the_limit_and_those_that_a_kill_left(digits, tmp_path):
+    changes = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    (tmp_path / ".checkpoint-1.deleted").mkdir()
+    smoke_run(digits, tmp_path, save_total_limit=2, **changes)
+    left = sorted(path.name for path in tmp_path.glob("*checkpoint-*"))
+    assert left == ["checkpoint-2", "checkpoint-3"]
+    assert all(check_checkpoint(tmp_path / name)["step"] == int(name[-1]) for name in left)
 
 
 # -- moving average, early stopping ---------------------------------------------------------------------------------

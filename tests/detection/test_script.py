@@ -20,6 +20,8 @@ from hivit_hf.detection.initialization import backbone_of, build_detector, out_f
 from hivit_hf.detection.modeling import HiViTRCNN, detr_processor
 from hivit_hf.training.command_line import read_recipe
 from hivit_hf.training.initialization import initialize_backbone
+from hivit_hf.training.manifest import NEVER_READ
+from support.damage import damages, plants
 from support.detection import (
     DETR,
     NETWORK,
@@ -31,6 +33,7 @@ from support.detection import (
     flags_of,
     trainer_for,
 )
+from support.refusals import refusal
 
 
 PAGE = (Path(finetune_detection.__file__).parent / "detection.md").read_text()
@@ -108,7 +111,7 @@ def test_a_detector_is_evaluated_alone_and_trained_again(scenes, tmp_path, capsy
     for sentence, arguments in wrong.items():
         assert finetune_detection.main(arguments) == 2, sentence
         assert sentence in capsys.readouterr().err
-    assert not list((tmp_path / "no").iterdir())
+    assert not (tmp_path / "no").exists()
     again = [*data_flags(scenes), *begin, "--output_dir", str(tmp_path / "again"), "--stop_after_steps", "1"]
     assert finetune_detection.main([*again, "--learning_rate", "1e-12", "--warmup_steps", "0"]) == 0
 
@@ -188,3 +191,24 @@ def test_the_pages_code_runs_on_any_folder(tmp_path, scenes):
     build_detector("deformable_detr", start, ["a"], DETR).save_pretrained(folder)
     detr_processor(8, 64, 96, start.image_mean, start.image_std).save_pretrained(folder)
     subprocess.run([sys.executable, "-c", detr], **run)
+
+
+@pytest.mark.slow
+def test_no_file_of_a_checkpoint_runs_code_and_damage_is_a_sentence(scenes, tmp_path, capsys):
+    assert command(scenes, tmp_path / "run", *["--stop_after_steps", "2", "--num_overlays", "0"]) == 0
+    checkpoint, trace, names = tmp_path / "run" / "checkpoint-2", tmp_path / "trace", set()
+    flags = ["--num_overlays", "0", "--stop_after_steps", "2", "--resume_from_checkpoint"]
+
+    def resume(*_) -> int:
+        return command(scenes, tmp_path / "run", *flags, str(checkpoint))
+
+    for name in plants(checkpoint, trace):
+        if name in NEVER_READ:
+            assert resume() == 0
+        else:
+            assert name in refusal(resume, capsys)
+        assert not trace.exists(), name
+        names.add(name)
+    assert names >= {"optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"}
+    for name in damages(checkpoint):
+        assert name in refusal(resume, capsys)

@@ -34,10 +34,10 @@ def fresh_accelerate():
 
 
 @pytest.fixture
-def make_arguments(data, tmp_path):
-    """A function that makes the arguments of the smoke recipe: 24 steps, a checkpoint every 5."""
+def make_flags(data, tmp_path):
+    """A function that makes a command line of the smoke recipe: 24 steps, a checkpoint every 5."""
 
-    def make(**changes):
+    def make(**changes) -> list[str]:
         numbers = {"images_per_epoch": 48, "num_train_epochs": 8, "save_steps": 5, "log_samples": True}
         numbers |= {"dataset_name": str(data), "output_dir": str(tmp_path / "run"), "max_eval_samples": 16}
         flags = {**numbers, **changes}
@@ -47,9 +47,15 @@ def make_arguments(data, tmp_path):
                 argv += [f"--{name}", *map(str, value)]
             elif value is not None:
                 argv.append(f"--{name}={value}")
-        return parse_arguments(CLASSES, None, argv)
+        return argv
 
     return make
+
+
+@pytest.fixture
+def make_arguments(make_flags):
+    """A function that makes the arguments of such a command line."""
+    return lambda **changes: parse_arguments(CLASSES, None, make_flags(**changes))
 
 
 @pytest.fixture

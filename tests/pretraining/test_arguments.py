@@ -15,8 +15,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 import pretrain_mim
 from hivit_hf import HiViTForMaskedImageModeling
 from hivit_hf.pretraining.arguments import PretrainingArguments, PretrainingDataArguments, PretrainingModelArguments
-from hivit_hf.pretraining.checkpoint import read_manifest
 from hivit_hf.training.command_line import ABOUT, parse_arguments, read_recipe
+from hivit_hf.training.manifest import read_manifest
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -8,8 +8,11 @@ import shutil
 import pytest
 
 import kill_test
-from hivit_hf.pretraining.checkpoint import read_manifest
-from support.pretraining import nan_at
+import pretrain_mim
+from hivit_hf.training.manifest import read_manifest
+from support.damage import damages, flip_a_bit, plants, reseal
+from support.pretraining import nan_at, train_and_save
+from support.refusals import refusal
 
 
 def test_a_killed_checkpoint_is_not_read(make_run, tmp_path):
@@ -124,13 +127,13 @@ def test_resumptions_that_do_not_fit(make_run, tmp_path):
         make_run(resume_from_checkpoint="latest", dataloader_num_workers=1).train()
     with pytest.raises(ValueError, match=r"is no checkpoint: manifest.json cannot be read"):
         make_run(resume_from_checkpoint=str(tmp_path)).train()
-    manifest = tmp_path / "run" / "checkpoints" / "step-00000006" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"num_processes": 1', '"num_processes": 4'))
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000006"
+    reseal(checkpoint, num_processes=4)
     with pytest.raises(
         ValueError, match=r"made with num_processes=4, now it is num_processes=1: .* or give --allow_topology_change"
     ):
         make_run(resume_from_checkpoint="latest").train()
-    manifest.write_text(manifest.read_text().replace('"sharded_by": null', '"sharded_by": "FSDP"'))
+    reseal(checkpoint, sharded_by="FSDP")
     with pytest.raises(ValueError, match=r"was made with FSDP: resume it with FSDP"):
         make_run(resume_from_checkpoint="latest", allow_topology_change=True).train()
 
@@ -172,3 +175,132 @@ def test_other_ranks_resume_at_shard_boundaries(tmp_path):
     assert read_manifest(output / "checkpoints" / "step-00000030")["num_processes"] == 1
     read = [name for steps in (first, second) for (record,) in steps.values() for name in record["samples"]]
     assert len(set(read)) == kill_test.IMAGES - 7
+
+
+# -- damaged and hostile checkpoints ---------------------------------------------------------------------------------
+
+
+def test_every_damage_of_a_checkpoint_is_a_sentence(make_run, make_flags, tmp_path, capsys):
+    assert make_run(stop_after_steps=2, ema_decay=0.9).train()
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000002"
+    flags, count = make_flags(resume_from_checkpoint=checkpoint, ema_decay=0.9), 0
+    for name in damages(checkpoint):
+        said = refusal(pretrain_mim.main, capsys, *flags)
+        assert name in said and str(checkpoint) in said
+        count += 1
+    assert count > 40
+    for step in (10**9, 1.5):
+        reseal(checkpoint, step=step)
+        assert "step" in refusal(pretrain_mim.main, capsys, *flags)
+    reseal(checkpoint, step=2, shards=None, versions=[])
+    assert "is no checkpoint of pre-training: its manifest has no shards, versions" in refusal(
+        pretrain_mim.main, capsys, *flags
+    )
+
+
+def test_no_file_of_a_checkpoint_runs_code(make_run, make_flags, tmp_path, capsys):
+    assert make_run(stop_after_steps=2, ema_decay=0.9).train()
+    checkpoint, trace, names = tmp_path / "run" / "checkpoints" / "step-00000002", tmp_path / "trace", set()
+    flags = make_flags(resume_from_checkpoint=checkpoint, ema_decay=0.9)
+    for name in plants(checkpoint, trace):
+        assert name in refusal(pretrain_mim.main, capsys, *flags)
+        assert not trace.exists(), name
+        names.add(name)
+    assert names >= {"average.safetensors", "optimizer.bin", "random_states_0.pkl", "loader_rank00000.pt"}
+
+
+def test_what_is_damaged_is_left_for_the_checkpoint_before_it(make_run, tmp_path, capsys):
+    train_and_save(make_run(output_dir=str(tmp_path / "reference")))
+    assert make_run(stop_after_steps=13, save_total_limit=3).train()
+    checkpoints = tmp_path / "run" / "checkpoints"
+    flip_a_bit(checkpoints / "step-00000013" / "optimizer.bin")
+    (checkpoints / "step-00000010" / "random_states_0.pkl").unlink()
+    capsys.readouterr()
+    train_and_save(make_run(resume_from_checkpoint="latest", save_total_limit=3))
+    said = capsys.readouterr().out
+    for words in (
+        "step-00000013 is damaged: optimizer.bin",
+        "step-00000010 is damaged: random_states_0.pkl is missing",
+    ):
+        assert words in said
+    assert said.count("Resuming from step-00000005, the newest whole one") == 2
+    kill_test.compare(tmp_path / "reference", tmp_path / "run")
+
+
+def test_the_newest_checkpoint_is_found_without_latest(make_run, tmp_path):
+    train_and_save(make_run(output_dir=str(tmp_path / "reference")))
+    assert make_run(stop_after_steps=12).train()
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "latest").unlink()
+    with pytest.raises(ValueError, match="holds a run, at step-00000012: give --resume_from_checkpoint latest"):
+        make_run()
+    run = make_run(resume_from_checkpoint="latest")
+    assert run.resumed.manifest["step"] == 12
+    train_and_save(run)
+    kill_test.compare(tmp_path / "reference", tmp_path / "run")
+    for checkpoint in checkpoints.glob("step-*"):
+        (checkpoint / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"is no checkpoint: manifest.json cannot be read .* 1 before it are damaged"):
+        make_run(resume_from_checkpoint="latest")
+    with pytest.raises(ValueError, match="holds a run"):
+        make_run()
+    assert len(list(checkpoints.glob("step-*"))) == 2
+
+
+def test_a_kill_during_a_deletion_leaves_nothing_for_ever(make_run, tmp_path, monkeypatch):
+    run, remove = make_run(save_total_limit=1, stop_after_steps=6), shutil.rmtree
+
+    def killed(path, *arguments, **keywords):
+        if "step-00000000" in str(path):
+            (path / "model.safetensors").unlink(missing_ok=True)
+            raise KeyboardInterrupt
+        remove(path, *arguments, **keywords)
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    monkeypatch.undo()
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert not (checkpoints / "step-00000000").exists()
+    assert make_run(resume_from_checkpoint="latest", save_total_limit=1).train()
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step-00000024"]
+
+
+def test_lines_of_the_log_that_are_no_records(make_run, tmp_path, capsys):
+    assert make_run(stop_after_steps=10).train()
+    log = tmp_path / "run" / "log.jsonl"
+    whole = log.read_text()
+    log.write_bytes(b'null\n[]\n7\n{}\n{"step": null}\n' + whole.encode() + b'"step"\n\xff\x00\n{"step": 1')
+    capsys.readouterr()
+    assert make_run(resume_from_checkpoint="latest", stop_after_steps=11).train()
+    assert "log.jsonl had 8 damaged lines, which are left out now" in capsys.readouterr().out
+    assert log.read_text().startswith(whole)
+
+
+# -- folders of others -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model/config.json", "log.jsonl"])
+def test_models_of_others_are_not_overwritten(name, make_flags, tmp_path, capsys):
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("precious")
+    for changes in ({}, {"resume_from_checkpoint": "latest"}):
+        said = refusal(pretrain_mim.main, capsys, *make_flags(**changes))
+        assert f"run holds {name} of a model or another run, which is not overwritten" in said
+    assert [entry for entry in (tmp_path / "run").rglob("*") if entry.is_file()] == [path]
+
+
+def test_a_refused_run_leaves_no_folder(make_flags, tmp_path, capsys):
+    flags = make_flags(dataset_name=str(tmp_path / "none"), output_dir=str(tmp_path / "a" / "run"))
+    assert "none" in refusal(pretrain_mim.main, capsys, *flags)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_resumption_from_elsewhere_replaces_no_other_run(make_run, tmp_path):
+    assert make_run(stop_after_steps=6).train()
+    first = str(tmp_path / "run" / "checkpoints" / "step-00000005")
+    other = {"output_dir": str(tmp_path / "other"), "resume_from_checkpoint": first}
+    assert make_run(stop_after_steps=8, **other).train()
+    with pytest.raises(ValueError, match="other holds a run, at step-00000008: give --resume_from_checkpoint latest"):
+        make_run(stop_after_steps=8, **other)

@@ -214,3 +214,41 @@ def test_an_error_in_one_process_ends_the_others(tmp_path):
     _, errors = process.communicate(timeout=120)
     assert process.returncode
     assert "images cannot be read, more than max_bad_fraction" in errors.decode()
+
+
+def wait_for_steps(process, output, number: int):
+    while kill_test.num_logged(output) < number:
+        assert process.poll() is None
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_a_second_run_on_the_same_folder_is_refused(tmp_path):
+    command = kill_test.command(kill_test.write_images(tmp_path / "data", "parquet"), tmp_path / "run", 1, 2, 20_000)
+    first = kill_test.start(command)
+    wait_for_steps(first, tmp_path / "run", 5)
+    second = kill_test.start(command)
+    _, errors = second.communicate(timeout=120)
+    assert second.returncode == 2 and f"run is in use by another run (process {first.pid} on " in errors.decode()
+    assert first.poll() is None
+    kill_test.kill(first)
+
+
+@pytest.mark.slow
+def test_ranks_whose_launcher_is_killed_stop(tmp_path):
+    """Only torchrun is killed, as by a scheduler, and the same command is given again at once."""
+    data = kill_test.write_images(tmp_path / "data", "parquet")
+    command = kill_test.command(data, tmp_path / "reference", 2, 0, 400)
+    kill_test.finish(kill_test.start(command))
+    command = [part.replace("reference", "run") for part in command]
+    process = kill_test.start(command)
+    wait_for_steps(process, tmp_path / "run", 10)
+    process.kill()
+    process.wait()
+    before = kill_test.num_logged(tmp_path / "run")
+    time.sleep(3)
+    stopped = kill_test.num_logged(tmp_path / "run")
+    time.sleep(1)
+    assert kill_test.num_logged(tmp_path / "run") == stopped < 400 and stopped < before + 200
+    kill_test.finish(kill_test.start(command))
+    kill_test.compare(tmp_path / "reference", tmp_path / "run")

@@ -65,6 +65,22 @@ def test_embeddings_as_parquet(random_encoder, data, tmp_path):
     assert_close(torch.tensor(table["stage3"][:]), expected["stage3"], atol=1e-5, rtol=1e-4)
     assert not torch.equal(expected["stage3"][0], expected["stage3"][1])
     assert torch.tensor(table["stem"][:]).shape == (80, 32)
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_no_file_is_replaced(random_encoder, data, tmp_path, capsys, monkeypatch):
+    """Above all not the data."""
+    monkeypatch.setattr(extract_features, "load_encoder", None)  # it is found before images are encoded
+    images = tmp_path / "data" / "train.parquet"
+    images.parent.mkdir()
+    DatasetDict.load_from_disk(data / "few")["train"].to_parquet(images)
+    content = images.read_bytes()
+    arguments = ("--model_name_or_path", random_encoder, "--dataset_name", images.parent, "--output_file", images)
+    said = refusal(extract_features.main, capsys, *arguments)
+    assert "train.parquet exists, and is not overwritten: give another --output_file, or remove it" in said
+    assert images.read_bytes() == content
+    said = refusal(extract_features.main, capsys, *arguments[:-1], images / "new" / "x.parquet")
+    assert "cannot be written" in said
 
 
 def test_bad_input(random_encoder, data, tmp_path, capsys, monkeypatch):

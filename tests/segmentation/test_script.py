@@ -16,7 +16,10 @@ from transformers import AutoModelForSemanticSegmentation, UperNetForSemanticSeg
 
 import finetune_segmentation
 from hivit_hf.segmentation.initialization import load_segmenter
+from hivit_hf.training.manifest import NEVER_READ
 from scenes.data import map_names, scenes_dataset
+from support.damage import damages, plants
+from support.refusals import refusal
 from support.segmentation import SCENES, SMALL, flags_of, make_erratic, model_folder, run
 
 
@@ -177,3 +180,25 @@ def test_a_bad_sample_stops_a_run_with_its_id(tmp_path, capsys):
     begin = ["--model_name_or_path", model_folder(tmp_path / "backbone")]
     assert run(str(tmp_path / "data"), tmp_path / "run", *begin) == 2
     assert "sample 2 of train (train_00002) is 47x40 px and its image 48x40" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_no_file_of_a_checkpoint_runs_code_and_damage_is_a_sentence(small_scenes, tmp_path, capsys):
+    begin = ["--model_name_or_path", model_folder(tmp_path / "backbone")]
+    assert run(small_scenes, tmp_path / "run", *begin, *["--stop_after_steps", "2", "--num_overlays", "0"]) == 0
+    checkpoint, trace, names = tmp_path / "run" / "checkpoint-2", tmp_path / "trace", set()
+    flags = ["--num_overlays", "0", "--stop_after_steps", "2", "--resume_from_checkpoint"]
+
+    def resume(*_) -> int:
+        return run(small_scenes, tmp_path / "run", *begin, *flags, str(checkpoint))
+
+    for name in plants(checkpoint, trace):
+        if name in NEVER_READ:
+            assert resume() == 0
+        else:
+            assert name in refusal(resume, capsys)
+        assert not trace.exists(), name
+        names.add(name)
+    assert names >= {"optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"}
+    for name in damages(checkpoint):
+        assert name in refusal(resume, capsys)

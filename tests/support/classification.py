@@ -41,11 +41,15 @@ def flags(**values) -> list[str]:
     return line
 
 
-def smoke_arguments(data: Path | str, folder: Path, **changes) -> tuple:
-    """The arguments of a run of the smoke recipe: 3 steps of 16 images."""
+def smoke_flags(data: Path | str, folder: Path, **changes) -> list[str]:
+    """The command line of a run of the smoke recipe: 3 steps of 16 images."""
     values = {**QUICK, "dataset_name": data, "output_dir": folder, **changes}
-    line = ["--config", str(SMOKE), *flags(**values)]
-    return parse_arguments(finetune_classification.ARGUMENTS, None, line)
+    return ["--config", str(SMOKE), *flags(**values)]
+
+
+def smoke_arguments(data: Path | str, folder: Path, **changes) -> tuple:
+    """The arguments of such a run."""
+    return parse_arguments(finetune_classification.ARGUMENTS, None, smoke_flags(data, folder, **changes))
 
 
 def smoke_trainer(data: Path | str, folder: Path, **changes):

@@ -4,12 +4,22 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import TrainerState
 
 from hivit_hf.training.arguments import HiViTTrainingArguments, ModelArguments
-from hivit_hf.training.resumption import ARGUMENTS, find_checkpoint, save_arguments
+from hivit_hf.training.manifest import MANIFEST, write_manifest
+from hivit_hf.training.output_folders import ARGUMENTS, leave_folders
+from hivit_hf.training.resumption import find_checkpoint, save_arguments
+from support.damage import reseal
 
 
 MODEL = ModelArguments(model_name_or_path="model")
+
+
+@pytest.fixture(autouse=True)
+def _left():
+    yield
+    leave_folders()
 
 
 def made(folder: Path, **changes) -> HiViTTrainingArguments:
@@ -21,8 +31,10 @@ def run(tmp_path) -> Path:
     """The folder of a run with two checkpoints."""
     folder = tmp_path / "run"
     for step in (2, 10):
-        (folder / f"checkpoint-{step}").mkdir(parents=True)
-        (folder / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+        checkpoint = folder / f"checkpoint-{step}"
+        checkpoint.mkdir(parents=True)
+        TrainerState(global_step=step).save_to_json(checkpoint / "trainer_state.json")
+        write_manifest(checkpoint, {"step": step})
     save_arguments(made(folder), MODEL)
     return folder
 
@@ -101,3 +113,52 @@ def test_resumptions_of_another_kind_of_run(run, tmp_path):
         find_checkpoint(args, MODEL)
     (run / ARGUMENTS).unlink()
     assert find_checkpoint(args, MODEL) == str(run / "checkpoint-2")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "adapter_config.json", "README.md"])
+def test_models_of_others_are_not_overwritten(name, run, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / name).touch()
+    for changes in ({}, {"resume_from_checkpoint": str(run / "checkpoint-2")}):
+        with pytest.raises(ValueError, match=f"holds {name} of a model or another run, which is not overwritten"):
+            find_checkpoint(made(tmp_path / "model", **changes), MODEL)
+    assert [path.name for path in (tmp_path / "model").iterdir()] == [name]
+    assert find_checkpoint(made(tmp_path / "model", do_train=False), MODEL) is None  # which writes none of these
+
+
+def test_an_evaluation_leaves_the_arguments_of_a_training(run):
+    begun = (run / ARGUMENTS).read_text()
+    save_arguments(made(run, do_train=False, seed=7), MODEL)
+    assert (run / ARGUMENTS).read_text() == begun
+
+
+def test_a_run_resumed_from_elsewhere_replaces_no_other_run(run, tmp_path):
+    (run / "checkpoint-2").rename(tmp_path / "checkpoint-2")
+    with pytest.raises(ValueError, match="run holds a run, at checkpoint-10: give --resume_from_checkpoint latest"):
+        find_checkpoint(made(run, resume_from_checkpoint=str(tmp_path / "checkpoint-2")), MODEL)
+
+
+def test_damaged_checkpoints(run, capsys):
+    latest = made(run, resume_from_checkpoint="latest")
+    (run / "checkpoint-10" / MANIFEST).unlink()  # killed while it was saved
+    assert find_checkpoint(latest, MODEL) == str(run / "checkpoint-2")
+    said = capsys.readouterr().out
+    assert "checkpoint-10 is no checkpoint: manifest.json cannot be read (No such file or directory)." in said
+    assert said.endswith("Resuming from checkpoint-2, the newest whole one.\n")
+    with pytest.raises(ValueError, match=r"checkpoint-10 is no checkpoint: manifest.json cannot be read"):
+        find_checkpoint(made(run, resume_from_checkpoint=str(run / "checkpoint-10")), MODEL)
+    for state in ("[]", '{"x": 1}', '{"global_step": 7}', "null"):
+        (run / "checkpoint-2" / "trainer_state.json").write_text(state)
+        reseal(run / "checkpoint-2")
+        with pytest.raises(ValueError, match=r"checkpoint-2 is damaged: trainer_state.json is "):
+            find_checkpoint(latest, MODEL)
+    (run / "checkpoint-2" / "trainer_state.json").unlink()
+    with pytest.raises(ValueError, match=r"manifest.json cannot be read .* The 1 before it are damaged, too\."):
+        find_checkpoint(latest, MODEL)
+
+
+@pytest.mark.parametrize("content", [b"", b"null", b"[]", b"\xff\x00", b"[" * 100_000])
+def test_damaged_arguments(content, run):
+    (run / ARGUMENTS).write_bytes(content)
+    with pytest.raises(ValueError, match=r"arguments.json is damaged: it is no JSON object"):
+        find_checkpoint(made(run, resume_from_checkpoint="latest"), MODEL)

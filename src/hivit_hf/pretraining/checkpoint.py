@@ -2,13 +2,14 @@
 """
 Checkpoints of pre-training: saved atomically, loaded, and compared with the run that resumes from them.
 
-A checkpoint is written beside the others under another name, flushed to the disk, and only then renamed; the file
-`latest` is replaced after that. Whatever is interrupted, the checkpoint named there can be read.
+A checkpoint is written beside the others under another name, flushed to the disk, and only then renamed. Its manifest
+has the checksums of its files, and its number among the checkpoints of the run: the newest whole one is resumed from.
+The file `latest` names it for people and scripts.
 """
 
-import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,17 @@ from transformers.utils import logging
 
 from ..training.arguments import identity
 from ..training.command_line import CHANGES_RECIPE, CHANGES_TOPOLOGY, OF_THE_MODEL, annotations_of
-from ..training.folders import flush_folder, replace_file, replace_folder
-from ..training.resumption import check_same_arguments, refuse_existing_run
+from ..training.folders import flush_folder, remove_folder, replace_file, replace_folder
+from ..training.manifest import WholeCheckpoint, newest_whole, read_manifest, write_manifest
+from ..training.resumption import MODEL_FILES, check_same_arguments, claim_folder, decided_by_main
 from .arguments import PretrainingArguments
 
 
 logger = logging.get_logger(__name__)
+OVERWRITTEN = ("model/*", "model_ema/*", "images/reconstructions-*.png", "log.jsonl", "samples_rank*.jsonl")
+ASIDE = ".old"  # end of the name of a checkpoint while another one of the same step takes its place
+KINDS = {"step": int, "number": int, "arguments": dict, "num_processes": int, "sharded_by": (str, type(None))}
+KINDS |= {"shards": list, "revisions": list, "validation": list, "versions": dict, "rollbacks": int, "bad_images": int}
 
 
 class Checkpoints:
@@ -48,7 +54,7 @@ class Checkpoints:
         Saves the run after `step` steps. Called by all ranks; returns whether all of them could.
 
         Args:
-            manifest: what a resumption must agree with; `step` is added.
+            manifest: what a resumption must agree with; `step`, `number` and the checksums are added.
             loader_state: of this rank's data loader.
             write_config: writes the model's configuration into a folder, which makes the checkpoint loadable with
                 `from_pretrained`.
@@ -66,14 +72,18 @@ class Checkpoints:
             torch.save(loader_state, partial / f"loader_rank{accelerator.process_index:05d}.pt")
             if accelerator.is_main_process:
                 write_config(partial)
-                (partial / "manifest.json").write_text(json.dumps({"step": step, **manifest}, indent=1) + "\n")
+
+        def seal():
+            if accelerator.is_main_process:
+                number = 1 + max((number for number, _ in self._numbered()), default=0)
+                write_manifest(partial, {"step": step, "number": number, **manifest})
 
         def install():
             if accelerator.is_main_process:
                 self._install(partial, final)
 
         # each is done by all ranks before any begins the next: none flushes what another still writes
-        for do in (make_room, write, lambda: flush_folder(partial), install):
+        for do in (make_room, write, seal, lambda: flush_folder(partial), install):
             problem = None
             try:
                 do()
@@ -96,12 +106,15 @@ class Checkpoints:
     def _install(self, partial: Path, final: Path):
         replace_folder(partial, final, aside=self._aside(final))  # an earlier attempt may have left the same step
         replace_file(self.folder / "latest", f"{final.name}\n")
-        for old in [*self.folder.glob(".step-*.old"), *self._superfluous(final)]:
-            shutil.rmtree(old, ignore_errors=True)
+        for superfluous in self._superfluous(final):
+            remove_folder(superfluous)
+        for left in self.folder.glob(".step-*"):  # by a kill
+            if left != self.in_use:
+                shutil.rmtree(left, ignore_errors=True)
 
     def _aside(self, checkpoint: Path) -> Path:
         """Where a checkpoint is while another one of the same step takes its place."""
-        return self.folder / f".{checkpoint.name}.old"
+        return self.folder / f".{checkpoint.name}{ASIDE}"
 
     def _superfluous(self, newest: Path) -> list[Path]:
         """Older ones beyond the limit, and later ones, which an earlier attempt has left on another path."""
@@ -111,16 +124,32 @@ class Checkpoints:
         return [path for path in later + earlier[: -self.save_total_limit] if path not in kept and path != self.in_use]
 
     def all(self) -> list[Path]:
-        """The checkpoints, oldest first."""
-        return sorted(path for path in self.folder.glob("step-*") if (path / "manifest.json").is_file())
+        """The checkpoints, by step, whole or not."""
+        found = [path for path in self.folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+        return sorted(filter(Path.is_dir, found))
+
+    def newest_first(self) -> list[Path]:
+        """The checkpoints in the order of saving, the last one first; before them those whose manifest is damaged."""
+        numbered = sorted(self._numbered(), reverse=True)
+        known = [path for _, path in numbered]
+        return [*(path for path in reversed(self.all()) if path not in known), *known]
+
+    def _numbered(self) -> list[tuple[int, Path]]:
+        """The checkpoints with a sound manifest, and their numbers in the order of saving."""
+        found = []
+        for path in [*self.all(), *self.folder.glob(f".step-*{ASIDE}")]:
+            with suppress(ValueError):
+                number = read_manifest(path).get("number")
+                found += [(number, path)] if type(number) is int else []
+        return found
 
     def latest(self) -> Path | None:
-        """The newest checkpoint, or None."""
-        pointer = self.folder / "latest"
-        if not pointer.is_file():
-            return None
-        checkpoint = self.folder / pointer.read_text().strip()
-        return checkpoint if checkpoint.exists() or not self._aside(checkpoint).exists() else self._aside(checkpoint)
+        """The newest checkpoint by its manifest, or None; its files are not looked at."""
+        return max(self._numbered(), default=(0, None))[1]
+
+    def newest_whole(self) -> WholeCheckpoint:
+        """The newest checkpoint that is whole, as the main process finds it. Raises ValueError if there is none."""
+        return decided_by_main(lambda: newest_whole(self.newest_first()))
 
 
 def name_of(step: int) -> str:
@@ -136,19 +165,6 @@ def step_of(path: Path) -> int:
 def loader_states(path: Path) -> list[dict]:
     """The states of the data loaders of all ranks in a checkpoint, by rank."""
     return [torch.load(file, weights_only=True) for file in sorted(path.glob("loader_rank*.pt"))]
-
-
-def read_manifest(path: Path) -> dict:
-    """
-    The manifest of a checkpoint.
-
-    Raises:
-        ValueError: if the folder is no checkpoint.
-    """
-    try:
-        return json.loads((path / "manifest.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no checkpoint: manifest.json cannot be read ({error}).") from error
 
 
 @dataclass(frozen=True)
@@ -178,20 +194,33 @@ def describe(accelerator: Accelerator, *arguments: Any) -> dict:
     }
 
 
+def check_kinds(path: Path, manifest: dict):
+    """ValueError if a manifest is not one of pre-training."""
+    wrong = [name for name, kind in KINDS.items() if not isinstance(manifest.get(name), kind)]
+    if wrong:
+        raise ValueError(f"{path} is no checkpoint of pre-training: its manifest has no {', '.join(wrong)}.")
+
+
 def find_resumption(checkpoints: Checkpoints, training_args: PretrainingArguments, *others: Any) -> Resumption | None:
     """
-    The checkpoint to resume from, or None for a new run.
+    The checkpoint to resume from, or None for a new run. Makes and locks the output folder. All processes call it.
 
     Raises:
-        ValueError: for an output folder that holds another run, and a resumption that does not fit its run.
+        ValueError: for an output folder that holds another run or a model, is in use, or cannot be written; for a
+            resumption from what is damaged, or that does not fit its run.
     """
-    given, latest = training_args.resume_from_checkpoint, checkpoints.latest()
-    if given is None:
-        refuse_existing_run(checkpoints.folder.parent, latest)
-    path = latest if given in (None, "latest") else Path(given)
-    if path is None:
+    found = decided_by_main(
+        lambda: claim_folder(
+            Path(training_args.output_dir),
+            training_args.resume_from_checkpoint,
+            checkpoints.newest_first,
+            (*OVERWRITTEN, *MODEL_FILES),
+        )
+    )
+    if found is None:
         return None
-    manifest, arguments = read_manifest(path), (training_args, *others)
+    path, manifest, arguments = found.path, found.manifest, (training_args, *others)
+    check_kinds(path, manifest)
     marks = {name: annotated for part in arguments for name, annotated in annotations_of(part).items()}
     topology = [name for name, annotated in marks.items() if CHANGES_TOPOLOGY in annotated]
     recipe = [name for name, annotated in marks.items() if CHANGES_RECIPE in annotated]

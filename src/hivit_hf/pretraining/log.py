@@ -62,15 +62,22 @@ class RunLog:
         self._append(f"samples_rank{self.accelerator.process_index:05d}.jsonl", record)
 
     def forget_after(self, step: int):
-        """Removes the lines of later steps, which are taken again, from log.jsonl; the logs of samples keep all."""
+        """
+        Removes the lines of later steps, which are taken again, from log.jsonl, and those that are no records; the
+        logs of samples keep all.
+        """
         path = self.folder / "log.jsonl"
-        if self.accelerator.is_main_process and path.exists():
-            kept = []
-            for line in path.read_text(encoding="utf-8").splitlines():
-                with suppress(json.JSONDecodeError):  # a line that was cut off
-                    kept += [line] if json.loads(line)["step"] <= step else []
-            with suppress(OSError):  # a full disk: they stay, and are there twice
-                replace_file(path, "".join(f"{line}\n" for line in kept))
+        if not self.accelerator.is_main_process or not path.is_file():
+            return
+        kept, lost = [], 0
+        with suppress(OSError):  # a full disk: they stay, and are there twice
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                number = _step_of(line)
+                kept += [line] if number is not None and number <= step else []
+                lost += number is None
+            replace_file(path, "".join(f"{line}\n" for line in kept))
+        if lost:
+            self.say(f"log.jsonl had {lost} damaged lines, which are left out now.")
 
     def _append(self, name: str, record: dict):
         try:
@@ -78,6 +85,14 @@ class RunLog:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
             logger.error(f"{name} could not be written in step {record['step']} ({error.strerror}); the run continues.")
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a line of log.jsonl; None if it is no record, as one that was cut off."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        return None
 
 
 def _digest(parts: list[torch.Tensor]) -> str:

@@ -16,9 +16,9 @@ from transformers import set_seed
 from ..data.seeding import seed_of
 from ..data.streaming import SampleStream, make_loader, stream_states
 from ..image_processing import evaluation_processor
-from ..training.resumption import make_output_dir
+from ..training.manifest import loading
 from .arguments import PretrainingArguments, PretrainingDataArguments, PretrainingModelArguments
-from .checkpoint import Checkpoints, Resumption, describe, loader_states, read_manifest
+from .checkpoint import Checkpoints, Resumption, describe, loader_states
 from .data import ValidationImages, to_device
 from .log import RunLog, WaitClock
 from .monitor import Monitor
@@ -65,7 +65,7 @@ class PretrainingRun:
     The loop over optimizer steps, with checkpoints, evaluations, logs, uploads and rollbacks.
 
     Raises:
-        ValueError: if nothing can be written to the output folder, or to the repository of the uploads.
+        ValueError: if nothing can be written to the repository of the uploads.
     """
 
     def __init__(
@@ -92,11 +92,9 @@ class PretrainingRun:
         )
         self.step = self.rollbacks = self.bad_images = self.newly_bad = 0
         self.finished, self.upload = False, None
-        if self.accelerator.is_main_process:
-            make_output_dir(self.output)
-            if training_args.push_to_hub:
-                repository = training_args.hub_model_id or self.output.resolve().name
-                self.upload = HubUpload(repository, training_args.hub_private_repo, checkpoints)
+        if self.accelerator.is_main_process and training_args.push_to_hub:
+            repository = training_args.hub_model_id or self.output.resolve().name
+            self.upload = HubUpload(repository, training_args.hub_private_repo, checkpoints)
 
     # -- checkpoints
 
@@ -137,12 +135,17 @@ class PretrainingRun:
         if resumed.changed_recipe:
             self.log.say("resumes with another recipe than before")
             self.rollbacks = 0
+        total_steps = self.args.num_steps(self.data_args.images_per_epoch)
+        if self.step > total_steps:
+            raise ValueError(f"{path} is of step {self.step}, but the run has {total_steps}: it is of another run.")
         is_latest = path == self.checkpoints.latest()
-        self.accelerator.load_state(str(path))
+        with loading(path):
+            self.accelerator.load_state(str(path))
+            states = loader_states(path)
+            if not resumed.changed_topology:
+                self.loader.load_state_dict(states[self.accelerator.process_index])
         self.log.forget_after(self.step)
-        states = loader_states(path)
         if not resumed.changed_topology:
-            self.loader.load_state_dict(states[self.accelerator.process_index])
             self.log.say(f"resumes from {path.name}")
             if not is_latest:  # else a rollback or a restart would find another one
                 self.save()
@@ -175,9 +178,13 @@ class PretrainingRun:
                 f"{text}, for the {self.rollbacks}rd time. The last good weights are in {latest}. Lower "
                 "base_learning_rate, lengthen warmup_epochs, set max_grad_norm, or train in bf16."
             )
-        self.log.say(f"{text}: back to {latest.name}, with other images from there on")
-        self.accelerator.load_state(str(latest))
-        self.step = read_manifest(latest)["step"]
+        whole = self.checkpoints.newest_whole()
+        for damage in whole.damaged:
+            self.log.say(damage)
+        self.log.say(f"{text}: back to {whole.path.name}, with other images from there on")
+        with loading(whole.path):
+            self.accelerator.load_state(str(whole.path))
+        self.step = whole.manifest["step"]
         self.log.forget_after(self.step)
         self.save()  # with the place in the data, so that a restart does not read the same again
 

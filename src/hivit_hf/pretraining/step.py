@@ -5,12 +5,15 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedType
+from safetensors.torch import load_model, save_model
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..modeling_hivit import HiViTForMaskedImageModeling
+from ..training.manifest import AVERAGE
 from ..training.optim import parameter_groups
 
 
@@ -66,7 +69,17 @@ class MaskedTraining:
         self.ema = None
         if ema_decay is not None:
             self.ema = AveragedModel(self.bare, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
-            accelerator.register_for_checkpointing(self.ema)
+            accelerator.register_save_state_pre_hook(self._save_average)
+            accelerator.register_load_state_pre_hook(self._load_average)
+
+    def _save_average(self, _models: list, _weights: list, folder: str):
+        """Called by `Accelerator.save_state`; what is registered for checkpointing would be unpickled freely."""
+        if self.accelerator.is_main_process:
+            save_model(self.ema, str(Path(folder) / AVERAGE))
+
+    def _load_average(self, _models: list, folder: str):
+        """Called by `Accelerator.load_state`."""
+        load_model(self.ema, Path(folder) / AVERAGE)
 
     def _begin_optimizer(self):
         """AdamW's state before the first step: saving an optimizer without one, torch takes a step to make it."""

@@ -32,6 +32,8 @@ from transformers.utils import logging
 
 from ..configuration_hivit import MAX_IMAGE_SIZE
 from ..data.datasets import FULL_DISK
+from .output_folders import end_with_launcher, leave_folders
+
 
 
 MAX_RECIPE_LENGTH = 1_000_000
@@ -375,6 +377,7 @@ def run_script(run: Callable[..., object], *arguments: Any) -> int:
     datasets.logging.set_verbosity_error()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    end_with_launcher()
     try:
         run(*arguments)
     except KeyboardInterrupt:
@@ -383,6 +386,8 @@ def run_script(run: Callable[..., object], *arguments: Any) -> int:
         return _leave(f"stopped by Ctrl-C{how}.", INTERRUPTED)
     except MENDABLE as error:
         return _leave(_where_full(error, arguments) or one_sentence(error), 2)
+    finally:
+        leave_folders()
     return 0
 
 
@@ -391,6 +396,7 @@ def _leave(sentence: str, code: int) -> int:
     where = f" in process {state.process_index}" if state.num_processes > 1 else ""
     print(f"error{where}: {sentence}", file=sys.stderr, flush=True)
     if state.num_processes > 1:
+        leave_folders()
         os._exit(code)  # the others may wait for this process in a collective; the launcher stops them
     return code
 

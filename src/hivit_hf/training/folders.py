@@ -16,6 +16,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 
+DELETED = ".deleted"  # end of the name of a folder that is being deleted
+
+
 class FolderError(ValueError):
     """A folder that must not or cannot be written: why, and how to fix it."""
 
@@ -107,6 +110,15 @@ def replace_folder(partial: Path, final: Path, aside: Path | None = None):
     _flush_entry(final.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_folder(folder: Path):
+    """Deletes a folder. It is renamed before, so that a kill on the way leaves `.NAME.deleted`, not half of it."""
+    aside = folder.with_name(f".{folder.name}{DELETED}")
+    shutil.rmtree(aside, ignore_errors=True)
+    with suppress(OSError):
+        os.replace(folder, aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def replace_file(path: Path, text: str):

@@ -2,6 +2,7 @@
 """`HiViTTrainer`, what all tasks share: layer-wise learning rates, moving average, schedule, whole batches."""
 
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,10 +24,10 @@ from transformers.trainer_utils import TrainOutput
 from ..configuration_hivit import HiViTConfig
 from ..modeling_hivit import HiViTPreTrainedModel
 from .arguments import REFUSED, HiViTTrainingArguments
+from .folders import flush_folder, remove_folder
+from .manifest import AVERAGE, MANIFEST, loading, newest_whole, write_manifest
 from .optim import layer_table, layerwise_parameter_groups
-
-
-AVERAGE = "average.safetensors"  # beside the weights of a checkpoint, if a moving average is kept
+from .resumption import decided_by_main, trainer_checkpoints
 
 
 def hivit_config(model: torch.nn.Module) -> HiViTConfig:
@@ -170,7 +171,8 @@ class HiViTTrainer(Trainer):
         if self.args.ema_decay is not None:
             self.average = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(self.args.ema_decay))
             if resume_from_checkpoint:
-                load_model(self.average, Path(resume_from_checkpoint) / AVERAGE)
+                with loading(resume_from_checkpoint):
+                    load_model(self.average, Path(resume_from_checkpoint) / AVERAGE)
             self.average.to(self.args.device)
         output = super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         if self.average is not None:
@@ -206,7 +208,61 @@ class HiViTTrainer(Trainer):
         if self.average is not None and self.args.should_save:
             save_model(self.average, str(Path(output_dir or self.args.output_dir) / AVERAGE))  # weights may be shared
 
+    def _save_checkpoint(self, model, trial):
+        """
+        As in `Trainer`, then the manifest, without which a checkpoint is not resumed from; and only then is it
+        uploaded, and are older ones deleted.
+        """
+        args, folder = self.args, Path(self.args.output_dir)
+        checkpoint = folder / f"checkpoint-{self.state.global_step}"
+        if args.should_save:
+            (checkpoint / MANIFEST).unlink(missing_ok=True)  # of an earlier attempt
+        limit, args.save_total_limit = args.save_total_limit, None
+        push, args.push_to_hub = args.push_to_hub, False
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            args.save_total_limit, args.push_to_hub = limit, push
+        self.accelerator.wait_for_everyone()  # each has written its random state
+        if args.should_save:
+            write_manifest(checkpoint, {"step": self.state.global_step})
+            flush_folder(checkpoint)
+        if push:
+            self._push_from_checkpoint(str(checkpoint))
+        if args.should_save and limit:
+            self._delete_checkpoints(folder, limit)
+
+    def _delete_checkpoints(self, folder: Path, limit: int):
+        """As `Trainer` does, the oldest ones beyond the limit, never the newest nor the best; a kill leaves no half."""
+        newest_first = sorted(trainer_checkpoints(folder), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+        best = self.state.best_model_checkpoint and Path(self.state.best_model_checkpoint).absolute()
+        kept = [path for path in newest_first if path == newest_first[0] or path.absolute() == best]
+        others = [path for path in newest_first if path not in kept]
+        for superfluous in others[max(limit - len(kept), 0) :]:
+            remove_folder(superfluous)
+        for left in folder.glob(".checkpoint-*"):  # by a kill
+            shutil.rmtree(left, ignore_errors=True)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None):
+        with loading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None):
+        with loading(checkpoint or ""):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None):
+        with loading(checkpoint or ""):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None):
+        with loading(checkpoint or ""):
+            super()._load_rng_state(checkpoint)
+
     def _load_best_model(self):
+        """As in `Trainer`. Raises ValueError if the checkpoint is damaged."""
+        best = Path(self.state.best_model_checkpoint)
+        decided_by_main(lambda: newest_whole([best]))
         super()._load_best_model()
         if self.average is not None:
             load_model(self.average, Path(self.state.best_model_checkpoint) / AVERAGE)
