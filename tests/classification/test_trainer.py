@@ -162,6 +162,7 @@ def test_each_epoch_has_its_own_augmentation(digits, tmp_path):
 
 
 DAMAGE = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "no", "ema_decay": 0.9}
+DAMAGE |= {"save_total_limit": 9}
 
 
 def test_every_damage_of_a_checkpoint_is_a_sentence(digits, tmp_path, capsys):
