@@ -11,8 +11,8 @@ from hivit_hf import HiViTBackbone, HiViTConfig, HiViTForImageClassification, Hi
 from hivit_hf.image_processing import evaluation_processor
 from hivit_hf.modeling_hivit import resize_table, sin_cos_position_embeddings
 from hivit_hf.pretraining.arguments import PretrainingModelArguments
-from hivit_hf.pretraining.checkpoint import read_manifest
 from hivit_hf.pretraining.initialization import initialize_autoencoder
+from hivit_hf.training.manifest import read_manifest
 from support.pretraining import exact_losses, train_and_save
 
 
