@@ -10,6 +10,7 @@ import kill_test
 from hivit_hf.pretraining.arguments import PretrainingArguments, PretrainingDataArguments, PretrainingModelArguments
 from hivit_hf.pretraining.run import PretrainingRun
 from hivit_hf.training.command_line import parse_arguments
+from hivit_hf.training.output_folders import leave_folders
 from support.accelerate_state import forget_accelerator
 
 
@@ -65,6 +66,10 @@ def make_run(make_arguments):
 
     def make(accelerator: Accelerator | None = None, **changes) -> PretrainingRun:
         arguments = make_arguments(**changes)
-        return pretrain_mim.prepare(accelerator or Accelerator(cpu=True), *arguments)
+        try:
+            return pretrain_mim.prepare(accelerator or Accelerator(cpu=True), *arguments)
+        except BaseException:
+            leave_folders()  # as `run_script` does
+            raise
 
     return make
