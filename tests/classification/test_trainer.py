@@ -15,7 +15,7 @@ import finetune_classification
 from hivit_hf import HiViTForImageClassification
 from hivit_hf.classification import trainer as classification_trainer
 from hivit_hf.modeling_hivit import layer_id
-from hivit_hf.training.manifest import NEVER_READ, check_checkpoint
+from hivit_hf.training.manifest import check_checkpoint
 from support.classification import (
     history_of,
     log_of,
@@ -26,7 +26,7 @@ from support.classification import (
     smoke_run,
     smoke_trainer,
 )
-from support.damage import damages, flip_a_bit, plants, reseal
+from support.damage import NEVER_READ, damages, flip_a_bit, plants, reseal
 from support.refusals import refusal
 
 

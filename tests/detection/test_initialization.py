@@ -52,4 +52,4 @@ def test_only_detectors_are_evaluated_without_training(scenes, tmp_path, capsys)
     start = ["--model_name_or_path", pretrained(tmp_path / "start"), "--from_scratch", "false", "--do_train", "false"]
     assert command(scenes, tmp_path / "run", *start) == 2
     assert "start is no detector: train one first" in capsys.readouterr().err
-    assert not list((tmp_path / "run").iterdir())
+    assert not (tmp_path / "run").exists()

@@ -20,8 +20,7 @@ from hivit_hf.detection.initialization import backbone_of, build_detector, out_f
 from hivit_hf.detection.modeling import HiViTRCNN, detr_processor
 from hivit_hf.training.command_line import read_recipe
 from hivit_hf.training.initialization import initialize_backbone
-from hivit_hf.training.manifest import NEVER_READ
-from support.damage import damages, plants
+from support.damage import NEVER_READ, damages, plants
 from support.detection import (
     DETR,
     NETWORK,

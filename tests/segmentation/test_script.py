@@ -16,9 +16,8 @@ from transformers import AutoModelForSemanticSegmentation, UperNetForSemanticSeg
 
 import finetune_segmentation
 from hivit_hf.segmentation.initialization import load_segmenter
-from hivit_hf.training.manifest import NEVER_READ
 from scenes.data import map_names, scenes_dataset
-from support.damage import damages, plants
+from support.damage import NEVER_READ, damages, plants
 from support.refusals import refusal
 from support.segmentation import SCENES, SMALL, flags_of, make_erratic, model_folder, run
 
@@ -133,7 +132,7 @@ def test_evaluations_need_trained_heads_and_overwrite_no_results(small_scenes, t
     cases = [(backbone, "is no segmentation model"), (str(tmp_path / "nowhere"), "There is no folder")]
     for name, sentence in cases:
         assert run(small_scenes, tmp_path / "run", *only, name) == 2
-        assert sentence in capsys.readouterr().err and not any((tmp_path / "run").iterdir())
+        assert sentence in capsys.readouterr().err and not (tmp_path / "run").exists()
     whole = tmp_path / "whole"
     load_segmenter(backbone, map_names(), crop_size=32, **SMALL).model.save_pretrained(whole)
     (whole / "eval_results.json").write_text("{}")

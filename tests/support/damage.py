@@ -9,6 +9,10 @@ import torch
 from hivit_hf.training.manifest import MANIFEST, write_manifest
 
 
+# what a run writes for people, and for those who load the model without the package
+NEVER_READ = {"training_args.bin", "configuration_hivit.py", "modeling_hivit.py"}
+
+
 class Hostile:
     """A pickle of it creates a file when it is read without limits."""
 

@@ -22,7 +22,7 @@ from .sharded_files import check_sharded
 
 MANIFEST = "manifest.json"
 AVERAGE = "average.safetensors"  # beside the weights of a checkpoint, if a moving average of them is kept
-NEVER_READ = {"training_args.bin"}  # `Trainer` writes it for people
+NEVER_READ = "training_args.bin"  # `Trainer` writes it for people
 REMEDY = " Resume from another checkpoint."
 TENSORS = {".bin", ".pt", ".pth", ".pkl"}
 
@@ -125,7 +125,7 @@ def check_checkpoint(checkpoint: Path) -> dict:
 
 def _try_to_read(path: Path):
     """Raises an exception if a file cannot be read, or could only be read by calling what it names."""
-    if path.name in NEVER_READ:
+    if path.name == NEVER_READ:
         return
     if path.suffix == ".safetensors":
         with safe_open(path, "pt"):

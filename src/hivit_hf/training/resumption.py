@@ -17,8 +17,8 @@ from .output_folders import ARGUMENTS, enter_folder, refuse_foreign
 
 
 RESULTS = ("eval_results.json", "all_results.json", "trainer_state.json")  # as `Trainer` names them
-# what a model's folder has, as patterns
-MODEL_FILES = ("*config.json", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
+# what a folder of a model has, as patterns
+MODEL_FILES = ("*_hivit.py", "*config.json", "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json")
 OVERLAYS = ("overlays.png", "detections.png")  # of evaluations of dense tasks
 Decision = TypeVar("Decision")
 
