@@ -187,6 +187,7 @@ def check_same_arguments(run: Path, was: dict, now: dict, hints: Mapping[str, st
 
 
 def save_arguments(args: HiViTTrainingArguments, *others: Any):
-    """Writes what a resumption must share with this run to the output folder; nothing resumes an evaluation."""
-    if args.process_index == 0 and args.do_train:
-        (Path(args.output_dir) / ARGUMENTS).write_text(json.dumps(identity(args, *others), indent=1) + "\n")
+    """Writes what a resumption must share with this run to the output folder. An evaluation leaves a training's."""
+    path = Path(args.output_dir) / ARGUMENTS
+    if args.process_index == 0 and (args.do_train or not path.exists()):
+        path.write_text(json.dumps(identity(args, *others), indent=1) + "\n")
