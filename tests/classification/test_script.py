@@ -14,7 +14,7 @@ import torch
 from datasets import DatasetDict
 from huggingface_hub import HfApi
 from torch.testing import assert_close
-from transformers import AutoImageProcessor, AutoModelForImageClassification, Trainer, TrainingArguments, pipeline
+from transformers import AutoImageProcessor, AutoModelForImageClassification, TrainingArguments, pipeline
 
 import finetune_classification
 from hivit_hf import HiViTConfig, HiViTForImageClassification, HiViTForMaskedImageModeling
@@ -275,7 +275,9 @@ def test_every_recipe_takes_two_steps(path, digits, tmp_path, base_mae, monkeypa
             splits[name] = split
         splits.save_to_disk(tmp_path / "several")
         small |= {"dataset_name": tmp_path / "several", "label_column_name": ["is_0", "is_1", "is_2"]}
-    monkeypatch.setattr(Trainer, "_save_checkpoint", lambda *arguments: None)  # gigabytes, and tested elsewhere
+    monkeypatch.setattr(
+        ClassificationTrainer, "_save_checkpoint", lambda *arguments: None
+    )  # gigabytes, and tested elsewhere
     monkeypatch.setattr(ClassificationTrainer, "save_and_push", lambda trainer, *arguments: trainer.save_state())
     assert finetune_classification.main(["--config", str(path), *flags(**small)]) == 0
     assert log_of(tmp_path / "run")
