@@ -35,7 +35,6 @@ from ..data.datasets import FULL_DISK
 from .output_folders import end_with_launcher, leave_folders
 
 
-
 MAX_RECIPE_LENGTH = 1_000_000
 ABOUT = ("title", "source", "cost", "expected_result")  # keys of a recipe file that are no flags
 
