@@ -15,6 +15,7 @@ import math
 import multiprocessing
 import random
 import signal
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -699,6 +700,13 @@ def _begin_worker(_worker_id: int):
     fsspec.asyn.reset_lock()  # the parent's lock, which is never released here
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = _unless_left
+
+
+def _unless_left(kind: type[BaseException], error: BaseException, stack):
+    """A worker whose process was stopped by Ctrl-C while it fetched a batch has nothing to report."""
+    if not issubclass(kind, (EOFError, ConnectionError)):
+        sys.__excepthook__(kind, error, stack)
 
 
 def _end_workers():
