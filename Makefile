@@ -6,9 +6,13 @@ OLDEST_VERSIONS := torch==2.11.0 torchvision==0.26.0 transformers==5.17.0
 RUN := $(VENV)/bin/python
 BROWSER := examples/browser/node_modules/installed
 DEMO := demo_output/index.html
+# a processor with AVX-512 as one without: PyTorch's kernels, oneDNN and MKL; compiled kernels have a cache of their own
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2
+AVX2 += TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/$(VENV)/inductor-avx2
+NETWORK := tests/test_modeling_hivit.py tests/test_backbone.py tests/test_golden.py tests/test_bad_input.py tests/conversion
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-all test-oldest conformance check bench cards kill-test attack-test clean
+.PHONY: demo test test-all test-avx2 test-oldest conformance check bench cards kill-test attack-test clean
 
 demo: $(VENV)/installed   ## HiViT pre-trains, fine-tunes and predicts on real digits: demo_output/index.html
 	$(RUN) examples/demo_digits.py
@@ -18,6 +22,9 @@ test: $(VENV)/installed $(BROWSER)  ## The quick tests
 
 test-all: $(VENV)/installed $(BROWSER)  ## All tests, the slow ones too
 	$(RUN) -m pytest $(PARALLEL)
+
+test-avx2: $(VENV)/installed  ## The network and the converters as on a processor without AVX-512
+	$(AVX2) $(RUN) -m pytest $(PARALLEL) -m "not slow" $(NETWORK)
 
 test-oldest: $(OLDEST)/installed  ## Exported folders and conformance with the oldest supported versions, in an environment of its own
 	$(OLDEST)/bin/python -m pytest tests/hub/test_remote_code.py
