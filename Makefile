@@ -12,10 +12,13 @@ AVX2 += TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/$(VENV)/inductor-avx2
 NETWORK := tests/test_modeling_hivit.py tests/test_backbone.py tests/test_golden.py tests/test_bad_input.py tests/conversion
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test test-all test-avx2 test-oldest conformance check bench cards kill-test attack-test clean
+.PHONY: demo demo-avx2 test test-all test-avx2 test-oldest conformance check bench cards kill-test attack-test clean
 
 demo: $(VENV)/installed   ## HiViT pre-trains, fine-tunes and predicts on real digits: demo_output/index.html
 	$(RUN) examples/demo_digits.py
+
+demo-avx2: $(VENV)/installed   ## The same as on a processor without AVX-512: demo_output_avx2/index.html
+	$(AVX2) $(RUN) examples/demo_digits.py --output_dir demo_output_avx2
 
 test: $(VENV)/installed $(BROWSER)  ## The quick tests
 	$(RUN) -m pytest $(PARALLEL) -m "not slow"
@@ -38,6 +41,7 @@ check: $(VENV)/installed  ## Style
 	$(RUN) -m ruff format --check .
 
 bench: $(DEMO) $(BROWSER)  ## Speed and memory against the peers: benchmarks/results/*.json and the README's tables
+	$(RUN) benchmarks/demonstration.py
 	$(RUN) benchmarks/attention.py
 	$(RUN) benchmarks/step_time.py
 	$(RUN) benchmarks/inference.py
@@ -87,4 +91,4 @@ $(BROWSER): examples/browser/package-lock.json $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) demo_output examples/browser/node_modules
+	rm -rf $(VENV) $(OLDEST) demo_output demo_output_avx2 examples/browser/node_modules

@@ -117,6 +117,7 @@ def surroundings() -> dict:
     """Versions, and what the training ran on."""
     versions = {name: version(name) for name in page.LIBRARIES} | {"python": platform.python_version()}
     device = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "type": Accelerator().device.type}
+    device["instructions"] = torch.backends.cpu.get_cpu_capability()
     return {"versions": versions, "device": device}
 
 
