@@ -53,8 +53,8 @@ bench: $(DEMO) $(BROWSER)  ## Speed and memory against the peers: benchmarks/res
 	$(RUN) benchmarks/dense.py --relative_bias --rounds 1 --sizes 800x1344
 	$(RUN) benchmarks/hub_folder.py
 	$(RUN) benchmarks/onnx_inference.py --demo demo_output
-	$(RUN) examples/export_onnx.py demo_output/model examples/browser/models/classifier --task classification
-	$(RUN) examples/export_onnx.py demo_output/pretrained examples/browser/models/autoencoder --task reconstruction
+	$(RUN) examples/export_onnx.py demo_output/model examples/browser/models/classifier --task classification --overwrite
+	$(RUN) examples/export_onnx.py demo_output/pretrained examples/browser/models/autoencoder --task reconstruction --overwrite
 	$(RUN) benchmarks/browser.py
 	$(RUN) benchmarks/finetuning.py
 	$(RUN) benchmarks/scene_tasks.py --pretrained demo_output/pretrained

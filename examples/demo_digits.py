@@ -31,11 +31,15 @@ from digits.predict import predict
 from hivit_hf import HiViTForImageClassification, HiViTForMaskedImageModeling
 
 
+MARK = ".demonstration"  # in a folder that the demonstration may replace
+
+
 def main():
     arguments = parse_arguments()
     # A network this small gains a third from a second thread, but stalls when another program uses one of the cores
     torch.set_num_threads(1)
     output, seconds = arguments.output_dir, {}
+    enter(output)
     pretraining_flags = experiment.FAST_PRETRAINING if arguments.fast else []
     finetuning_flags = experiment.FAST_FINETUNING if arguments.fast else []
 
@@ -93,6 +97,15 @@ def main():
         "seconds": seconds,
     } | surroundings()
     finish(results, output, splits["test"])
+
+
+def enter(output: Path):
+    """Makes the output folder; an earlier demonstration in it is replaced. SystemExit if it holds anything else."""
+    if output.exists() and not (output / MARK).exists() and (not output.is_dir() or any(output.iterdir())):
+        print(f"error: {output} is not of an earlier demonstration: give another --output_dir.", file=sys.stderr)
+        raise SystemExit(2)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / MARK).touch()
 
 
 def finish(results: dict, output: Path, test: datasets.Dataset):

@@ -25,9 +25,11 @@ from hivit_hf.data.datasets import choose_split, open_splits
 from hivit_hf.probing.arguments import EvaluatedImages
 from hivit_hf.training.command_line import argument, parse_arguments, positive, required_argument, run_script, some_of
 from hivit_hf.training.figures import figure_to_png
+from hivit_hf.training.output_folders import refuse_foreign
 
 
 METRICS = Path(__file__).parent / "metrics"
+WRITTEN_FILES = ("results.json", "confusion_matrix.png", "calibration.png", "robustness.png", "soup/*")
 
 
 @dataclass(kw_only=True)
@@ -50,8 +52,7 @@ class EvaluationArguments(EvaluatedImages):
         super().__post_init__()
         if len(self.model_name_or_path) > 1 and not self.soup:
             raise ValueError("Several --model_name_or_path make a soup: add --soup uniform or --soup greedy.")
-        if (Path(self.output_dir) / "results.json").exists():
-            raise ValueError(f"{self.output_dir} holds results.json of another evaluation: give another --output_dir.")
+        refuse_foreign(Path(self.output_dir), WRITTEN_FILES)
 
 
 def evaluate_classifier(args: EvaluationArguments):

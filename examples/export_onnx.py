@@ -1,9 +1,10 @@
 """
 python examples/export_onnx.py MODEL_FOLDER OUT_DIR [--task classification] [--size fixed] [--int8 IMAGES]
+    [--overwrite]
 
 Exports a trained model to ONNX, one file per task with its weights: `classification`, `features`, `reconstruction`.
 Each is compared with PyTorch in onnxruntime, and refused beyond 1e-4; onnx.json holds the differences. config.json and
-preprocessor_config.json are written beside them.
+preprocessor_config.json are written beside them. The folder is written whole or not at all.
 
 --int8 also writes the classifier with int8 matrices, and reports the accuracy of both on labeled images: a folder for
 each class (or a dataset saved with `save_to_disk`), held out from training.
@@ -21,6 +22,12 @@ from hivit_hf.hub.onnx import OPSET, TOLERANCE, check_exportable, export_onnx, i
 from hivit_hf.hub.repository import load_folder
 from hivit_hf.image_processing import load_processor
 from hivit_hf.training.command_line import is_disk_full
+from hivit_hf.training.folders import refuse_output, written_whole
+
+
+TASKS = ("classification", "features", "reconstruction")
+WRITTEN_FILES = [*(f"{task}.onnx" for task in TASKS), "classification_int8.onnx", "onnx.json"]
+WRITTEN_FILES += ["config.json", "configuration_hivit.py", "preprocessor_config.json"]
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -29,7 +36,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("out_dir", type=Path, help="Output folder.")
     parser.add_argument(
         "--task",
-        choices=["all", "classification", "features", "reconstruction"],
+        choices=["all", *TASKS],
         default="all",
         help="Task to export; all that the model supports by default.",
     )
@@ -43,6 +50,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--int8", type=Path, metavar="IMAGES", help="Labeled images to measure an int8 classifier with; also writes it."
     )
+    parser.add_argument("--overwrite", action="store_true", help="Replace an earlier export in the output folder.")
     return parser.parse_args(argv)
 
 
@@ -51,8 +59,8 @@ def dynamic_size(arguments: argparse.Namespace, task: str) -> bool:
 
 
 def run(arguments: argparse.Namespace):
-    if arguments.out_dir.exists() and not arguments.out_dir.is_dir():
-        raise ValueError(f"{arguments.out_dir} is a file, not a folder. Choose another name.")
+    where = (arguments.out_dir, arguments.overwrite, [arguments.model], WRITTEN_FILES)
+    refuse_output(*where)
     model = load_folder(arguments.model)
     tasks = tasks_of(model) if arguments.task == "all" else [arguments.task]
     if arguments.int8 and "classification" not in tasks:
@@ -62,24 +70,32 @@ def run(arguments: argparse.Namespace):
     processor = load_processor(arguments.model, model.config)
     images = labeled_images(arguments.int8, model, processor) if arguments.int8 else None
 
+    with written_whole(*where) as folder:
+        write(folder, arguments, model, processor, tasks, images)
+
+
+def write(folder: Path, arguments: argparse.Namespace, model, processor, tasks: list[str], images):
+    """Writes and checks the files, and prints what they are."""
+
+    def say(path: Path, what: str):
+        print(f"{arguments.out_dir / path.name}: {path.stat().st_size / 1e6:.1f} MB{what}")
+
     record = {"opset": arguments.opset, "tolerance": TOLERANCE, "files": {}}
     for task in tasks:
         dynamic = dynamic_size(arguments, task)
-        path = arguments.out_dir / f"{task}.onnx"
+        path = folder / f"{task}.onnx"
         difference = export_onnx(model, path, task, dynamic, arguments.opset)
         record["files"][path.name] = {"task": task, "dynamic_size": dynamic, "largest_difference": difference}
-        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {difference:.1e} from PyTorch at most")
+        say(path, f", {difference:.1e} from PyTorch at most")
     if images is not None:
-        path, quantized = arguments.out_dir / "classification.onnx", arguments.out_dir / "classification_int8.onnx"
+        path, quantized = folder / "classification.onnx", folder / "classification_int8.onnx"
         cost = int8_cost(path, quantized, images)
         record["files"][quantized.name] = {"task": "classification", **cost}
-        print(
-            f"{quantized}: {quantized.stat().st_size / 1e6:.1f} MB; accuracy on {cost['images']} images "
-            f"{cost['accuracy_int8']:.2%}, float32 {cost['accuracy_float32']:.2%}: a drop of {cost['drop']:.2%}"
-        )
-    model.config.save_pretrained(arguments.out_dir)
-    processor.save_pretrained(arguments.out_dir)
-    (arguments.out_dir / "onnx.json").write_text(json.dumps(record, indent=1) + "\n")
+        accuracy = f"{cost['accuracy_int8']:.2%}, float32 {cost['accuracy_float32']:.2%}: a drop of {cost['drop']:.2%}"
+        say(quantized, f"; accuracy on {cost['images']} images {accuracy}")
+    model.config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    (folder / "onnx.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -48,6 +48,20 @@ class ProbeArguments(EncodedImages, DatasetSplits):
     lars_learning_rate: Annotated[float, positive] = argument(6.4, "Peak learning rate of the LARS probe.")
     output_dir: str = required_argument("Folder for results.json and the cached features.")
 
+    def __post_init__(self):
+        super().__post_init__()
+        results = Path(self.output_dir) / "results.json"
+        if results.exists() and not is_of_probe(results):
+            raise ValueError(f"{results} is not of a linear probe, and not overwritten: give another --output_dir.")
+
+
+def is_of_probe(results: Path) -> bool:
+    """Whether an earlier probe, whose cached features may be used again, has written a file of results."""
+    try:
+        return set(json.loads(results.read_bytes())["settings"]) >= {"methods", "lars_epochs"}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return False
+
 
 def probe(args: ProbeArguments):
     """Prints and saves the top-1 accuracy of each method on each kind of features."""

@@ -108,8 +108,15 @@ def test_results_of_two_evaluations_do_not_mix(classifiers, data, tmp_path, caps
     evaluate_with_script(classifiers[:1], data, tmp_path, "--max_eval_samples", "10")
     before = (tmp_path / "results.json").read_bytes()
     arguments = ("--model_name_or_path", classifiers[1], "--dataset_name", data / "digits", "--output_dir", tmp_path)
-    assert "holds results.json of another evaluation" in refusal(evaluate_classification.main, capsys, *arguments)
+    said = refusal(evaluate_classification.main, capsys, *arguments)
+    assert "holds results.json of a model or another run, which is not overwritten" in said
     assert (tmp_path / "results.json").read_bytes() == before
+    for name in ("calibration.png", "soup/config.json"):
+        folder = tmp_path / f"other-{Path(name).stem}"
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text("mine")
+        said = refusal(evaluate_classification.main, capsys, *arguments[:-1], folder)
+        assert f"holds {name} of a model or another run" in said and (folder / name).read_text() == "mine"
 
 
 def test_bad_input(classifiers, data, tmp_path, capsys):

@@ -153,3 +153,11 @@ def test_impossible_number_of_seeds_is_refused_at_once(tmp_path):
 def test_ctrl_c_within_a_step_ends_the_demonstration():
     with pytest.raises(KeyboardInterrupt):
         run_quietly(lambda flags: 130, [])
+
+
+def test_folders_of_others_are_left_alone(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_text("mine")
+    run = run_demo("--fast", "--output_dir", str(tmp_path))
+    assert run.returncode == 2 and f"{tmp_path} is not of an earlier demonstration" in run.stderr
+    assert [path.name for path in tmp_path.rglob("*")] == ["model", "model.safetensors"]

@@ -357,9 +357,23 @@ def test_damaged_folders_are_refused_in_words(classifier, tiny_network, tmp_path
         assert code == 2 and "convert again" in printed, printed
     for options in ((), ("--overwrite",)):
         assert push("whole", "file", "--no_onnx", *options)[0] == 2
-    code, printed = push("whole", "file", main=export_onnx.main)
+    code, printed = push("whole", "file", "--overwrite", main=export_onnx.main)
     assert code == 2 and "is a file" in printed
     assert not (tmp_path / "out").exists() and (tmp_path / "file").read_text() == "mine"
+
+
+def test_onnx_files_replace_an_earlier_export_alone(classifier, tmp_path, push):
+    classifier.save_pretrained(tmp_path / "model")
+    features = ("--task", "features")
+    assert push("model", "out", *features, main=export_onnx.main)[0] == 0
+    assert {"features.onnx", "config.json", "onnx.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
+    code, printed = push("model", "out", *features, main=export_onnx.main)
+    assert code == 2 and "out exists. Choose another folder, or give --overwrite." in printed
+    assert push("model", "out", "--task", "classification", "--overwrite", main=export_onnx.main)[0] == 0
+    assert not (tmp_path / "out" / "features.onnx").exists()
+    before = (tmp_path / "model" / "config.json").read_bytes()
+    code, printed = push("model", "model", *features, "--overwrite", main=export_onnx.main)
+    assert code == 2 and "model holds" in printed and (tmp_path / "model" / "config.json").read_bytes() == before
 
 
 def test_processors_of_other_classes_stay_what_they_are(classifier, samples, tmp_path, push):

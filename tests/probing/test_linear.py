@@ -13,6 +13,7 @@ from hivit_hf.classification.metrics import top_k_accuracy
 from hivit_hf.probing import features
 from hivit_hf.probing.linear import probe_lars, probe_lbfgs
 from hivit_hf.training.neighbors import nearest_neighbors
+from support.refusals import refusal
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -60,6 +61,14 @@ def test_features_are_computed_once(random_encoder, data, tmp_path, capsys, monk
     probe(random_encoder, data / "few", tmp_path, *flags, "--random_weights")
     assert "features computed" in capsys.readouterr().out
     assert probe(random_encoder, data / "few", tmp_path, *flags, "--image_size", "16") != first
+
+
+def test_results_of_others_are_not_overwritten(random_encoder, data, tmp_path, capsys):
+    (tmp_path / "results.json").write_text('{"settings": {"soup": null}, "accuracy": 0.9}')
+    arguments = ["--model_name_or_path", str(random_encoder), "--dataset_name", str(data / "few")]
+    said = refusal(linear_probe.main, capsys, *arguments, "--output_dir", str(tmp_path))
+    assert "results.json is not of a linear probe, and not overwritten: give another --output_dir" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
 
 
 def test_flags_of_the_probe(random_encoder, data, tmp_path):
