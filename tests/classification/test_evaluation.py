@@ -1,6 +1,7 @@
 """Evaluation of classifiers: metrics, labels matched by name, refusals."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest

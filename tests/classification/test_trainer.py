@@ -235,7 +235,7 @@ def test_a_damaged_best_checkpoint_is_not_loaded(digits, tmp_path, monkeypatch):
 
 def test_checkpoints_beyond_the_limit_and_those_that_a_kill_left(digits, tmp_path):
     changes = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    (tmp_path / ".checkpoint-1.deleted").mkdir()
+    (tmp_path / ".checkpoint-7.deleted").mkdir()
     smoke_run(digits, tmp_path, save_total_limit=2, **changes)
     left = sorted(path.name for path in tmp_path.glob("*checkpoint-*"))
     assert left == ["checkpoint-2", "checkpoint-3"]

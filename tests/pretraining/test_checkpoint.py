@@ -251,8 +251,8 @@ def test_a_kill_during_a_deletion_leaves_nothing_for_ever(make_run, tmp_path, mo
     run, remove = make_run(save_total_limit=1, stop_after_steps=6), shutil.rmtree
 
     def killed(path, *arguments, **keywords):
-        if "step-00000000" in str(path):
-            (path / "model.safetensors").unlink(missing_ok=True)
+        if path.name.endswith("step-00000000.deleted") and path.exists():
+            (path / "model.safetensors").unlink()
             raise KeyboardInterrupt
         remove(path, *arguments, **keywords)
 
@@ -261,7 +261,7 @@ def test_a_kill_during_a_deletion_leaves_nothing_for_ever(make_run, tmp_path, mo
         run.train()
     monkeypatch.undo()
     checkpoints = tmp_path / "run" / "checkpoints"
-    assert not (checkpoints / "step-00000000").exists()
+    assert not (checkpoints / "step-00000000").exists() and (checkpoints / ".step-00000000.deleted").exists()
     assert make_run(resume_from_checkpoint="latest", save_total_limit=1).train()
     assert sorted(path.name for path in checkpoints.iterdir()) == ["latest", "step-00000024"]
 
