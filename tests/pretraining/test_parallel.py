@@ -50,6 +50,15 @@ def test_one_process_two_with_ddp_and_two_with_fsdp2(tmp_path):
 
 
 @pytest.mark.slow
+def test_fsdp2_in_bfloat16_sees_the_pixels_and_masks_of_ddp(tmp_path):
+    losses, weights = take_steps(tmp_path / "ddp", 2, "--bf16")
+    fsdp_losses, fsdp_weights = take_steps(tmp_path / "fsdp", 2, "--bf16", "--fsdp")
+    assert fsdp_losses == pytest.approx(losses, rel=2e-5)  # 65 times as much with pixels and loss in bfloat16
+    for name, tensor in weights.items():
+        assert_close(fsdp_weights[name], tensor, atol=5e-4, rtol=1e-3)  # after 8 steps of 1e-3
+
+
+@pytest.mark.slow
 def test_a_run_under_fsdp2_with_data_of_unequal_size_resumes_exactly(tmp_path):
     output = tmp_path / "whole"
     data = kill_test.write_images(tmp_path / "data", "tar")

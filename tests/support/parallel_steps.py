@@ -1,5 +1,5 @@
 """
-torchrun --nproc_per_node 2 tests/support/parallel_steps.py OUTPUT [--fsdp] [--clip]
+torchrun --nproc_per_node 2 tests/support/parallel_steps.py OUTPUT [--fsdp] [--clip] [--bf16]
 
 Takes a few steps of masked training on fixed batches, each rank on its part, and writes losses and final weights.
 """
@@ -25,7 +25,7 @@ NETWORK = {"image_size": 64, "hidden_size": 64, "depths": [1, 1, 2], "num_attent
 NETWORK |= {"decoder_hidden_size": 32, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
 
 
-def use_fsdp2():
+def use_fsdp2(mixed_precision: str = "no"):
     """Accelerate refuses FSDP on CPUs; its own FSDP2 path runs there once the type is set."""
     plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2,
@@ -33,16 +33,18 @@ def use_fsdp2():
         transformer_cls_names_to_wrap=["HiViTAttentionLayer"],
         reshard_after_forward=True,
     )
+    if mixed_precision != "no":
+        plugin.set_mixed_precision(mixed_precision)  # as Accelerate does
     for state in (PartialState, AcceleratorState):
         state._shared_state["distributed_type"] = DistributedType.FSDP
     AcceleratorState._shared_state["fsdp_plugin"] = plugin
 
 
-def make_accelerator(fsdp: bool) -> Accelerator:
+def make_accelerator(fsdp: bool, mixed_precision: str = "no") -> Accelerator:
     """One on CPUs."""
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=True, mixed_precision=mixed_precision)
     if fsdp:
-        use_fsdp2()
+        use_fsdp2(mixed_precision)
         assert accelerator.is_fsdp2
     return accelerator
 
@@ -52,9 +54,10 @@ def main():
     parser.add_argument("output", type=Path, help="Folder of losses and weights.")
     parser.add_argument("--fsdp", action="store_true", help="Shard with FSDP2 instead of copying with DDP.")
     parser.add_argument("--clip", action="store_true", help="Clip at a norm that the gradients exceed.")
+    parser.add_argument("--bf16", action="store_true", help="Mixed precision.")
     arguments = parser.parse_args()
     max_grad_norm = 0.05 if arguments.clip else 1.0
-    accelerator = make_accelerator(arguments.fsdp)
+    accelerator = make_accelerator(arguments.fsdp, "bf16" if arguments.bf16 else "no")
     torch.manual_seed(0)
     model = HiViTForMaskedImageModeling(HiViTConfig(**NETWORK))
     learning_rate = partial(cosine_learning_rate, total_steps=8, warmup_steps=2, base=1e-3)

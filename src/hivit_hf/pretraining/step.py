@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DistributedType
 from safetensors.torch import load_model, save_model
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..modeling_hivit import HiViTForMaskedImageModeling
@@ -62,6 +63,10 @@ class MaskedTraining:
         self.accelerator, self.learning_rate, self.max_grad_norm = accelerator, learning_rate, max_grad_norm
         self.bare = model  # shares its weights with the prepared one, which may be wrapped or compiled
         optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay), betas=tuple(betas))
+        if accelerator.is_fsdp2:
+            # Accelerate's own policy casts pixels, noise and loss to bfloat16; autocast decides what is computed in it
+            policy = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+            accelerator.state.fsdp_plugin.mixed_precision_policy = policy
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.model.train()
         if accelerator.distributed_type == DistributedType.FSDP:
